@@ -1,0 +1,1 @@
+"""CIFAR-10, CIFAR-100, image folders and generated shapes, as uint8 tensors in memory."""
