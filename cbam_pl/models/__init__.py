@@ -1,1 +1,51 @@
 """The networks: a small CNN and the CIFAR ResNets, each with any attention."""
+
+from typing import Literal, get_args
+
+from torch import nn
+
+from cbam_pl.attention import AttentionConfig, AttentionKind
+from cbam_pl.models.cnn import CNN
+from cbam_pl.models.resnet import ResNet
+
+Architecture = Literal["cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+_RESNETS = {  # blocks per stage, bottleneck
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
+
+
+def build_network(
+    arch: Architecture,
+    num_classes: int,
+    attention: AttentionKind | AttentionConfig = "cbam",
+    image_size: int = 32,
+) -> nn.Module:
+    """The network `arch` with `attention` in every block.
+
+    Args:
+        arch: cnn, resnet18, resnet34, resnet50, resnet101 or resnet152.
+        num_classes: classes to tell apart.
+        attention: a kind, or an AttentionConfig with its options.
+        image_size: height and width of the images in pixels; only the cnn's linear layer depends on it.
+
+    Shape:
+        images (B, 3, image_size, image_size) → logits (B, num_classes).
+
+    Raises:
+        ValueError: an unknown arch or kind, or a number out of its range.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes} must be at least 1")
+    if not isinstance(attention, AttentionConfig):
+        attention = AttentionConfig(kind=attention)
+    if arch == "cnn":
+        return CNN(num_classes, attention, image_size)
+    if arch in _RESNETS:
+        depths, bottleneck = _RESNETS[arch]
+        return ResNet(depths, bottleneck, num_classes, attention)
+    raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(get_args(Architecture))}")

@@ -1,0 +1,58 @@
+"""The small CNN: three convolution blocks and two linear layers, with attention in every block."""
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from cbam_pl.attention import AttentionConfig
+from cbam_pl.models.initialisation import he_conv, he_linear
+
+
+def _block(in_channels: int, channels: int, attention: AttentionConfig) -> nn.Sequential:
+    """(B, in_channels, H, W) → (B, channels, H // 2, W // 2)."""
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv", he_conv(in_channels, channels, kernel_size=3, bias=True)),
+        ("norm", nn.BatchNorm2d(channels)),
+        ("relu", nn.ReLU(inplace=True)),
+        ("pool", nn.MaxPool2d(2)),
+    ]
+    # Squeeze-and-excitation recalibrates the convolution's own output; CBAM refines what leaves the block.
+    place = 3 if attention.kind == "se" else 4
+    layers.insert(place, ("attention", attention.build(channels)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+class CNN(nn.Module):
+    """Three blocks of conv 3×3 → batch norm → ReLU → max pool, widths 32, 64, 128, then 512 hidden units.
+
+    Args:
+        num_classes: classes to tell apart.
+        attention: the attention of each block.
+        image_size: height and width of the images in pixels, at least 8.
+
+    Shape:
+        images (B, 3, image_size, image_size) → logits (B, num_classes).
+
+    Raises:
+        ValueError: image_size is below 8, so that nothing is left after three poolings.
+    """
+
+    def __init__(self, num_classes: int, attention: AttentionConfig, image_size: int = 32) -> None:
+        super().__init__()
+        if image_size < 8:
+            raise ValueError(f"image_size={image_size} leaves nothing after three poolings; use at least 8")
+        widths = (32, 64, 128)
+        self.blocks = nn.Sequential(
+            *(_block(before, after, attention) for before, after in zip((3, *widths), widths, strict=False))
+        )
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            he_linear(widths[-1] * (image_size // 8) ** 2, 512),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(512, num_classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) → logits (B, num_classes)."""
+        return self.classifier(self.blocks(images))
