@@ -24,9 +24,7 @@ class Images:
 
     def subset(self, indices: Tensor) -> "Images":
         """The images at `indices` (M,) int64, in that order."""
-        return Images(
-            self.pixels[indices], self.labels[indices], None if self.masks is None else self.masks[indices]
-        )
+        return Images(self.pixels[indices], self.labels[indices], None if self.masks is None else self.masks[indices])
 
 
 @dataclass(frozen=True)

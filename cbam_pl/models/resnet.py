@@ -25,9 +25,7 @@ class ResidualBlock(nn.Module):
         x (B, in_channels, H, W) → (B, width or 4 · width, H / stride, W / stride).
     """
 
-    def __init__(
-        self, in_channels: int, width: int, stride: int, bottleneck: bool, attention: AttentionConfig
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool, attention: AttentionConfig) -> None:
         super().__init__()
         channels = 4 * width if bottleneck else width
         if bottleneck:
@@ -65,9 +63,7 @@ class ResNet(nn.Module):
         images (B, 3, H, W) → logits (B, num_classes), for any H and W.
     """
 
-    def __init__(
-        self, depths: tuple[int, ...], bottleneck: bool, num_classes: int, attention: AttentionConfig
-    ) -> None:
+    def __init__(self, depths: tuple[int, ...], bottleneck: bool, num_classes: int, attention: AttentionConfig) -> None:
         super().__init__()
         self.stem = nn.Sequential(he_conv(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
         channels, stages = 64, []
