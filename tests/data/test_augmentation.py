@@ -201,6 +201,13 @@ def test_repeatable_and_without_gradient_state():
     assert not first.requires_grad
 
 
+@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+def test_nothing_is_read_on_the_host(augmentation):
+    # meta tensors have no values, so a read of one, which would stop a GPU's queue, is an error
+    pixels, draws = random_pixels(8, 32).to("meta"), random_draws(8, augmentation).to("meta")
+    assert augment(pixels, draws, augmentation).shape == (8, 3, 32, 32)
+
+
 def test_distribution_of_crop_and_flip():
     count = 90_000
     top, left, flip = crop_and_flip_parameters(random_draws(count, "basic", seed=1))
