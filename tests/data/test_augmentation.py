@@ -1,0 +1,260 @@
+"""The batched augmentation against torchvision's transforms, one image at a time."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from cbam_pl.data.augmentation import (
+    Augmentation,
+    CropFlip,
+    Jitter,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    augment,
+    color_jitter,
+    crop_and_flip,
+    crop_and_flip_parameters,
+    jitter_parameters,
+    num_draws,
+    rotate,
+    rotation_parameters,
+)
+
+COLOR_TOLERANCE = 1e-5
+
+
+def random_pixels(count: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 3, height, width or height)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    # few levels make equal channels, greys and saturated colours common, where hue has its special cases
+    pixels[: count // 4] = pixels[: count // 4] // 64 * 85
+    return pixels
+
+
+def random_draws(count: int, augmentation: Augmentation, seed: int = 0) -> Tensor:
+    return torch.rand(count, num_draws(augmentation), generator=torch.Generator().manual_seed(seed))
+
+
+def crop_and_flip_one(image: Tensor, top: int, left: int, flip: bool) -> Tensor:
+    height, width = image.shape[-2:]
+    image = tv.crop(tv.pad(image, [4, 4, 4, 4]), top, left, height, width)
+    return tv.horizontal_flip(image) if flip else image
+
+
+def color_jitter_one(image: Tensor, parameters: Jitter, i: int) -> Tensor:
+    operations = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    amounts = [amount[i].item() for amount in parameters[1:]]
+    for turn in range(4):
+        operation = parameters.position[i].tolist().index(turn)
+        image = operations[operation](image, amounts[operation])
+    return image
+
+
+def off_ties(angle: Tensor, height: int, width: int) -> Tensor:
+    """(B, 1, H, W): True where the sampled point is clearly nearest to one pixel, by float64 arithmetic."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    x, y = x.double() - (width - 1) / 2, y.double() - (height - 1) / 2
+    radians = angle.double().view(-1, 1, 1) * math.pi / 180
+    across = radians.cos() * x - radians.sin() * y + (width - 1) / 2
+    down = radians.sin() * x + radians.cos() * y + (height - 1) / 2
+    ties = [((point - point.floor()) - 0.5).abs() < 1e-4 for point in (across, down)]
+    return ~(ties[0] | ties[1]).unsqueeze(1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (33, 33), (20, 27)])
+def test_crop_and_flip_equals_torchvision(height, width):
+    images = random_pixels(162, height, width) / 255
+    cell = torch.arange(162)  # all 9 × 9 offsets, each with and without a flip
+    parameters = CropFlip(cell % 9, cell // 9 % 9, cell >= 81)
+    expected = [
+        crop_and_flip_one(image, int(top), int(left), bool(flip))
+        for image, top, left, flip in zip(images, *parameters, strict=True)
+    ]
+    assert torch.equal(crop_and_flip(images, parameters), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high"),
+    [
+        (adjust_brightness, tv.adjust_brightness, 0.0, 2.0),
+        (adjust_contrast, tv.adjust_contrast, 0.0, 2.0),
+        (adjust_saturation, tv.adjust_saturation, 0.0, 2.0),
+        (adjust_hue, tv.adjust_hue, -0.5, 0.5),
+    ],
+)
+@pytest.mark.parametrize("size", [32, 33])
+def test_color_operations_equal_torchvision(ours, theirs, low, high, size):
+    images = random_pixels(48, size) / 255
+    before = images.clone()
+    amounts = torch.linspace(low, high, 48)
+    result = ours(images, amounts)
+    expected = [theirs(image, amount.item()) for image, amount in zip(images, amounts, strict=True)]
+    torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=COLOR_TOLERANCE)
+    assert torch.equal(images, before)
+    assert torch.equal(ours(images.contiguous(memory_format=torch.channels_last), amounts), result)
+
+
+def test_hue_of_every_tie_equals_torchvision():
+    levels = torch.tensor([0.0, 1e-7, 0.25, 0.5, 0.5 + 6e-8, 0.75, 1.0])
+    colors = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 1, -1)  # (1, 3, 1, 343)
+    for shift in (-0.5, -1 / 3, -1 / 6, -0.1, 0.0, 0.05, 1 / 6, 0.5):
+        result = adjust_hue(colors, torch.tensor([shift]))
+        torch.testing.assert_close(result, tv.adjust_hue(colors, shift), rtol=0, atol=COLOR_TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [32, 64, 33, 7])
+def test_rotate_equals_torchvision(size):
+    angles = torch.cat((torch.linspace(-15, 15, 61), torch.tensor([-90.0, 45.3, 123.4])))
+    images = random_pixels(len(angles), size) / 255
+    result = rotate(images, angles)
+    expected = torch.stack(
+        [
+            tv.rotate(image, angle.item(), interpolation=InterpolationMode.NEAREST)
+            for image, angle in zip(images, angles, strict=True)
+        ]
+    )
+    clear = off_ties(angles, size, size)
+    assert clear.float().mean() > 0.95
+    assert torch.equal(result * clear, expected * clear)
+
+
+def test_color_jitter_in_each_of_24_orders():
+    images = random_pixels(96, 8) / 255
+    orders = torch.tensor(list(itertools.permutations(range(4)))).repeat(4, 1)
+    parameters = jitter_parameters(torch.rand(96, 8, generator=torch.Generator().manual_seed(3)))
+    parameters = parameters._replace(position=orders)
+    before = images.clone()
+    result = color_jitter(images, parameters)
+    expected = torch.stack([color_jitter_one(image, parameters, i) for i, image in enumerate(images)])
+    torch.testing.assert_close(result, expected, rtol=0, atol=COLOR_TOLERANCE)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("size", [32, 64, 33])
+def test_rich_equals_torchvision_composition(size):
+    pixels, draws = random_pixels(32, size), random_draws(32, "rich")
+    where, colors = crop_and_flip_parameters(draws[:, :3]), jitter_parameters(draws[:, 3:11])
+    angles = rotation_parameters(draws[:, 11])
+    expected = []
+    for i, image in enumerate(tv.to_dtype(pixels, torch.float32, scale=True)):
+        top, left, flip = (parameter[i].item() for parameter in where)
+        image = color_jitter_one(crop_and_flip_one(image, top, left, flip), colors, i)
+        expected.append(tv.rotate(image, angles[i].item()))
+    clear = off_ties(angles, size, size)
+    result = augment(pixels, draws, "rich")
+    torch.testing.assert_close(result * clear, torch.stack(expected) * clear, rtol=0, atol=COLOR_TOLERANCE)
+
+
+def test_basic_equals_torchvision_composition():
+    pixels, draws = random_pixels(48, 32), random_draws(48, "basic")
+    where = crop_and_flip_parameters(draws)
+    expected = [crop_and_flip_one(pixels[i], *(p[i].item() for p in where)) for i in range(48)]
+    assert torch.equal(augment(pixels, draws, "basic"), torch.stack(expected) / 255)
+
+
+def test_none_only_scales():
+    pixels = random_pixels(4, 32)
+    assert torch.equal(augment(pixels, torch.rand(4, 0), "none"), pixels / 255)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+@pytest.mark.parametrize("size", [32, 33])
+def test_result_does_not_depend_on_the_rest_of_the_batch(augmentation, size):
+    pixels, draws = random_pixels(37, size), random_draws(37, augmentation)
+    together = augment(pixels, draws, augmentation)
+    alone = torch.cat([augment(pixels[i : i + 1], draws[i : i + 1], augmentation) for i in range(37)])
+    assert together.dtype == torch.float32
+    assert together.is_contiguous()
+    assert 0 <= together.min() <= together.max() <= 1
+    if augmentation == "rich":
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+def test_any_memory_format(augmentation):
+    pixels, draws = random_pixels(8, 32), random_draws(8, augmentation)
+    expected = augment(pixels, draws, augmentation)
+    wide = torch.zeros(8, 3, 64, 32, dtype=torch.uint8)
+    wide[:, :, ::2] = pixels
+    for same in (pixels.contiguous(memory_format=torch.channels_last), wide[:, :, ::2]):
+        before = same.clone()
+        result = augment(same, draws, augmentation)
+        assert torch.equal(result, expected)
+        assert result.is_contiguous()
+        assert torch.equal(same, before)
+
+
+def test_repeatable_and_without_gradient_state():
+    pixels, draws = random_pixels(8, 32), random_draws(8, "rich")
+    first, second = augment(pixels, draws, "rich"), augment(pixels, draws, "rich")
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+def test_nothing_is_read_on_the_host(augmentation):
+    # meta tensors have no values, so a read of one, which would stop a GPU's queue, is an error
+    pixels, draws = random_pixels(8, 32).to("meta"), random_draws(8, augmentation).to("meta")
+    assert augment(pixels, draws, augmentation).shape == (8, 3, 32, 32)
+
+
+def test_distribution_of_crop_and_flip():
+    count = 90_000
+    top, left, flip = crop_and_flip_parameters(random_draws(count, "basic", seed=1))
+    for offset in (top, left):
+        counts = offset.bincount(minlength=9)
+        assert counts.shape == (9,)
+        assert (counts - count / 9).abs().max() < 5 * math.sqrt(count / 9)
+    pairs = (top * 9 + left).bincount(minlength=81)
+    assert (pairs - count / 81).abs().max() < 5 * math.sqrt(count / 81)
+    assert abs(flip.float().mean() - 0.5) < 5 * 0.5 / math.sqrt(count)
+
+
+def test_distribution_of_colors_and_angle():
+    count = 96_000
+    draws = random_draws(count, "rich", seed=2)
+    parameters = jitter_parameters(draws[:, 3:11])
+    orders = (parameters.position * torch.tensor([1, 4, 16, 64])).sum(1).unique(return_counts=True)[1]
+    assert len(orders) == 24
+    assert (orders - count / 24).abs().max() < 5 * math.sqrt(count / 24)
+
+    ranges = [(0.8, 1.2)] * 3 + [(-0.1, 0.1), (-15.0, 15.0)]
+    values = [*parameters[1:], rotation_parameters(draws[:, 11])]
+    for value, (low, high) in zip(values, ranges, strict=True):
+        width = high - low
+        assert value.min() >= low - 1e-6
+        assert value.max() <= high + 1e-6
+        share = ((value - low) / width * 10).long().clamp(0, 9).bincount(minlength=10)
+        assert (share - count / 10).abs().max() < 5 * math.sqrt(count / 10)
+        assert abs(value.double().mean() - (low + high) / 2) < 5 * width / math.sqrt(12 * count)
+    correlations = torch.corrcoef(torch.stack(values))
+    assert (correlations - torch.eye(5)).abs().max() < 5 / math.sqrt(count)
+
+
+def test_the_largest_draw_stays_in_range():
+    largest = torch.full((2, 12), 1 - 2**-24)
+    assert crop_and_flip_parameters(largest[:, :3]).top.tolist() == [8, 8]
+    # equal draws, too, give an order: each turn once
+    assert jitter_parameters(largest[:, 3:11]).position.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'rich'"):
+        num_draws("heavy")
+    with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'rich'"):
+        augment(random_pixels(1, 32), torch.rand(1, 0), "heavy")
+
+
+def test_draws_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"draws has shape \(4, 3\); augmentation='rich' needs \(4, 12\)"):
+        augment(random_pixels(4, 32), torch.rand(4, 3), "rich")
