@@ -1,0 +1,95 @@
+"""CIFAR-10 and CIFAR-100 as torchvision downloads, checks and reads them."""
+
+import socket
+import tarfile
+import warnings
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
+
+from cbam_pl.data.images import Images, Source
+from cbam_pl.errors import UserError
+
+CifarName = Literal["cifar10", "cifar100"]
+
+_DATASETS: dict[CifarName, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+# A download, an unpacking or a checksum that fails; URLError and ConnectionError are OSErrors.
+_FAILURES = (OSError, EOFError, RuntimeError, HTTPException, tarfile.TarError, zlib.error)
+
+_TIMEOUT_SECONDS = 30.0
+
+
+def load_cifar(dataset: CifarName, root: str) -> Source:
+    """The training and test images of CIFAR, downloaded on first use.
+
+    Args:
+        dataset: cifar10 (10 classes) or cifar100 (100 fine classes).
+        root: folder that holds, or will hold, the official archive and what is unpacked from it.
+
+    Raises:
+        UserError: the archive cannot be downloaded, or a file is damaged.
+    """
+    train, test = (_read_split(dataset, root, train=train) for train in (True, False))
+    return Source(list(train.classes), _to_images(train), _to_images(test))
+
+
+def download_cifar(dataset: CifarName, root: str) -> None:
+    """Make sure that CIFAR lies unpacked and whole in `root`; see `load_cifar`."""
+    _read_split(dataset, root, train=False)
+
+
+def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
+    """Read one split; torchvision compares every file's MD5 checksum before it unpickles anything."""
+    timeout = socket.getdefaulttimeout()
+    # torchvision sets no timeout, so a network that swallows packets would hang the command for ever
+    socket.setdefaulttimeout(_TIMEOUT_SECONDS)
+    try:
+        with warnings.catch_warnings():
+            # not for the user to mend: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
+            warnings.simplefilter("ignore")
+            return _DATASETS[dataset](str(Path(root).expanduser()), train=train, download=True)
+    except _FAILURES as error:
+        raise UserError(_explain(dataset, root, error)) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _explain(dataset: CifarName, root: str, error: BaseException) -> str:
+    """One line that names the damaged or missing file and the mend."""
+    official = _DATASETS[dataset]
+    archive = Path(root).expanduser() / official.filename
+    folder = Path(root).expanduser() / official.base_folder
+    elsewhere = (
+        "or train without a download: --data.dataset folder --data.root DIR for your own images, "
+        "--data.dataset shapes for generated ones"
+    )
+    if archive.is_file() and not check_integrity(archive, official.tgz_md5):
+        return (
+            f"{archive} is truncated or damaged (its checksum is wrong): delete it and run again, "
+            f"put a whole {official.filename} from {official.url} into {root} by hand, {elsewhere}"
+        )
+    meta = (official.meta["filename"], official.meta["md5"])
+    for name, checksum in [*official.train_list, *official.test_list, meta]:
+        if folder.is_dir() and not check_integrity(folder / name, checksum):
+            return (
+                f"{folder / name} is missing or damaged: delete the folder {folder} and run again, "
+                f"without a network after you put {official.filename} from {official.url} into {root}, "
+                f"{elsewhere}"
+            )
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{official.filename} could not be downloaded and unpacked ({reason}): put the file from "
+        f"{official.url} into {root} by hand, {elsewhere}"
+    )
+
+
+def _to_images(split: CIFAR10) -> Images:
+    pixels = torch.from_numpy(np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)))  # (N, 3, 32, 32)
+    return Images(pixels, torch.tensor(split.targets, dtype=torch.int64))

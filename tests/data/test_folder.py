@@ -1,0 +1,468 @@
+"""A user's own images: what decodes to what, what is refused, and when the cache is used."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbam_pl.data import folder as folder_module
+from cbam_pl.data.folder import decode, find_images, list_classes, load_folder
+from cbam_pl.data.images import Source
+from cbam_pl.errors import UserError
+
+CACHE = ".cbam_pl_8.pt"
+
+
+def save(path: Path, colour: tuple[int, int, int], size: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), colour).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes; the red channel counts the images, the green channel is 10 for cat and 20 for dog."""
+    count = 0
+    for split, num in (("train", 3), ("test", 2)):
+        for name, green in (("cat", 10), ("dog", 20)):
+            for i in range(num):
+                save(tmp_path / "data" / split / name / f"{i}.png", (count, green, 0))
+                count += 1
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that were decoded, and so did not come from the cache."""
+    paths: list[str] = []
+    real = folder_module._decode
+
+    def record(path: str | Path, image_size: int) -> torch.Tensor:
+        paths.append(str(path))
+        return real(path, image_size)
+
+    monkeypatch.setattr(folder_module, "_decode", record)
+    return paths
+
+
+def reds(source: Source) -> tuple[list[int], list[int]]:
+    return source.train.pixels[:, 0, 0, 0].tolist(), source.test.pixels[:, 0, 0, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ decode
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp", ".PNG", ".jpg", ".JPeG"])
+def test_formats(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image{suffix}"
+    form = {".jpg": "jpeg"}.get(suffix.lower(), suffix.lower()[1:])
+    options = {"lossless": True} if form == "webp" else {"quality": 100} if form == "jpeg" else {}
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(path, form, **options)
+    pixels = decode(path, 8)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 8, 8)
+    assert (pixels.float() - torch.tensor([200.0, 100, 50]).view(3, 1, 1)).abs().max() <= (form == "jpeg") * 2
+
+
+def test_channels_rows_and_columns_are_in_order(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    pixels = decode(tmp_path / "a.png", 8)
+    for channel in range(3):
+        for y in range(8):
+            assert pixels[channel, y].tolist() == array[y, :, channel].tolist()
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "options", "colour"),
+    [
+        ("grey.png", lambda: Image.new("L", (8, 8), 77), {}, (77, 77, 77)),
+        ("grey.jpg", lambda: Image.new("L", (8, 8), 77), {}, (77, 77, 77)),
+        ("bit.png", lambda: Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
+        ("grey_alpha.png", lambda: Image.new("LA", (8, 8), (77, 9)), {}, (77, 77, 77)),
+        ("rgba.png", lambda: Image.new("RGBA", (8, 8), (200, 100, 50, 128)), {}, (200, 100, 50)),
+        ("palette.png", palette_image, {}, (200, 100, 50)),
+        ("palette_alpha.png", palette_image, {"transparency": bytes([0, 128])}, (200, 100, 50)),
+        ("palette_key.png", palette_image, {"transparency": 0}, (200, 100, 50)),
+        ("cmyk.jpg", lambda: Image.new("CMYK", (8, 8), (255, 0, 0, 0)), {"quality": 100}, (0, 255, 255)),
+        ("grey16.png", lambda: Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)), {}, (128,) * 3),
+        ("white16.png", lambda: Image.fromarray(np.full((8, 8), 65535, np.uint16)), {}, (255,) * 3),
+        ("round16.png", lambda: Image.fromarray(np.full((8, 8), 257 * 7 + 129, np.uint16)), {}, (8,) * 3),
+    ],
+)
+def test_every_mode_becomes_rgb(
+    tmp_path: Path,
+    name: str,
+    make: Callable[[], Image.Image],
+    options: dict[str, object],
+    colour: tuple[int, int, int],
+) -> None:
+    make().save(tmp_path / name, **options)
+    difference = decode(tmp_path / name, 8).int() - torch.tensor(colour).view(3, 1, 1)
+    assert difference.abs().max() <= name.endswith("jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_orientation(tmp_path: Path, suffix: str) -> None:
+    array = np.zeros((16, 16, 3), np.uint8)
+    array[:, :8] = 255  # bright on the left as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees for viewing, so bright above
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(array).save(path, exif=exif)
+    pixels = decode(path, 16)
+    assert pixels[:, :7].min() > 240
+    assert pixels[:, 9:].max() < 15
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    path = tmp_path / f"film.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    assert decode(path, 8)[:, 3, 3].tolist() == [250, 0, 0]
+
+
+def test_shrinking_averages_instead_of_picking(tmp_path: Path) -> None:
+    array = np.zeros((64, 64), np.uint8)
+    array[:, ::2] = 255  # stripes of one pixel: any 8 columns average to half
+    Image.fromarray(array).save(tmp_path / "stripes.png")
+    pixels = decode(tmp_path / "stripes.png", 8)
+    assert pixels.shape == (3, 8, 8)
+    assert ((pixels.float() - 127.5).abs() < 12).all()
+
+
+def test_other_aspect_ratio_and_enlarging(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 50), (9, 8, 7)).save(tmp_path / "a.png")
+    assert (decode(tmp_path / "a.png", 8) == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A small PNG file that claims to be huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "dangling"]
+)
+def test_undecodable_image_is_named(root: Path, kind: str) -> None:
+    path = root / "train" / "dog" / "bad.jpg"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("<html>404</html>")
+    elif kind == "gif":
+        noise.save(path, "gif")
+    elif kind.startswith("truncated"):
+        noise.save(path, {"png": "png", "jpg": "jpeg"}[kind[-3:]])
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "bomb":
+        path.write_bytes(png_bomb(20_000, 20_000))
+    else:
+        path.symlink_to(root / "nowhere.jpg")
+    for call in (lambda: load_folder(str(root), 8), lambda: decode(path, 8)):
+        with pytest.raises(UserError, match=r"cannot be decoded \(.+\)") as caught:
+            call()
+        assert str(caught.value).startswith(str(path))
+        assert len(str(caught.value).splitlines()) == 1
+    assert not (root / CACHE).exists()
+
+
+def test_several_bad_images_are_counted(root: Path) -> None:
+    for name in ("train/dog/x.png", "test/cat/0.png", "test/cat/1.png"):
+        (root / name).write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"train/dog/x\.png cannot be decoded .*, and 2 more like it"):
+        load_folder(str(root), 8)
+
+
+# ----------------------------------------------------------------------------------------- load_folder
+
+
+def test_pixels_labels_and_classes(root: Path) -> None:
+    source = load_folder(str(root), 8)
+    assert source.classes == ["cat", "dog"]
+    assert source.val is None
+    assert source.train.pixels.shape == (6, 3, 8, 8)
+    assert source.train.pixels.dtype == torch.uint8
+    assert source.train.labels.dtype == torch.int64
+    assert reds(source) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.test.labels.tolist() == [0, 0, 1, 1]
+    for images in (source.train, source.test):
+        assert images.pixels[:, 1, 7, 7].tolist() == [10 + 10 * label for label in images.labels.tolist()]
+
+
+def test_val_is_read_where_it_is(root: Path) -> None:
+    save(root / "val" / "dog" / "a.png", (99, 20, 0))
+    save(root / "val" / "cat" / "a.png", (98, 10, 0))
+    source = load_folder(str(root), 8)
+    assert source.val is not None
+    assert source.val.pixels[:, 0, 0, 0].tolist() == [98, 99]
+    assert source.val.labels.tolist() == [0, 1]
+
+
+def test_many_images_are_decoded_in_order_by_workers(tmp_path: Path) -> None:
+    for i in range(300):
+        save(tmp_path / "train" / "one" / f"{i:03}.png", (i % 256, i // 256, 0), size=2)
+    save(tmp_path / "test" / "one" / "a.png", (7, 0, 0), size=2)
+    before = torch.random.get_rng_state()
+    pixels = load_folder(str(tmp_path), 2).train.pixels
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert (pixels[:, 0, 0, 0].int() + 256 * pixels[:, 1, 0, 0].int()).tolist() == list(range(300))
+
+
+def test_hidden_and_other_files_are_passed_over(root: Path) -> None:
+    (root / "train" / "cat" / "._0.png").write_bytes(b"resource fork")
+    (root / "train" / "cat" / "Thumbs.db").write_bytes(b"")
+    (root / "train" / ".git").mkdir()
+    (root / "train" / "readme.txt").touch()
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    assert reds(load_folder(str(root), 8))[0] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("odd", ["with space", "狗狗", "line\nbreak", "[brackets]*", "-dash"])
+def test_odd_names(root: Path, odd: str) -> None:
+    for split in ("train", "test"):
+        save(root / split / odd / f"{odd}.png", (200, 0, 0))
+    for _ in range(2):  # decoded, then from the cache
+        source = load_folder(str(root), 8)
+        assert odd in source.classes
+        assert (source.train.labels == source.classes.index(odd)).sum() == 1
+    bad = root / "train" / odd / f"{odd}.png"
+    bad.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="cannot be decoded") as caught:
+        load_folder(str(root), 8)
+    assert len(str(caught.value).splitlines()) == 1
+    assert odd.replace("\n", "\\n") in str(caught.value)
+
+
+def test_linked_images_count_and_loops_do_not_hang(root: Path) -> None:
+    (root / "train" / "cat" / "9.png").symlink_to(root / "test" / "cat" / "0.png")
+    (root / "train" / "cat" / "loop").symlink_to(root / "train" / "cat")
+    (root / "train" / "cat" / "loop.png").symlink_to(root / "train")
+    assert reds(load_folder(str(root), 8))[0] == [0, 1, 2, 6, 3, 4, 5]
+    itself = root / "train" / "cat" / "self.png"
+    itself.symlink_to(itself)
+    with pytest.raises(UserError, match=r"self\.png cannot be decoded \(a link that leads nowhere\)"):
+        load_folder(str(root), 8)
+
+
+def test_missing_root_split_class_and_images(root: Path) -> None:
+    with pytest.raises(UserError, match=r"^--data\.root .*/none is no folder"):
+        load_folder(str(root / "none"), 8)
+    shutil.rmtree(root / "test" / "dog")
+    with pytest.raises(UserError, match=r"the class dog is in .*/train but not in .*/test"):
+        load_folder(str(root), 8)
+    (root / "test" / "dog").mkdir()
+    with pytest.raises(UserError, match=r"the class folder .*/test/dog has no image"):
+        load_folder(str(root), 8)
+    save(root / "test" / "dog" / "a.png", (0, 0, 0))
+    save(root / "test" / "emu" / "a.png", (0, 0, 0))
+    with pytest.raises(UserError, match=r"the class emu is in .*/test but not in .*/train"):
+        load_folder(str(root), 8)
+    shutil.rmtree(root / "test" / "emu")
+    save(root / "val" / "cat" / "a.png", (0, 0, 0))
+    with pytest.raises(UserError, match=r"the class dog is in .*/train but not in .*/val"):
+        load_folder(str(root), 8)
+    shutil.rmtree(root / "test")
+    with pytest.raises(UserError, match="/test is missing; put the test images into"):
+        load_folder(str(root), 8)
+
+
+def test_list_classes(root: Path) -> None:
+    save(root / "train" / "Ape" / "a.png", (0, 0, 0))
+    assert list_classes(str(root)) == ["Ape", "cat", "dog"]
+    shutil.rmtree(root / "train")
+    with pytest.raises(UserError, match="/train is missing; put the training images into"):
+        list_classes(str(root))
+    (root / "train").mkdir()
+    with pytest.raises(UserError, match="/train holds no class"):
+        list_classes(str(root))
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def test_second_load_decodes_nothing(root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_folder(str(root), 8)
+    assert len(decoded) == 10
+    decoded.clear()
+    monkeypatch.chdir(root.parent)
+    for spelling in (str(root), "data", "./data/"):
+        again = load_folder(spelling, 8)
+        assert reds(again) == reds(first)
+        assert again.train.labels.tolist() == first.train.labels.tolist()
+        assert again.classes == first.classes
+    assert decoded == []
+    assert sorted(path.name for path in root.iterdir()) == [CACHE, "test", "train"]
+
+
+def change_pixels(root: Path) -> None:
+    path = root / "train" / "cat" / "1.png"
+    status = path.stat()
+    save(path, (101, 0, 0))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def add_image(root: Path) -> None:
+    save(root / "train" / "dog" / "9.png", (101, 0, 0))
+
+
+def remove_image(root: Path) -> None:
+    (root / "train" / "dog" / "0.png").unlink()
+
+
+def rename_class(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "cat").rename(root / split / "emu")
+
+
+def swap_images(root: Path) -> None:
+    cat, dog = root / "train" / "cat" / "0.png", root / "train" / "dog" / "0.png"
+    other = root / "other.png"
+    cat.rename(other)
+    dog.rename(cat)
+    other.rename(dog)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (change_pixels, [0, 101, 2, 3, 4, 5]),
+        (add_image, [0, 1, 2, 3, 4, 5, 101]),
+        (remove_image, [0, 1, 2, 4, 5]),
+        (rename_class, [3, 4, 5, 0, 1, 2]),
+        (swap_images, [3, 1, 2, 0, 4, 5]),
+    ],
+)
+def test_a_change_makes_the_cache_anew(
+    root: Path, change: Callable[[Path], None], expected: list[int]
+) -> None:
+    load_folder(str(root), 8)
+    change(root)
+    assert reds(load_folder(str(root), 8))[0] == expected
+
+
+def flip_last_pixel(data: bytes) -> bytes:
+    place = data.index(bytes([5] * 64))  # the red channel of the last training image
+    return data[:place] + b"\xff" + data[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: b"garbage" * 500,
+        lambda data: b"\0" * len(data),
+        flip_last_pixel,
+    ],
+)
+def test_damaged_cache_is_made_anew(root: Path, damage: Callable[[bytes], bytes], decoded: list[str]) -> None:
+    load_folder(str(root), 8)
+    whole = (root / CACHE).read_bytes()
+    (root / CACHE).unlink()
+    (root / CACHE).write_bytes(damage(whole))
+    decoded.clear()
+    assert reds(load_folder(str(root), 8)) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
+    assert len(decoded) == 10
+    load_folder(str(root), 8)
+    assert len(decoded) == 10
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"fingerprint": "x"}, torch.zeros(3), None])
+def test_cache_with_other_content_is_made_anew(root: Path, content: object) -> None:
+    torch.save(content, root / CACHE)
+    assert reds(load_folder(str(root), 8))[0] == [0, 1, 2, 3, 4, 5]
+
+
+def test_cache_never_runs_code(root: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save(Evil(), root / CACHE)
+    load_folder(str(root), 8)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_each_image_size_has_its_own_cache(root: Path) -> None:
+    assert load_folder(str(root), 8).train.pixels.shape == (6, 3, 8, 8)
+    assert load_folder(str(root), 4).train.pixels.shape == (6, 3, 4, 4)
+    assert (root / CACHE).is_file()
+    assert (root / ".cbam_pl_4.pt").is_file()
+
+
+@pytest.mark.parametrize("function", ["torch.save", "os.replace"])
+def test_root_that_cannot_be_written_warns_in_one_line(
+    root: Path, function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(function, refuse)
+    with caplog.at_level(logging.WARNING):
+        assert reds(load_folder(str(root), 8))[0] == [0, 1, 2, 3, 4, 5]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the decoded images are not cached, {root / CACHE} cannot be written: Permission denied"
+    ]
+    assert sorted(path.name for path in root.iterdir()) == ["test", "train"]
+
+
+def load_in_process(root: str) -> list[int]:
+    return reds(load_folder(root, 8))[0]
+
+
+def test_processes_that_load_at_once(root: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        results = pool.map(load_in_process, [str(root)] * 12, chunksize=1)
+    assert results == [[0, 1, 2, 3, 4, 5]] * 12
+    assert sorted(path.name for path in root.iterdir()) == [CACHE, "test", "train"]
+
+
+# ----------------------------------------------------------------------------------------- find_images
+
+
+def test_find_images_sorts_naturally_at_any_depth(tmp_path: Path) -> None:
+    for name in ("10.png", "9.JPG", "1.webp", "b/2.bmp", "b/.hidden.png", "b/notes.txt", "b/x10y3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "x9y20.png").touch()
+    expected = ["1.webp", "9.JPG", "10.png", "b/2.bmp", "b/x9y20.png", "b/x10y3.png"]
+    assert find_images([tmp_path]) == [tmp_path / name for name in expected]
+    twice = [str(tmp_path / "b"), tmp_path / "b" / "2.bmp", tmp_path / "9.JPG"]
+    assert find_images(twice) == [tmp_path / name for name in ["9.JPG", *expected[3:]]]
+
+
+def test_find_images_refuses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/none\.png does not exist"):
+        find_images([tmp_path / "none.png"])
+    with pytest.raises(UserError, match="has no image; it should hold files that end in"):
+        find_images([tmp_path])
+    (tmp_path / "a\n.txt").touch()
+    with pytest.raises(UserError, match=r"a\\n\.txt' is no image") as caught:
+        find_images([tmp_path / "a\n.txt"])
+    assert "\n" not in str(caught.value)
