@@ -183,16 +183,12 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend (B, 3, H, W) with each image's mean grey by `factor` (B,)."""
-    return _blend_(
-        images.clone(memory_format=torch.contiguous_format), factor, torch.zeros_like(factor), 1 - factor
-    )
+    return _blend_(images.clone(memory_format=torch.contiguous_format), factor, torch.zeros_like(factor), 1 - factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blend (B, 3, H, W) with its grey version by `factor` (B,)."""
-    return _blend_(
-        images.clone(memory_format=torch.contiguous_format), factor, 1 - factor, torch.zeros_like(factor)
-    )
+    return _blend_(images.clone(memory_format=torch.contiguous_format), factor, 1 - factor, torch.zeros_like(factor))
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:

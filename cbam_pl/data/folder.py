@@ -70,9 +70,7 @@ def list_classes(root: str) -> list[str]:
     """
     train = Path(root).expanduser() / "train"
     if not train.parent.is_dir():
-        raise UserError(
-            f"--data.root {show(root)} is no folder; give one that holds train/<class>/ and test/<class>/"
-        )
+        raise UserError(f"--data.root {show(root)} is no folder; give one that holds train/<class>/ and test/<class>/")
     if not train.is_dir():
         raise UserError(f"{show(train)} is missing; put the training images into {show(train)}/<class>/")
     classes = _list_folders(train)
@@ -95,9 +93,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = [name for name, _ in _scan_images(str(path))]
             if not inside:
-                raise UserError(
-                    f"{show(path)} has no image; it should hold files that end in {', '.join(SUFFIXES)}"
-                )
+                raise UserError(f"{show(path)} has no image; it should hold files that end in {', '.join(SUFFIXES)}")
             found.update(map(Path, inside))
         elif not path.is_file():
             raise UserError(f"{show(path)} does not exist; give image files or folders of images")
@@ -125,9 +121,7 @@ def decode(path: str | Path, image_size: int) -> Tensor:
         return _decode(path, image_size)
     # decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
-        raise UserError(
-            f"{show(path)} cannot be decoded ({_reason(error)}); replace it or remove it"
-        ) from error
+        raise UserError(f"{show(path)} cannot be decoded ({_reason(error)}); replace it or remove it") from error
 
 
 def show(path: str | Path) -> str:
@@ -269,9 +263,7 @@ def _decode_splits(
     # processes, because PIL holds the interpreter lock over small files: threads were slower than none
     num_workers = min(_count_cores(), _MAX_WORKERS, len(paths) // _IMAGES_PER_WORKER)
     # a generator of its own, so that decoding leaves the global random state as it was
-    loader = DataLoader(
-        _Files(paths, image_size), batch_size=256, num_workers=num_workers, generator=torch.Generator()
-    )
+    loader = DataLoader(_Files(paths, image_size), batch_size=256, num_workers=num_workers, generator=torch.Generator())
     pixels = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     bad: list[tuple[str, str]] = []
     console = Console(stderr=True)
@@ -293,9 +285,7 @@ def _decode_splits(
     }
 
 
-def _fingerprint(
-    root: Path, splits: dict[str, list[tuple[str, int, os.stat_result]]], image_size: int
-) -> str:
+def _fingerprint(root: Path, splits: dict[str, list[tuple[str, int, os.stat_result]]], image_size: int) -> str:
     """A digest of every file's name, size and time of change, and of what decides how they are decoded."""
     lines = [f"{_CACHE_VERSION} {image_size} {list(splits)}"]
     for split, images in splits.items():

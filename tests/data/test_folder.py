@@ -158,14 +158,10 @@ def png_bomb(width: int, height: int) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    "kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "dangling"]
-)
+@pytest.mark.parametrize("kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "dangling"])
 def test_undecodable_image_is_named(root: Path, kind: str) -> None:
     path = root / "train" / "dog" / "bad.jpg"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -357,9 +353,7 @@ def swap_images(root: Path) -> None:
         (swap_images, [3, 1, 2, 0, 4, 5]),
     ],
 )
-def test_a_change_makes_the_cache_anew(
-    root: Path, change: Callable[[Path], None], expected: list[int]
-) -> None:
+def test_a_change_makes_the_cache_anew(root: Path, change: Callable[[Path], None], expected: list[int]) -> None:
     load_folder(str(root), 8)
     change(root)
     assert reds(load_folder(str(root), 8))[0] == expected

@@ -1,0 +1,147 @@
+"""What Lightning's callbacks lack: a progress bar that never waits for the device, and a line for each epoch."""
+
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cbam_pl.classifier import Classifier
+
+
+class TrainingProgress(ProgressBar):
+    """A bar with loss, accuracy and images/s of the last steps, and a line for each finished epoch.
+
+    Lightning's RichProgressBar fetches every metric from the device at every step; this one shows the figures that
+    the classifier has fetched already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._enabled = True
+        self._epoch_started = 0.0
+        self._finished_epoch: tuple[int, float] | None = None  # number from 1, seconds
+
+    def disable(self) -> None:
+        """Show nothing; Lightning calls it on every process but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar again."""
+        self._enabled = True
+
+    def _begin(self, description: str, total: int | float) -> None:
+        if not self._enabled:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+                transient=True,
+                expand=True,
+            )
+            self._progress.start()
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        known = None if total == float("inf") else total
+        self._task = self._progress.add_task(description, total=known, figures="")
+
+    def _update(self, completed: int, figures: str = "") -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=completed, figures=figures)
+
+    def _end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress, self._task = None, None
+
+    def _print_finished_epoch(self, trainer: Trainer) -> None:
+        if self._finished_epoch is None or not self._enabled:
+            return
+        epoch, seconds = self._finished_epoch
+        self._finished_epoch = None
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        line = f"epoch {epoch:3}/{trainer.max_epochs}  train {measured['train/loss']:.4f} {measured['train/acc']:.4f}"
+        if "val/loss" in measured:
+            line += f"  val {measured['val/loss']:.4f} {measured['val/acc']:.4f}"
+        self._console.print(f"{line}  lr {measured['lr']:.2g}  {seconds:.1f} s", highlight=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the figures of the lines are."""
+        if self._enabled:
+            self._console.print("figures of an epoch: mean loss, accuracy", style="dim")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the last epoch, whose figures are complete only now, and begin the bar."""
+        self._print_finished_epoch(trainer)
+        self._epoch_started = time.monotonic()
+        self._begin(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        figures = ""
+        if isinstance(pl_module, Classifier) and pl_module.recent:
+            recent = pl_module.recent
+            figures = f"loss {recent['loss']:.3f}  acc {recent['acc']:.3f}  {recent['images/s']:,.0f} images/s"
+        self._update(batch_idx + 1, figures)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how long training and validation took."""
+        self._finished_epoch = (trainer.current_epoch + 1, time.monotonic() - self._epoch_started)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the last epoch."""
+        self._end()
+        self._print_finished_epoch(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar."""
+        self._begin("validating", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move the bar."""
+        self._update(batch_idx + 1)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar."""
+        self._begin("testing", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move the bar."""
+        self._update(batch_idx + 1)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self._end()
+        self._print_finished_epoch(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the terminal back."""
+        self._end()

@@ -1,0 +1,294 @@
+"""The LightningModule: a network's loss, metrics, optimizer and schedule."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
+
+from cbam_pl.attention import AttentionConfig
+from cbam_pl.errors import UserError
+from cbam_pl.models import Architecture, build_network
+from cbam_pl.seeds import derive_seed
+
+
+class EpochMeans:
+    """Mean loss and accuracy over an epoch's images, over all processes, without waiting for the device each step.
+
+    Each batch is noted as three tensors on the device; `take` fetches them all at once.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Tensor, Tensor, int]] = []
+        self.loss = MeanMetric()
+        self.acc = MeanMetric()
+
+    def to(self, device: torch.device) -> None:
+        """Move the sums to the device; in float64 where the device has it, so that their order does not matter."""
+        for metric in (self.loss, self.acc):
+            metric.to(device)
+            if device.type != "mps":
+                metric.set_dtype(torch.float64)
+
+    def note(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Remember a batch. loss (): the batch's mean; logits (B, classes); labels (B,)."""
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self._noted.append((loss.detach(), correct, len(labels)))
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Add what was noted to the means and forget it. Returns losses, correct counts and sizes, each (noted,)."""
+        losses = torch.stack([loss for loss, _, _ in self._noted]).to(self.loss.mean_value.dtype)
+        correct = torch.stack([correct for _, correct, _ in self._noted]).to(losses)
+        sizes = torch.tensor([size for _, _, size in self._noted]).to(losses)
+        self._noted.clear()
+        self.loss.update(losses, sizes)
+        self.acc.update(correct / sizes, sizes)
+        return losses, correct, sizes
+
+    def finish(self) -> tuple[float, float]:
+        """Mean loss and accuracy over all processes since the last call."""
+        if self._noted:
+            self.take()
+        loss, acc = float(self.loss.compute()), float(self.acc.compute())
+        self.loss.reset()
+        self.acc.reset()
+        return loss, acc
+
+
+class Classifier(LightningModule):
+    """A network that is trained with cross-entropy and measured by loss and accuracy.
+
+    Args:
+        num_classes: classes to tell apart.
+        arch: the network.
+        attention: the attention of each of its blocks.
+        image_size: height and width of the images in pixels.
+        optimizer: any of torch.optim, without its parameters.
+        lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
+            by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
+        lr_interval: step the schedule once an epoch or once an optimizer step.
+        label_smoothing: share of the target that is spread evenly over all classes, in training and evaluation.
+        channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
+            faster on; results differ by rounding alone.
+        seed: what the dropout of each epoch depends on; the initial weights are drawn before, from torch's own state.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    # Steps whose losses are fetched from the device at once.
+    _FETCH_EVERY = 50
+
+    def __init__(
+        self,
+        num_classes: int,
+        arch: Architecture = "cnn",
+        attention: AttentionConfig | Mapping[str, Any] = AttentionConfig(),
+        image_size: int = 32,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        label_smoothing: float = 0.0,
+        channels_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+        if isinstance(attention, Mapping):  # as a checkpoint has it
+            attention = AttentionConfig(**attention)
+        # What rebuilds the network, as plain values, so that a checkpoint is loaded without running code.
+        self.save_hyperparameters(
+            {
+                "num_classes": num_classes,
+                "arch": arch,
+                "attention": asdict(attention),
+                "image_size": image_size,
+                "label_smoothing": label_smoothing,
+            }
+        )
+        self.network = build_network(arch, num_classes, attention, image_size)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.label_smoothing = label_smoothing
+        self.seed = seed
+        self.train_means = EpochMeans()
+        self.evaluation_means = EpochMeans()
+        self.recent: dict[str, float] = {}  # loss, acc and images/s of the last steps, for the progress bar
+        self._steps: list[int] = []  # the optimizer step of each noted batch
+        self._epoch_lr = 0.0
+        self._fetched_at = 0.0
+        self._tested_epoch = 0
+
+    def setup(self, stage: str) -> None:
+        """Put the sums where the network is."""
+        self.train_means.to(self.trainer.strategy.root_device)
+        self.evaluation_means.to(self.trainer.strategy.root_device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised → logits (B, num_classes)."""
+        return self.network(images.to(memory_format=self.memory_format))
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    # Training
+
+    def on_train_epoch_start(self) -> None:
+        """Make the epoch's dropout a function of seed and epoch, and note the epoch's learning rate."""
+        torch.manual_seed(derive_seed("dropout", self.seed, self.current_epoch, self.global_rank))
+        self._epoch_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._fetched_at = time.monotonic()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) and labels (B,) → the batch's mean loss ()."""
+        images, labels = batch
+        logits = self(images)
+        loss = self._loss(logits, labels)
+        self.train_means.note(loss, logits, labels)
+        self._steps.append(self.global_step + 1)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write out the steps since the last time, now and then."""
+        # Only when an optimizer step is complete: with accumulation it takes several batches.
+        if len(self.train_means) >= self._FETCH_EVERY and self.global_step >= self._steps[-1]:
+            self._log_steps()
+
+    def _log_steps(self) -> None:
+        losses, correct, sizes = self.train_means.take()
+        sums = torch.stack([losses * sizes, correct, sizes])  # (3, batches)
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        by_step: dict[int, list[tuple[float, float]]] = {}
+        weighted, correct_counts, counts = sums.tolist()
+        for step, loss, count in zip(self._steps, weighted, counts, strict=True):
+            by_step.setdefault(step, []).append((loss, count))
+        self._steps.clear()
+        every = self.trainer.log_every_n_steps
+        for step, parts in by_step.items():
+            if every and step % every == 0:
+                mean = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+                self._log({"train/loss_step": mean}, step)
+        now, total = time.monotonic(), sum(counts)
+        self.recent = {
+            "loss": sum(weighted) / total,
+            "acc": sum(correct_counts) / total,
+            "images/s": total / (now - self._fetched_at),
+        }
+        self._fetched_at = now
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch, and step a plateau schedule before the checkpoint is written, so that none of it is lost."""
+        if self._steps:
+            self._log_steps()
+        loss, acc = self.train_means.finish()
+        self._show({"train/loss": loss, "train/acc": acc, "lr": self._epoch_lr})
+        measured = self.trainer.callback_metrics
+        names = ["train/loss", "train/acc", "lr"]
+        if self.trainer.fit_loop.epoch_loop._should_check_val_epoch() and "val/loss" in measured:
+            names += ["val/loss", "val/acc"]
+        self._log({name: float(measured[name]) for name in names}, self.current_epoch + 1)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(float(measured["val/loss" if "val/loss" in measured else "train/loss"]))
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step any schedule but a plateau, which on_train_epoch_end steps (lightning issue 14699)."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over all parameters, and the schedule with its interval.
+
+        Raises:
+            UserError: a setting that the optimizer or the schedule refuses.
+        """
+        try:
+            optimizer = self.optimizer(self.parameters())
+            if self.lr_scheduler is None:
+                return optimizer
+            scheduler = self.lr_scheduler
+            if isinstance(scheduler, partial) and scheduler.keywords.get("total_steps", 0) is None:
+                scheduler = partial(scheduler, total_steps=self._total_steps())
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {
+                    "scheduler": scheduler(optimizer),
+                    "interval": self.lr_interval,
+                    "monitor": "val/loss",
+                    # Missing only where validation is switched off; then the training loss is used.
+                    "strict": False,
+                },
+            }
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.optimizer or model.lr_scheduler: {error}") from error
+
+    def _total_steps(self) -> int:
+        """Steps of the schedule over the whole training, in the unit of `lr_interval`."""
+        if self.lr_interval == "epoch":
+            return max(1, self.trainer.max_epochs or 1)
+        return max(1, int(self.trainer.estimated_stepping_batches))
+
+    # Evaluation
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.evaluation_means.note(self._loss(logits, labels), logits, labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Images (B, 3, H, W) and labels (B,)."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Images (B, 3, H, W) and labels (B,)."""
+        self._evaluate(batch)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) → probabilities (B, num_classes)."""
+        return self(batch[0]).float().softmax(1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Make val/loss and val/acc known to schedules and checkpoints."""
+        loss, acc = self.evaluation_means.finish()
+        self._show({"val/loss": loss, "val/acc": acc})
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures at the epoch of the tested checkpoint."""
+        loss, acc = self.evaluation_means.finish()
+        self._show({"test/loss": loss, "test/acc": acc})
+        self._log({"test/loss": loss, "test/acc": acc}, self._tested_epoch)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which epoch the checkpoint is of, from 1."""
+        self._tested_epoch = checkpoint["epoch"] + 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the epoch's figures."""
+        checkpoint["figures"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    # Logging
+
+    def _show(self, values: dict[str, float]) -> None:
+        """Make values known to callbacks, as float64: they are already means over all processes."""
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        self.log_dict(tensors, logger=False, on_epoch=True, on_step=False, batch_size=1, rank_zero_only=False)
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(values, step)

@@ -1,0 +1,399 @@
+"""The command line: `python train.py fit --config configs/cbam_cnn.yaml`, then `python train.py test`."""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbam_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+    from lightning import Trainer
+
+    from cbam_pl.classifier import Classifier
+    from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.runs import Run
+
+# Imports that take seconds stand inside the functions that need them, so that help and mistakes answer at once.
+
+COMMANDS = {
+    "fit": "train a network: --config configs/cbam_cnn.yaml; resume with --ckpt_path last",
+    "test": "measure a checkpoint on the test images; by default the newest run's best",
+    "validate": "measure a checkpoint on the validation images; by default the newest run's best",
+    "predict": "classify your own images: --images FILE_OR_FOLDER ...",
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 4
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python train.py COMMAND [OPTIONS]", "", "Train, evaluate and inspect CIFAR attention networks.", ""]
+        + ["commands:", *lines, "", "options of a command: python train.py COMMAND --help"]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and end the process: status 0 when done, 2 with one line for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    try:
+        if not arguments:
+            raise UserError(f"no command given; use one of {', '.join(COMMANDS)} (python train.py --help)")
+        command, *options = arguments
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {command!r}; {hint}")
+        if command == "fit":
+            fit(options)
+        elif command == "predict":
+            predict(options)
+        else:
+            evaluate(command, options)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# Parsing
+
+
+def _parser(command: str) -> "ArgumentParser":
+    """The options of a command; each is a parameter of the class that it configures."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+    from lightning import Trainer
+
+    from cbam_pl.classifier import Classifier
+    from cbam_pl.data.datamodule import ImageDataModule
+
+    parser = ArgumentParser(
+        prog=f"train.py {command}",
+        description=COMMANDS[command],
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage=f"python train.py {command} [OPTIONS]",
+    )
+    if command == "fit":
+        parser.add_argument("--config", action=ActionConfigFile, help="YAML file; a later one or option wins")
+        parser.add_argument("--seed", type=int, default=0, help="decides weights, order, augmentation and dropout")
+        parser.add_argument("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
+        parser.add_class_arguments(
+            Classifier, "model", skip={"num_classes", "image_size", "seed"}, instantiate=False, sub_configs=True
+        )
+    else:
+        parser.add_argument("--ckpt_path", type=str, default="best", help="a FILE, or the newest run's best or last")
+    if command == "predict":
+        parser.add_argument("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
+        parser.add_argument("--output", type=str, default="predictions.csv", help="the CSV file to write")
+        parser.add_argument("--top", type=int, default=3, help="classes to show for each image")
+    else:
+        parser.add_class_arguments(ImageDataModule, "data", skip={"seed"}, instantiate=False)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    parser.set_defaults(
+        {
+            "trainer.max_epochs": 50,
+            "trainer.log_every_n_steps": 1,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.enable_model_summary": False,
+            "trainer.default_root_dir": ".",
+            # One, so that a recipe means the same on every machine.
+            "trainer.devices": 1,
+        }
+    )
+    return parser
+
+
+def _parse(parser: "ArgumentParser", options: list[str], base: dict[str, Any] | None = None) -> "Namespace":
+    """Parse options over a checkpoint's settings.
+
+    Raises:
+        UserError: an unknown key, with the nearest valid one, a value of the wrong type, or a broken file.
+    """
+    from jsonargparse import ArgumentError
+
+    if base:
+        parser.set_defaults(base)
+    try:
+        return parser.parse_args(options)
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def _refusals_are_mendable() -> Iterator[None]:
+    """Turn what a constructor refuses into a UserError; its message names the parameter, its value and the rule."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(str(error)) from error
+
+
+# Commands
+
+
+def fit(options: list[str]) -> None:
+    """Train a network, or resume its training."""
+    parser = _parser("fit")
+    settings = _parse(parser, options)
+
+    from lightning import seed_everything
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from cbam_pl.classifier import Classifier
+    from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.runs import new_run, newest_checkpoint, read_checkpoint, run_of
+
+    root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
+    values = parser.instantiate(settings)
+    with _refusals_are_mendable():
+        seed_everything(settings.seed, verbose=False)
+        data = ImageDataModule(**values.data, seed=settings.seed)
+        model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
+    checkpoint_path, run = settings.ckpt_path, None
+    if checkpoint_path is not None:
+        if checkpoint_path == "last":
+            checkpoint_path = newest_checkpoint(root, "last", recipe)
+        checkpoint_path = Path(checkpoint_path)
+        _refuse_other_settings(checkpoint_path, read_checkpoint(checkpoint_path), model, data)
+        run = run_of(checkpoint_path)
+    if rank_zero_only.rank == 0:
+        # Before the run takes its folders, so that broken data leaves nothing behind.
+        data.prepare_data()
+        data.setup()
+        if run is None and not settings.trainer.fast_dev_run:
+            run = new_run(root, recipe)
+    try:
+        with _refusals_are_mendable():
+            trainer = _trainer(values.trainer, run, resumed=checkpoint_path is not None)
+        if trainer.is_global_zero:
+            _print_summary(model, data, trainer, run)
+            if run is not None and trainer.loggers:
+                settings.ckpt_path = None
+                (run.logs / "config.yaml").write_text(parser.dump(settings, skip_default=False))
+        with _refusals_of_lightning_are_mendable():
+            trainer.fit(model, data, ckpt_path=checkpoint_path, weights_only=True)
+    finally:
+        if run is not None:
+            run.discard_if_empty()
+    if trainer.is_global_zero and run is not None:
+        _print_outcome(run)
+
+
+def evaluate(command: str, options: list[str]) -> None:
+    """Measure a checkpoint on the test or the validation images."""
+    parser = _parser(command)
+    path, checkpoint = _chosen_checkpoint(_parse(parser, options))
+    saved = checkpoint["datamodule_hyper_parameters"]
+    settings = _parse(parser, options, {f"data.{name}": saved[name] for name in saved if name != "seed"})
+
+    from cbam_pl.classifier import Classifier
+    from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.runs import run_of
+
+    values = parser.instantiate(settings)
+    with _refusals_are_mendable():
+        data = ImageDataModule(**values.data, seed=saved["seed"])
+        model = Classifier(**checkpoint["hyper_parameters"])
+        run = run_of(path) if command == "test" else None
+        trainer = _trainer(values.trainer, run, tested_epoch=checkpoint["epoch"] + 1)
+    with _refusals_of_lightning_are_mendable():
+        measure = trainer.test if command == "test" else trainer.validate
+        (figures,) = measure(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        split = "test" if command == "test" else "val"
+        count = len(data.images(split))
+        print(f"{path}, epoch {checkpoint['epoch'] + 1}, on {count:,} {split} images of {data.dataset}:")
+        for name, value in figures.items():
+            print(f"{name}  {value:.4f}")
+
+
+def predict(options: list[str]) -> None:
+    """Classify the user's own images with a checkpoint, as a table and a CSV file."""
+    parser = _parser("predict")
+    settings = _parse(parser, options)
+    path, checkpoint = _chosen_checkpoint(settings)
+
+    import csv
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from cbam_pl.classifier import Classifier
+    from cbam_pl.data.folder import decode, find_images
+    from cbam_pl.data.images import Images
+    from cbam_pl.data.loader import EvaluationLoader, Normalise, Share
+
+    files = find_images(settings.images)
+    data = checkpoint["ImageDataModule"]
+    top = min(settings.top, len(data["classes"]))
+    if top < 1:
+        raise UserError(f"top={settings.top} must be at least 1")
+    pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
+    images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
+    values = parser.instantiate(settings)
+    with _refusals_are_mendable():
+        model = Classifier(**checkpoint["hyper_parameters"])
+        trainer = _trainer(values.trainer, None)
+    device = trainer.strategy.root_device
+    loader = EvaluationLoader(images, 256, Normalise(data["mean"], data["std"], device), device, Share())
+    with _refusals_of_lightning_are_mendable():
+        batches = trainer.predict(model, loader, ckpt_path=path, weights_only=True)
+    probabilities, labels = torch.cat([batch.cpu() for batch in batches or []]).topk(top)  # (N, top)
+
+    table = Table("image", *("class", "probability") * top)
+    rows = []
+    for file, row_probabilities, row_labels in zip(files, probabilities.tolist(), labels.tolist(), strict=True):
+        row = [str(file)]
+        for probability, label in zip(row_probabilities, row_labels, strict=True):
+            row += [data["classes"][label], f"{probability:.4f}"]
+        rows.append(row)
+        table.add_row(*row)
+    Console().print(table)
+    try:
+        with open(settings.output, "w", newline="") as stream:
+            writer = csv.writer(stream)
+            ranks = range(1, top + 1)
+            writer.writerow(["image", *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability"))])
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {settings.output} ({error.strerror}); name another file with --output"
+        ) from error
+    print(f"saved {settings.output}")
+
+
+# What the commands share
+
+
+@contextmanager
+def _refusals_of_lightning_are_mendable() -> Iterator[None]:
+    """Turn a setting that Lightning refuses only when it runs into a UserError."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+
+
+def _recipe(settings: "Namespace") -> str:
+    """Name of the configuration file without .yaml; a saved config.yaml has that of its run."""
+    if not settings.config:
+        return "default"
+    path = Path(str(settings.config[0])).absolute()
+    if path.name == "config.yaml" and path.parent.name.startswith("version_"):
+        return path.parents[1].name
+    return path.stem
+
+
+def _chosen_checkpoint(settings: "Namespace") -> "tuple[Path, dict[str, Any]]":
+    """The checkpoint that --ckpt_path names, and what it holds."""
+    from cbam_pl.runs import newest_checkpoint, read_checkpoint
+
+    name = settings.ckpt_path
+    root = Path(settings.trainer.default_root_dir)
+    path = newest_checkpoint(root, name) if name in ("best", "last") else Path(name)
+    return path, read_checkpoint(path)
+
+
+def _refuse_other_settings(
+    path: Path, checkpoint: dict[str, Any], model: "Classifier", data: "ImageDataModule"
+) -> None:
+    """Refuse to resume with another network or other data than the checkpoint's.
+
+    Raises:
+        UserError: with the keys that differ.
+    """
+    differing = []
+    for group, ours, saved in (
+        ("model", model.hparams, checkpoint["hyper_parameters"]),
+        ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
+    ):
+        for name in sorted(ours.keys() | saved.keys()):
+            if name != "root" and ours.get(name) != saved.get(name):
+                differing.append(f"{group}.{name} ({saved.get(name)} there, {ours.get(name)} here)")
+    if differing:
+        raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
+
+
+def _trainer(
+    settings: "Namespace", run: "Run | None", resumed: bool = False, tested_epoch: int | None = None
+) -> "Trainer":
+    """Lightning's Trainer with the run's logger, checkpoints and progress bar, where the settings don't say otherwise."""
+    import logging
+
+    from lightning import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from cbam_pl.callbacks import TrainingProgress
+    from cbam_pl.logger import RunLogger
+
+    # Its tips and device lists; the summary says what matters. Warnings and errors stay.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    options = dict(**settings)
+    callbacks = options["callbacks"] or []
+    options["callbacks"] = callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+    if options["enable_progress_bar"] is not False:
+        callbacks.append(TrainingProgress())
+    if options["logger"] is None or options["logger"] is True:
+        options["logger"] = False
+        if run is not None:
+            suffix = "" if tested_epoch is None else f".test-epoch{tested_epoch}"
+            if suffix:
+                for earlier in run.logs.glob(f"events*{suffix}"):
+                    earlier.unlink()  # testing again replaces the point
+            options["logger"] = RunLogger(run.logs, suffix)
+    if tested_epoch is not None or options["enable_checkpointing"] is False:
+        options["enable_checkpointing"] = False
+    else:
+        folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
+        common = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
+        # In this order last.ckpt knows of the best.
+        callbacks.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **common))
+        callbacks.append(ModelCheckpoint(filename="last", **common))
+    return Trainer(**options)
+
+
+def _print_summary(model: "Classifier", data: "ImageDataModule", trainer: "Trainer", run: "Run | None") -> None:
+    """What is trained, on what, where, and what it writes."""
+    from cbam_pl.models.cost import count_flops, count_parameters
+
+    attention = model.hparams["attention"]["kind"]
+    size = data.image_size
+    flops = count_flops(model.network, (3, size, size))
+    train, val = data.images("train"), data.images("val")
+    lines = [
+        f"network      {model.hparams['arch']}, attention {attention}: {count_parameters(model.network):,} parameters, "
+        f"{flops / 1e6:,.1f} MFLOPs per image (a multiplication and an addition are two)",
+        f"data         {data.dataset}: {len(train):,} training and {len(val):,} validation images of {size}×{size}, "
+        f"{data.num_classes} classes",
+        f"device       {trainer.strategy.root_device}, {trainer.world_size} process"
+        f"{'es' if trainer.world_size > 1 else ''}, precision {trainer.precision}",
+    ]
+    if run is not None:
+        lines += [f"checkpoints  {run.checkpoints}", f"logs         {run.logs}  (tensorboard --logdir logs)"]
+    print("\n".join(lines))
+
+
+def _print_outcome(run: "Run") -> None:
+    """The best epoch, its figures, and the command that tests it."""
+    from cbam_pl.runs import read_checkpoint
+
+    best = run.checkpoints / "best.ckpt"
+    if not best.exists():
+        return
+    checkpoint = read_checkpoint(best)
+    figures = checkpoint["figures"]
+    print(
+        f"best epoch   {checkpoint['epoch'] + 1}: val/loss {figures['val/loss']:.4f}, val/acc {figures['val/acc']:.4f}\n"
+        f"test it      python train.py test --ckpt_path {best}"
+    )

@@ -1,0 +1,27 @@
+"""What a network costs: parameters and floating-point operations."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def count_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one image's forward pass; a multiplication and an addition are two.
+
+    Convolutions and matrix products are counted, as is usual; pooling, normalisation and activations are not.
+
+    Args:
+        network: (B, C, H, W) → (B, classes).
+        image_shape: (C, H, W).
+    """
+    meta = deepcopy(network).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta(torch.empty(1, *image_shape, device="meta"))
+    return counter.get_total_flops()

@@ -1,0 +1,120 @@
+"""Where a run writes: checkpoints/RECIPE/version_N and logs/RECIPE/version_N, and how they are found again."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cbam_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe.
+
+    Args:
+        root: the folder that holds `checkpoints` and `logs`.
+        recipe: name of the configuration file, without .yaml.
+        version: number of the run, from 0.
+    """
+
+    root: Path
+    recipe: str
+    version: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of best.ckpt and last.ckpt."""
+        return self.root / "checkpoints" / self.recipe / f"version_{self.version}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the TensorBoard events, config.yaml and metrics.csv."""
+        return self.root / "logs" / self.recipe / f"version_{self.version}"
+
+    def discard_if_empty(self) -> None:
+        """Remove the run's folders where nothing was written into them."""
+        for folder in (self.checkpoints, self.logs):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def new_run(root: Path, recipe: str) -> Run:
+    """Take the next free version; two runs started at once get two.
+
+    Raises:
+        UserError: the folders cannot be made.
+    """
+    version = 0
+    for kind in ("checkpoints", "logs"):
+        taken = (root / kind / recipe).glob("version_*")
+        numbers = [int(path.name[8:]) for path in taken if path.name[8:].isdigit()]
+        version = max([version, *(number + 1 for number in numbers)])
+    while True:
+        run = Run(root, recipe, version)
+        try:
+            run.checkpoints.mkdir(parents=True)
+            run.logs.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            version += 1  # another run took it in this moment
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run's folder {error.filename} ({error.strerror}); make it writable, or name another "
+                "with --trainer.default_root_dir"
+            ) from error
+
+
+def run_of(checkpoint: Path) -> Run | None:
+    """The run that wrote a checkpoint, by where it lies; None where it was moved elsewhere."""
+    folder = checkpoint.absolute().parent
+    number = folder.name.removeprefix("version_")
+    if folder.name == number or not number.isdigit() or folder.parent.parent.name != "checkpoints":
+        return None
+    return Run(folder.parents[2], folder.parent.name, int(number))
+
+
+def newest_checkpoint(root: Path, name: str, recipe: str = "*") -> Path:
+    """The most recently written NAME.ckpt of a recipe, or of any.
+
+    Args:
+        root: the folder that holds `checkpoints`.
+        name: best or last.
+        recipe: the recipe's name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = list((root / "checkpoints").glob(f"{recipe}/version_*/{name}.ckpt"))
+    if not found:
+        of = "" if recipe == "*" else f" of {recipe}"
+        raise UserError(
+            f"no {name}.ckpt{of} under {root / 'checkpoints'}; train first (python train.py fit --config "
+            "configs/cbam_cnn.yaml), or name a checkpoint with --ckpt_path"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program, on the CPU; code that it may carry is not run.
+
+    Raises:
+        UserError: it is missing, broken, or another program's.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; check --ckpt_path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is broken, or holds more than tensors and plain values and is not loaded, since that could run "
+            "code; name a checkpoint of this program"
+        ) from error
+    except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: it is broken or cut off; name another") from error
+    needed = {"state_dict", "epoch", "hyper_parameters", "datamodule_hyper_parameters", "ImageDataModule"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
+    return checkpoint
