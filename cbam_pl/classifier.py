@@ -1,7 +1,6 @@
 """The LightningModule: a network's loss, metrics, optimizer and schedule."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -94,7 +93,7 @@ class Classifier(LightningModule):
         self,
         num_classes: int,
         arch: Architecture = "cnn",
-        attention: AttentionConfig | Mapping[str, Any] = AttentionConfig(),
+        attention: AttentionConfig = AttentionConfig(),  # noqa: B008 - frozen
         image_size: int = 32,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -106,7 +105,7 @@ class Classifier(LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-        if isinstance(attention, Mapping):  # as a checkpoint has it
+        if isinstance(attention, dict):  # as load_from_checkpoint gives it
             attention = AttentionConfig(**attention)
         # What rebuilds the network, as plain values, so that a checkpoint is loaded without running code.
         self.save_hyperparameters(
@@ -179,7 +178,7 @@ class Classifier(LightningModule):
         for step, loss, count in zip(self._steps, weighted, counts, strict=True):
             by_step.setdefault(step, []).append((loss, count))
         self._steps.clear()
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         for step, parts in by_step.items():
             if every and step % every == 0:
                 mean = sum(loss for loss, _ in parts) / sum(count for _, count in parts)

@@ -4,8 +4,9 @@ import difflib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cbam_pl.errors import UserError
 
@@ -31,8 +32,16 @@ def _overview() -> str:
     width = max(map(len, COMMANDS)) + 4
     lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        ["usage: python train.py COMMAND [OPTIONS]", "", "Train, evaluate and inspect CIFAR attention networks.", ""]
-        + ["commands:", *lines, "", "options of a command: python train.py COMMAND --help"]
+        [
+            "usage: python train.py COMMAND [OPTIONS]",
+            "",
+            "Train, evaluate and inspect CIFAR attention networks.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options of a command: python train.py COMMAND --help",
+        ]
     )
 
 
@@ -145,7 +154,7 @@ def fit(options: list[str]) -> None:
     settings = _parse(parser, options)
 
     from lightning import seed_everything
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from lightning.fabric.utilities.rank_zero import _get_rank
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
@@ -164,7 +173,7 @@ def fit(options: list[str]) -> None:
         checkpoint_path = Path(checkpoint_path)
         _refuse_other_settings(checkpoint_path, read_checkpoint(checkpoint_path), model, data)
         run = run_of(checkpoint_path)
-    if rank_zero_only.rank == 0:
+    if not _get_rank():  # None or 0: the first process, or the one that will start the others
         # Before the run takes its folders, so that broken data leaves nothing behind.
         data.prepare_data()
         data.setup()
@@ -208,7 +217,7 @@ def evaluate(command: str, options: list[str]) -> None:
         measure = trainer.test if command == "test" else trainer.validate
         (figures,) = measure(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
     if trainer.is_global_zero:
-        split = "test" if command == "test" else "val"
+        split: Literal["test", "val"] = "test" if command == "test" else "val"
         count = len(data.images(split))
         print(f"{path}, epoch {checkpoint['epoch'] + 1}, on {count:,} {split} images of {data.dataset}:")
         for name, value in figures.items():
@@ -246,8 +255,8 @@ def predict(options: list[str]) -> None:
     device = trainer.strategy.root_device
     loader = EvaluationLoader(images, 256, Normalise(data["mean"], data["std"], device), device, Share())
     with _refusals_of_lightning_are_mendable():
-        batches = trainer.predict(model, loader, ckpt_path=path, weights_only=True)
-    probabilities, labels = torch.cat([batch.cpu() for batch in batches or []]).topk(top)  # (N, top)
+        batches: Any = trainer.predict(model, loader, ckpt_path=path, weights_only=True)
+    probabilities, labels = torch.cat(batches).cpu().topk(top)  # (N, top)
 
     table = Table("image", *("class", "probability") * top)
     rows = []
@@ -328,7 +337,7 @@ def _refuse_other_settings(
 def _trainer(
     settings: "Namespace", run: "Run | None", resumed: bool = False, tested_epoch: int | None = None
 ) -> "Trainer":
-    """Lightning's Trainer with the run's logger, checkpoints and progress bar, where the settings don't say otherwise."""
+    """Lightning's Trainer with the run's logger, checkpoints and progress bar, unless the settings say otherwise."""
     import logging
 
     from lightning import Trainer
@@ -356,10 +365,9 @@ def _trainer(
         options["enable_checkpointing"] = False
     else:
         folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
-        common = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
+        checkpoint = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
         # In this order last.ckpt knows of the best.
-        callbacks.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **common))
-        callbacks.append(ModelCheckpoint(filename="last", **common))
+        callbacks += [checkpoint(filename="best", monitor="val/acc", mode="max"), checkpoint(filename="last")]
     return Trainer(**options)
 
 
@@ -367,17 +375,16 @@ def _print_summary(model: "Classifier", data: "ImageDataModule", trainer: "Train
     """What is trained, on what, where, and what it writes."""
     from cbam_pl.models.cost import count_flops, count_parameters
 
-    attention = model.hparams["attention"]["kind"]
     size = data.image_size
-    flops = count_flops(model.network, (3, size, size))
-    train, val = data.images("train"), data.images("val")
+    megaflops = count_flops(model.network, (3, size, size)) / 1e6
+    train, val = len(data.images("train")), len(data.images("val"))
     lines = [
-        f"network      {model.hparams['arch']}, attention {attention}: {count_parameters(model.network):,} parameters, "
-        f"{flops / 1e6:,.1f} MFLOPs per image (a multiplication and an addition are two)",
-        f"data         {data.dataset}: {len(train):,} training and {len(val):,} validation images of {size}×{size}, "
+        f"network      {model.hparams['arch']}, attention {model.hparams['attention']['kind']}",
+        f"cost         {count_parameters(model.network):,} parameters; {megaflops:,.1f} MFLOPs per image, where a "
+        "multiplication and an addition are two",
+        f"data         {data.dataset}: {train:,} training and {val:,} validation images of {size}×{size}, "
         f"{data.num_classes} classes",
-        f"device       {trainer.strategy.root_device}, {trainer.world_size} process"
-        f"{'es' if trainer.world_size > 1 else ''}, precision {trainer.precision}",
+        f"device       {trainer.strategy.root_device}, precision {trainer.precision}, processes {trainer.world_size}",
     ]
     if run is not None:
         lines += [f"checkpoints  {run.checkpoints}", f"logs         {run.logs}  (tensorboard --logdir logs)"]
@@ -392,8 +399,6 @@ def _print_outcome(run: "Run") -> None:
     if not best.exists():
         return
     checkpoint = read_checkpoint(best)
-    figures = checkpoint["figures"]
-    print(
-        f"best epoch   {checkpoint['epoch'] + 1}: val/loss {figures['val/loss']:.4f}, val/acc {figures['val/acc']:.4f}\n"
-        f"test it      python train.py test --ckpt_path {best}"
-    )
+    loss, acc = checkpoint["figures"]["val/loss"], checkpoint["figures"]["val/acc"]
+    print(f"best epoch   {checkpoint['epoch'] + 1}: val/loss {loss:.4f}, val/acc {acc:.4f}")
+    print(f"test it      python train.py test --ckpt_path {best}")
