@@ -166,13 +166,13 @@ def fit(options: list[str]) -> None:
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
-    checkpoint_path, run = settings.ckpt_path, None
+    run, resumed, checkpoint_path = None, None, settings.ckpt_path
     if checkpoint_path is not None:
-        if checkpoint_path == "last":
-            checkpoint_path = newest_checkpoint(root, "last", recipe)
-        checkpoint_path = Path(checkpoint_path)
-        _refuse_other_settings(checkpoint_path, read_checkpoint(checkpoint_path), model, data)
-        run = run_of(checkpoint_path)
+        last = checkpoint_path == "last"
+        checkpoint_path = newest_checkpoint(root, "last", recipe) if last else Path(checkpoint_path)
+        checkpoint = read_checkpoint(checkpoint_path)
+        _refuse_other_settings(checkpoint_path, checkpoint, model, data)
+        run, resumed = run_of(checkpoint_path), (checkpoint["epoch"] + 1, checkpoint["global_step"])
     if not _get_rank():  # None or 0: the first process, or the one that will start the others
         # Before the run takes its folders, so that broken data leaves nothing behind.
         data.prepare_data()
@@ -181,7 +181,7 @@ def fit(options: list[str]) -> None:
             run = new_run(root, recipe)
     try:
         with _refusals_are_mendable():
-            trainer = _trainer(values.trainer, run, resumed=checkpoint_path is not None)
+            trainer = _trainer(values.trainer, run, resumed=resumed)
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
             if run is not None and trainer.loggers:
@@ -335,7 +335,10 @@ def _refuse_other_settings(
 
 
 def _trainer(
-    settings: "Namespace", run: "Run | None", resumed: bool = False, tested_epoch: int | None = None
+    settings: "Namespace",
+    run: "Run | None",
+    resumed: tuple[int, int] | None = None,
+    tested_epoch: int | None = None,
 ) -> "Trainer":
     """Lightning's Trainer with the run's logger, checkpoints and progress bar, unless the settings say otherwise."""
     import logging
@@ -360,7 +363,7 @@ def _trainer(
             if suffix:
                 for earlier in run.logs.glob(f"events*{suffix}"):
                     earlier.unlink()  # testing again replaces the point
-            options["logger"] = RunLogger(run.logs, suffix)
+            options["logger"] = RunLogger(run.logs, suffix, resumed)
     if tested_epoch is not None or options["enable_checkpointing"] is False:
         options["enable_checkpointing"] = False
     else:

@@ -83,9 +83,7 @@ _INSIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 CLASSES: list[str] = list(_INSIDE)
 
 
-def load_shapes(
-    seed: int, num_train: int = 10_000, num_test: int = 2_000, image_size: int = _CIFAR_SIZE
-) -> Source:
+def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image_size: int = _CIFAR_SIZE) -> Source:
     """Generated training and test images that share no random number.
 
     Args:

@@ -19,8 +19,7 @@ CORNERS = {
         *[(-0.95, 0.27), (-0.95, -0.27), (-0.27, -0.27), (-0.27, -0.95), (0.27, -0.95), (0.27, -0.27)],
     ],
     "star": [
-        (r * math.cos(math.radians(36 * i)), r * math.sin(math.radians(36 * i)))
-        for i, r in enumerate([1, 0.42] * 5)
+        (r * math.cos(math.radians(36 * i)), r * math.sin(math.radians(36 * i))) for i, r in enumerate([1, 0.42] * 5)
     ],
     "bar": [(0.95, 0.28), (-0.95, 0.28), (-0.95, -0.28), (0.95, -0.28)],
     "hourglass": [(0.68, 0.8), (-0.68, 0.8), (-0.08, 0), (-0.68, -0.8), (0.68, -0.8), (0.08, 0)],
@@ -102,9 +101,7 @@ def test_colour_is_even_inside_the_mask_and_stands_out(train: Images) -> None:
     masks = train.masks.float()
     pixels = train.pixels.float()
     core = (F.avg_pool2d(masks, 3, 1, 1) == 1).float()  # mask pixels with nine mask pixels around: no edge
-    around = (F.max_pool2d(masks, 7, 1, 3) - F.max_pool2d(masks, 3, 1, 1)).clamp(
-        min=0
-    )  # a seam, edge left out
+    around = (F.max_pool2d(masks, 7, 1, 3) - F.max_pool2d(masks, 3, 1, 1)).clamp(min=0)  # a seam, edge left out
     colour = (pixels * core).sum((2, 3), keepdim=True) / core.sum((2, 3), keepdim=True)
     spread = ((pixels - colour) ** 2 * core).sum((1, 2, 3)) / core.sum((1, 2, 3)) / 3
     assert spread.sqrt().max() < 0.045 * 255  # noise of at most 0.03 on pixels in 0..1
@@ -137,9 +134,7 @@ def fit_softmax(x: np.ndarray, y: np.ndarray, steps: int, rate: float) -> np.nda
     return weight
 
 
-def accuracies(
-    train: np.ndarray, test: np.ndarray, labels: tuple[np.ndarray, np.ndarray], rate: float
-) -> tuple:
+def accuracies(train: np.ndarray, test: np.ndarray, labels: tuple[np.ndarray, np.ndarray], rate: float) -> tuple:
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     x, t = (np.c_[(part - mean) / deviation, np.ones(len(part))].astype(np.float32) for part in (train, test))
     weight = fit_softmax(x, labels[0], 60, rate)

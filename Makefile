@@ -1,0 +1,26 @@
+# `make train` and `make test` set up .venv by themselves. Another Python (3.10 or later): make train PYTHON=python3.12
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test
+.DELETE_ON_ERROR:
+
+train: .venv/installed
+	.venv/bin/python train.py fit --config configs/quickstart.yaml
+	.venv/bin/python train.py test
+
+test: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt
+	@echo "installing torch and the rest into .venv (5.6 GB, one to three minutes)"
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt
+	@touch $@
