@@ -175,8 +175,8 @@ def fit(options: list[str]) -> None:
     from cbam_pl.runs import new_run, newest_checkpoint, read_checkpoint, run_of
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
