@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
-from cbam_pl.models import Architecture, build_network
+from cbam_pl.models import Architecture, Stem, build_network
 from cbam_pl.seeds import derive_seed
 
 
@@ -90,6 +90,7 @@ class Classifier(LightningModule):
         arch: the network.
         attention: the attention of each of its blocks.
         image_size: height and width of the images in pixels.
+        stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
         optimizer: any of torch.optim, without its parameters.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
             by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
@@ -112,6 +113,7 @@ class Classifier(LightningModule):
         arch: Architecture = "cnn",
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008 - frozen
         image_size: int = 32,
+        stem: Stem = "cifar",
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -131,10 +133,11 @@ class Classifier(LightningModule):
                 "arch": arch,
                 "attention": asdict(attention),
                 "image_size": image_size,
+                "stem": stem,
                 "label_smoothing": label_smoothing,
             }
         )
-        self.network = build_network(arch, num_classes, attention, image_size)
+        self.network = build_network(arch, num_classes, attention, image_size, stem)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
         self.optimizer = optimizer

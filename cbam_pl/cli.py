@@ -229,8 +229,8 @@ def evaluate(command: str, options: list[str]) -> None:
     from cbam_pl.data.datamodule import ImageDataModule
     from cbam_pl.runs import run_of
 
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         data = ImageDataModule(**values.data, seed=saved["seed"])
         model = Classifier.of_checkpoint(checkpoint)
         run = run_of(path) if command == "test" else None
@@ -271,8 +271,8 @@ def predict(options: list[str]) -> None:
         raise UserError(f"top={settings.top} must be at least 1")
     pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         model = Classifier.of_checkpoint(checkpoint)
         trainer = _trainer(values.trainer, None, tested_epoch=checkpoint["epoch"] + 1)
     device = trainer.strategy.root_device

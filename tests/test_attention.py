@@ -591,11 +591,11 @@ def test_exports_with_any_batch_and_map(config):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:copyreg", "ignore::DeprecationWarning:onnxscript")
-@pytest.mark.parametrize("name", ["official", "lse, lp", "eca", "bam"])
-def test_onnx_agrees(name, tmp_path):
+@variants
+def test_onnx_agrees(config, tmp_path):
     pytest.importorskip("onnxscript", reason="the optional extra onnx")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the optional extra onnx")
-    attention = build(VARIANTS[name]).eval()
+    attention = build(config).eval()
     path = tmp_path / "attention.onnx"
     batch = torch.export.Dim("batch", min=2, max=64)
     torch.onnx.export(attention, (maps(3, 8, 6, 5),), path, dynamic_shapes=({0: batch},), verbose=False)

@@ -21,6 +21,9 @@ COUNTS = [
     ("resnet101", 100, "cbam", "cifar", 47_443_782),
     ("resnet152", 100, "none", "cifar", 58_341_028),
     ("resnet152", 100, "cbam", "cifar", 64_924_104),
+    ("resnet50", 1000, AttentionConfig(preset="official"), "cifar", 28_081_944),
+    ("resnet50", 1000, AttentionConfig(preset="timm"), "cifar", 28_065_896),
+    ("resnet50", 1000, AttentionConfig(preset="keras"), "cifar", 30_597_800),
     ("resnet50", 1000, "none", "imagenet", 25_557_032),  # torchvision's
     ("resnet50", 1000, AttentionConfig(preset="paper"), "imagenet", 28_073_544),
     ("resnet50", 1000, AttentionConfig(preset="official"), "imagenet", 28_089_624),  # the published 28.09 M
