@@ -84,17 +84,18 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _max_over_places(x: Tensor) -> Tensor:
     """(B, C, H, W) → (B, C)."""
-    if torch.compiler.is_compiling():
-        return x.amax((2, 3))  # fused there, and H and W may vary
-    # One pooling window over the map: its backward writes one gradient per channel, where that of amax makes five
-    # passes over the map. AdaptiveMaxPool2d would be the same but has no deterministic backward on CUDA.
-    return F.max_pool2d(x, x.shape[2:]).flatten(1)
+    # amax is the quickest forward but its backward makes five passes over the map, to share the gradient among ties.
+    # Where there is a backward to come, the place of the maximum is found once, and the gradient goes there alone.
+    # torch.compile fuses those passes, and there H and W may vary, which a pooling window may not.
+    if torch.compiler.is_compiling() or not x.requires_grad:
+        return x.amax((2, 3))
+    _, places = F.max_pool2d(x.detach(), x.shape[2:], return_indices=True)  # (B, C, 1, 1), counted along H · W
+    return x.flatten(2).gather(2, places.flatten(2)).squeeze(2)
 
 
 def _max_over_channels(x: Tensor) -> Tensor:
     """(B, C, H, W) → (B, H, W)."""
-    # max remembers where it found the maximum, which its backward needs; amax is quicker when there is none.
-    return x.max(1).values if x.requires_grad else x.amax(1)
+    return x.max(1).values if x.requires_grad else x.amax(1)  # for the same reason
 
 
 _POOLS = {  # each (B, C, H, W) → (B, C)
