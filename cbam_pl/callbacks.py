@@ -1,14 +1,32 @@
-"""What Lightning's callbacks lack: a progress bar that never waits for the device, and a line for each epoch."""
+"""What Lightning's callbacks lack: a progress bar that never waits for the device, and checkpoints that can move."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cbam_pl.classifier import Classifier
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that still knows its best after the run's folder was moved or copied.
+
+    Lightning forgets the best so far when the folder's path has changed; a worse epoch would then replace best.ckpt.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state, with the paths that its files have now."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or ".") / Path(path).name) if path else path
+
+        moved = {name: here(state_dict[name]) for name in state_dict if name.endswith("_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
 
 
 class TrainingProgress(ProgressBar):

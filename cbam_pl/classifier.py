@@ -133,6 +133,14 @@ class Classifier(LightningModule):
         self._fetched_at = 0.0
         self._tested_epoch = 0
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "Classifier":
+        """The network of a checkpoint that was read already, with its weights."""
+        classifier = cls(**checkpoint["hyper_parameters"])
+        classifier.load_state_dict(checkpoint["state_dict"])
+        classifier.on_load_checkpoint(checkpoint)
+        return classifier
+
     def setup(self, stage: str) -> None:
         """Put the sums where the network is."""
         self.train_means.to(self.trainer.strategy.root_device)

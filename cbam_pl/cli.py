@@ -78,12 +78,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser(command: str) -> "ArgumentParser":
     """The options of a command; each is a parameter of the class that it configures."""
+    import warnings
+
     from jsonargparse import ActionConfigFile, ArgumentParser
     from lightning import Trainer
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
 
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     parser = ArgumentParser(
         prog=f"train.py {command}",
         description=COMMANDS[command],
@@ -191,6 +194,7 @@ def fit(options: list[str]) -> None:
 
     from lightning import seed_everything
     from lightning.fabric.utilities.rank_zero import _get_rank
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
@@ -225,12 +229,14 @@ def fit(options: list[str]) -> None:
             _print_summary(model, data, trainer, run)
             if run is not None and trainer.loggers:
                 settings.ckpt_path = None
-                (run.logs / "config.yaml").write_text(parser.dump(settings, skip_default=False))
+                text, file = parser.dump(settings), run.logs / "config.yaml"
+                # Once nothing can be refused any more; a run without it is discarded.
+                trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: file.write_text(text)))  # type: ignore[attr-defined]
         with _refusals_of_lightning_are_mendable():
             trainer.fit(model, data, ckpt_path=checkpoint_path, weights_only=True)
     finally:
         if run is not None:
-            run.discard_if_empty()
+            run.discard_if_unused()
     if trainer.is_global_zero and run is not None:
         _print_outcome(run)
 
@@ -249,17 +255,18 @@ def evaluate(command: str, options: list[str]) -> None:
     values = parser.instantiate(settings)
     with _refusals_are_mendable():
         data = ImageDataModule(**values.data, seed=saved["seed"])
-        model = Classifier(**checkpoint["hyper_parameters"])
+        model = Classifier.of_checkpoint(checkpoint)
         run = run_of(path) if command == "test" else None
         trainer = _trainer(values.trainer, run, tested_epoch=checkpoint["epoch"] + 1)
+    data.load_state_dict(checkpoint["ImageDataModule"])
     with _refusals_of_lightning_are_mendable():
         measure = trainer.test if command == "test" else trainer.validate
-        (figures,) = measure(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+        measure(model, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         split: Literal["test", "val"] = "test" if command == "test" else "val"
         count = len(data.images(split))
         print(f"{path}, epoch {checkpoint['epoch'] + 1}, on {count:,} {split} images of {data.dataset}:")
-        for name, value in figures.items():
+        for name, value in trainer.callback_metrics.items():
             print(f"{name}  {value:.4f}")
 
 
@@ -267,7 +274,7 @@ def predict(options: list[str]) -> None:
     """Classify the user's own images with a checkpoint, as a table and a CSV file."""
     parser = _parser("predict")
     settings = _parse(parser, options)
-    path, checkpoint = _chosen_checkpoint(settings)
+    _, checkpoint = _chosen_checkpoint(settings)
 
     import csv
 
@@ -289,12 +296,12 @@ def predict(options: list[str]) -> None:
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     values = parser.instantiate(settings)
     with _refusals_are_mendable():
-        model = Classifier(**checkpoint["hyper_parameters"])
-        trainer = _trainer(values.trainer, None)
+        model = Classifier.of_checkpoint(checkpoint)
+        trainer = _trainer(values.trainer, None, tested_epoch=checkpoint["epoch"] + 1)
     device = trainer.strategy.root_device
     loader = EvaluationLoader(images, 256, Normalise(data["mean"], data["std"], device), device, Share())
     with _refusals_of_lightning_are_mendable():
-        batches: Any = trainer.predict(model, loader, ckpt_path=path, weights_only=True)
+        batches: Any = trainer.predict(model, loader)
     probabilities, labels = torch.cat(batches).cpu().topk(top)  # (N, top)
 
     table = Table("image", *("class", "probability") * top)
@@ -405,15 +412,19 @@ def _trainer(
 ) -> "Trainer":
     """Lightning's Trainer with the run's logger, checkpoints and progress bar, unless the settings say otherwise."""
     import logging
+    import warnings
 
     from lightning import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from cbam_pl.callbacks import TrainingProgress
+    from cbam_pl.callbacks import RunCheckpoint, TrainingProgress
     from cbam_pl.logger import RunLogger
 
     # Its tips and device lists; the summary says what matters. Warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6 uses what torch 2.14 deprecates.
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
+    # A resumed run's folder is meant to hold its checkpoints.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
     options = dict(**settings)
     callbacks = options["callbacks"] or []
     options["callbacks"] = callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
@@ -431,7 +442,7 @@ def _trainer(
         options["enable_checkpointing"] = False
     else:
         folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
-        checkpoint = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
+        checkpoint = partial(RunCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
         # In this order last.ckpt knows of the best.
         callbacks += [checkpoint(filename="best", monitor="val/acc", mode="max"), checkpoint(filename="last")]
     return Trainer(**options)

@@ -1,6 +1,7 @@
 """Where a run writes: checkpoints/RECIPE/version_N and logs/RECIPE/version_N, and how they are found again."""
 
 import pickle
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ class Run:
         """Folder of the TensorBoard events, config.yaml and metrics.csv."""
         return self.root / "logs" / self.recipe / f"version_{self.version}"
 
-    def discard_if_empty(self) -> None:
-        """Remove the run's folders where nothing was written into them."""
-        for folder in (self.checkpoints, self.logs):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    def discard_if_unused(self) -> None:
+        """Remove the run's folders where training never began: no config.yaml, no checkpoint."""
+        if not (self.logs / "config.yaml").exists() and not any(self.checkpoints.glob("*")):
+            for folder in (self.checkpoints, self.logs):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def new_run(root: Path, recipe: str) -> Run:

@@ -147,10 +147,11 @@ class ImageDataModule(LightningDataModule):
         source = self._load()
         train, val = source.train, source.val
         if self.val_size == 0:
-            rank_zero_warn(
-                "data.val_size=0 validates on the test split: the best epoch, and with it the reported figure, is "
-                "selected on the test set"
-            )
+            if stage in (None, "fit"):
+                rank_zero_warn(
+                    "data.val_size=0 validates on the test split: the best epoch, and with it the reported figure, "
+                    "is selected on the test set"
+                )
             val = source.test
         elif val is None or self.val_size is not None:
             if val is not None:
@@ -166,7 +167,7 @@ class ImageDataModule(LightningDataModule):
                 raise UserError(f"{len(train)} training images are too few to hold any out; set data.val_size")
             kept, held_out = stratified_split(train.labels, val_size, self.seed)
             train, val = train.subset(kept), train.subset(held_out)
-        self.classes = source.classes
+        self._take_classes(source.classes, self.classes or source.classes)
         if not self.mean:
             self.mean, self.std = channel_statistics(train.pixels)
         self._images = {"train": train, "val": val, "test": source.test}
@@ -185,12 +186,16 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: the checkpoint was trained on other classes.
         """
-        if self.classes and self.classes != state_dict["classes"]:
+        self._take_classes(self.classes or state_dict["classes"], state_dict["classes"])
+        self.mean, self.std = state_dict["mean"], state_dict["std"]
+
+    def _take_classes(self, found: list[str], trained: list[str]) -> None:
+        if found != trained:
             raise UserError(
-                f"the checkpoint's classes ({_short(state_dict['classes'])}) are not those of the data "
-                f"({_short(self.classes)}); check data.dataset and data.root"
+                f"the checkpoint's classes ({_short(trained)}) are not those of the data ({_short(found)}); check "
+                "data.dataset and data.root"
             )
-        self.classes, self.mean, self.std = state_dict["classes"], state_dict["mean"], state_dict["std"]
+        self.classes = found
 
     def _device_and_share(self) -> tuple[torch.device, Share]:
         if self.trainer is None:

@@ -1,0 +1,94 @@
+"""A folder of small images, and a real short run over it, that several tests share."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cbam_pl.cli import main
+
+COLOURS = {"blue": (60, 90, 220), "green": (50, 200, 80), "red": (220, 60, 50)}
+TRAIN_PER_CLASS, TEST_PER_CLASS = 31, 7  # so that no batch size or number of processes divides them
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    # Two threads beside another busy process are many times slower than one.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that a colour tells apart, under noise: root/{train,test}/{blue,green,red}/*.png."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", TRAIN_PER_CLASS), ("test", TEST_PER_CLASS)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(-50, 50, (32, 32, 3), generator=generator)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return root
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed, and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Outcome]:
+    """Run `train.py ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main([str(argument) for argument in arguments])
+            except SystemExit as end:
+                status = int(end.code or 0)
+        return Outcome(status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A recipe that trains in a second: 84 images, 9 held out, batches of 16."""
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(
+        f"""seed: 3
+model:
+  arch: cnn
+  attention: {{kind: cbam}}
+  optimizer: {{class_path: torch.optim.Adam, init_args: {{lr: 0.002}}}}
+  lr_scheduler:
+    class_path: torch.optim.lr_scheduler.ReduceLROnPlateau
+    init_args: {{factor: 0.5, patience: 0}}
+data: {{dataset: folder, root: {image_folder}, batch_size: 16, augmentation: rich}}
+trainer: {{max_epochs: 2, accelerator: cpu}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Outcome], recipe: Path
+) -> tuple[Path, Outcome]:
+    """A finished run of two epochs: its root folder and what it printed. Read only."""
+    root = tmp_path_factory.mktemp("trained")
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root)
+    assert outcome.status == 0, outcome.err
+    return root, outcome

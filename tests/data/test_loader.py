@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from cbam_pl.data.augmentation import augment, num_draws
+from cbam_pl.data.images import Images
+from cbam_pl.data.loader import EvaluationLoader, Normalise, Share, TrainingLoader
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+def numbered(count):
+    """Images whose label is their index."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.arange(count))
+
+
+def training(images, batch_size=4, augmentation="rich", seed=0, epoch=0, share=None):
+    share = share or Share()
+    return TrainingLoader(images, batch_size, augmentation, Normalise(MEAN, STD, CPU), CPU, seed, lambda: epoch, share)
+
+
+def collect(loader):
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def test_normalise_is_the_difference_over_the_deviation():
+    images = torch.rand(2, 3, 4, 4)
+    expected = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
+    assert torch.allclose(Normalise(MEAN, STD, CPU)(images), expected, atol=1e-6)
+
+
+def test_an_epoch_holds_every_image_once_in_another_order_each_time():
+    orders = [collect(training(numbered(10), epoch=epoch))[1].tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != list(range(10))
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    first, again = training(numbered(10), epoch=2), training(numbered(10), epoch=2)
+    list(training(numbered(10), epoch=1))  # what ran before does not matter
+    assert torch.equal(collect(first)[0], collect(again)[0])
+    assert not torch.equal(collect(first)[0], collect(training(numbered(10), epoch=2, seed=1))[0])
+    assert torch.equal(collect(first)[0], collect(first)[0])
+
+
+def test_draws_belong_to_images_not_to_batches():
+    ours, labels = collect(training(numbered(10), batch_size=3))
+    theirs, other_labels = collect(training(numbered(10), batch_size=7))
+    assert torch.equal(labels, other_labels)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_no_augmentation_gives_the_normalised_pixels():
+    images = numbered(6)
+    x, labels = collect(training(images, augmentation="none"))
+    assert torch.allclose(x, Normalise(MEAN, STD, CPU)(images.pixels[labels] / 255), atol=1e-6)
+
+
+def test_processes_share_one_order_so_that_their_batches_together_are_one():
+    alone = training(numbered(16), batch_size=8)
+    shares = [training(numbered(16), batch_size=4, share=Share(rank, 2)) for rank in range(2)]
+    for (_, together), *parts in zip(alone, *shares, strict=True):
+        assert sorted(together.tolist()) == sorted(torch.cat([labels for _, labels in parts]).tolist())
+    x = [collect(share)[0] for share in shares]
+    assert not torch.allclose(x[0], x[1])
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(10, 3), (11, 4), (201, 2)])
+def test_training_shares_are_equal_disjoint_and_leave_out_less_than_one_each(count, world_size):
+    shares = [collect(training(numbered(count), share=Share(rank, world_size)))[1] for rank in range(world_size)]
+    assert {len(share) for share in shares} == {count // world_size}
+    assert len(torch.cat(shares).unique()) == count // world_size * world_size
+
+
+@pytest.mark.parametrize(("count", "world_size", "batch_size"), [(201, 2, 100), (10, 3, 2), (7, 1, 3), (5, 4, 8)])
+def test_evaluation_counts_every_image_once_in_equally_many_batches(count, world_size, batch_size):
+    normalise = Normalise(MEAN, STD, CPU)
+    loaders = [
+        EvaluationLoader(numbered(count), batch_size, normalise, CPU, Share(rank, world_size))
+        for rank in range(world_size)
+    ]
+    collected = [collect(loader) for loader in loaders]
+    assert torch.cat([labels for _, labels in collected]).sort().values.tolist() == list(range(count))
+    assert len({len(loader) for loader in loaders}) == 1
+    assert all(len(labels) <= batch_size for loader in loaders for _, labels in loader)
+    for x, labels in collected:
+        assert torch.allclose(x, normalise(numbered(count).pixels[labels] / 255), atol=1e-6)
+
+
+def test_the_draws_are_those_of_the_image_index():
+    images = numbered(5)
+    x, labels = collect(training(images, seed=4, epoch=6))
+    from cbam_pl.seeds import derive_seed
+
+    generator = torch.Generator().manual_seed(derive_seed("order", 4, 6))
+    torch.randperm(5, generator=generator)
+    draws = torch.rand(5, num_draws("rich"), generator=generator)
+    expected = Normalise(MEAN, STD, CPU)(augment(images.pixels, draws, "rich"))
+    assert torch.allclose(x, expected[labels], atol=1e-6)
