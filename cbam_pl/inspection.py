@@ -196,11 +196,14 @@ def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
     for path, module in network.named_modules():
         if callable(getattr(module, "gates", None)) and not path.startswith(inside):
             inside += (path + ".",) if path else ("",)
-            parts = [part for part in path.split(".") if part != "_orig_mod"]  # of a part compiled by itself
-            if parts[-1] == "attention":
-                parts.pop()
-            found[".".join(parts) or type(module).__name__] = module
+            name = _plain_name(path).removesuffix("attention").removesuffix(".")
+            found[name or type(module).__name__] = module
     return found
+
+
+def _plain_name(path: str) -> str:
+    """A module's name as it is without torch.compile around some part."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
@@ -218,10 +221,10 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
 
 def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
     if isinstance(network, CNN):
-        return {f"blocks.{name}": block for name, block in network.blocks.named_children()}
+        return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
-        blocks = {name: module for name, module in network.named_modules() if isinstance(module, ResidualBlock)}
-        return {"stem": network.stem, **blocks}
+        blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
+        return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
     raise ValueError(f"network is a {type(network).__name__}; only a CNN or ResNet of cbam_pl.models has known blocks")
 
 

@@ -22,6 +22,8 @@ from cbam_pl.inspection import CONSTANT, AttentionMaps, attention_maps, feature_
 from cbam_pl.page import rasterise
 from cbam_pl.pictures import Pictured, describe, draw_attention, draw_confusion, draw_features
 
+# Sorted after lr, train and val: TensorBoard opens the first groups of charts, and those are the ones to see first.
+_GATES = "val_gates"
 _NUM_PICTURED = 8  # validation images in the pictures
 _NUM_PROBED = 64  # validation images that the gates' health is measured on; the pictured are every eighth of them
 
@@ -106,7 +108,7 @@ class NetworkMonitor(Callback):
         for block, gates in maps.items():
             for name, value in gate_health(gates).items():
                 for writer in _writers(trainer):
-                    writer.add_scalar(f"gates/{block}/{name}", value, self._epoch)
+                    writer.add_scalar(f"{_GATES}/{block}/{name}", value, self._epoch)
             if is_constant(gates) and gates.spatial is not None:
                 mean = float(gates.spatial.mean())
                 self._warn_once(
@@ -114,7 +116,7 @@ class NetworkMonitor(Callback):
                     f"the spatial gate of {block} is constant in epoch {self._epoch}: {mean:.3f} everywhere, with a "
                     f"standard deviation below {CONSTANT} in each of {len(self._inputs)} validation images; it scales "
                     "all places alike, so the block attends to no place, and the gate costs time for nothing (said "
-                    f"once; gates/{block}/spatial_std shows whether it stays so)",
+                    f"once; {_GATES}/{block}/spatial_std shows whether it stays so)",
                 )
         return maps
 
@@ -130,14 +132,14 @@ class NetworkMonitor(Callback):
         pictured = Pictured(shown.pixels, describe(features.logits, self._classes, names))
         epoch = f"epoch {self._epoch}"
         drawings: dict[str, Callable[[], Figure]] = {
-            "features": lambda: draw_features(pictured, features, f"Features, {epoch}")
+            "features": lambda: draw_features(pictured, features, f"Features\n{epoch}")
         }
         if maps:
             gates = {block: _take(gates, chosen) for block, gates in maps.items()}
-            drawings["attention"] = lambda: draw_attention(pictured, gates, f"Attention, {epoch}")
+            drawings["attention"] = lambda: draw_attention(pictured, gates, f"Attention\n{epoch}")
         if counts is not None:
             total = int(counts.sum())
-            title = f"Confusion of {total:,} validation images, {epoch}"
+            title = f"Confusion of {total:,} validation images\n{epoch}"
             drawings["confusion"] = lambda: draw_confusion(counts, self._classes, title)
         for name, draw in drawings.items():
             try:

@@ -40,6 +40,16 @@ class Page:
         """Write a line, or several, whose top is at y. A dollar sign is no formula here."""
         self.axes.text(x, y, text, size=size, ha=align, va="top", parse_math=False, linespacing=1.15)
 
+    def title(self, margin: float, text: str) -> None:
+        """Write a large line and smaller ones below it, each cut where it would leave the page."""
+        y = margin
+        width = float(self.figure.get_figwidth()) - 2 * margin
+        for number, line in enumerate(text.split("\n")):
+            size = NORMAL if number else LARGE
+            room = int(width / (0.6 * size / 72))  # a letter is about 0.6 of its size wide, and a point 1/72 inch
+            self.text(margin, y, line if len(line) <= room else line[: room - 1] + "…", size)
+            y += LINE if number else 0.2
+
     def bars(self, x: float, y: float, width: float, height: float, values: np.ndarray) -> None:
         """Draw values (N,) in [0, 1] as bars without gaps, over a frame with a line at a half."""
         edges = np.repeat(np.linspace(x, x + width, len(values) + 1), 2)

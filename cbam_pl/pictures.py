@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cbam_pl.inspection import AttentionMaps, FeatureMaps, attention_maps, upsample
-from cbam_pl.page import COLOURS, DPI, LARGE, LINE, NORMAL, SMALL, Page, blend
+from cbam_pl.page import COLOURS, DPI, LINE, NORMAL, SMALL, Page, blend
 
 __all__ = [
     "Pictured",
@@ -33,7 +33,7 @@ __all__ = [
 _PANEL = 1.28  # inches; 128 pixels, four times those of a CIFAR image
 _GAP = 0.14
 _MARGIN = 0.2
-_TITLE = 0.5
+_TITLE = 0.68
 _HEADER = 0.36  # two lines over a column
 _CAPTION = 3 * LINE + 0.1  # three lines below an image, or a colour bar below the last
 _CELL, _CELL_GAP = 64, 4  # pixels of one feature map and between two
@@ -100,7 +100,7 @@ def draw_features(pictured: Pictured, features: FeatureMaps, title: str) -> Figu
     row, count = _MOSAIC + _CAPTION, len(pictured.pixels)
     band_height = _HEADER + count * row + _MARGIN
     page = Page(2 * _MARGIN + columns * (_MOSAIC + _GAP) - _GAP, _TITLE + len(bands) * band_height)
-    page.text(_MARGIN, _MARGIN, title, LARGE)
+    page.title(_MARGIN, title)
     for band, blocks in enumerate(bands):
         top = _TITLE + band * band_height
         for column, name in enumerate(blocks, start=1):
@@ -137,7 +137,7 @@ def draw_heat_maps(pictured: Pictured, features: FeatureMaps, title: str) -> Fig
     row = _PANEL + _CAPTION
     width = 2 * _MARGIN + (1 + columns) * (_PANEL + _GAP) - _GAP
     page = Page(max(width, 5.9), _TITLE + _HEADER + count * row + 0.6)
-    page.text(_MARGIN, _MARGIN, title, LARGE)
+    page.title(_MARGIN, title)
     for rank in range(columns):
         x = _MARGIN + (1 + rank) * (_PANEL + _GAP)
         page.text(x, _TITLE, ("most active", "second", "third")[rank] + f"\n{last.shape[2]}×{last.shape[3]}", NORMAL)
@@ -169,7 +169,7 @@ def draw_attention(pictured: Pictured, maps: Mapping[str, AttentionMaps], title:
     block_width = panels * (_PANEL + _GAP) + 2 * _GAP
     width = 2 * _MARGIN + _PANEL + _GAP + max(map(len, bands)) * block_width
     page = Page(max(width, 5.9), _TITLE + len(bands) * band_height)
-    page.text(_MARGIN, _MARGIN, title, LARGE)
+    page.title(_MARGIN, title)
     for band, blocks in enumerate(bands):
         top = _TITLE + band * band_height
         below = top + _HEADER + count * row - _CAPTION + 0.1
@@ -216,7 +216,7 @@ def draw_grad_cam(pictured: Pictured, cams: Tensor, maps: Mapping[str, Attention
     band_height = _HEADER + count * row + _MARGIN
     width = 2 * _MARGIN + (2 + max(map(len, bands))) * (_PANEL + _GAP) - _GAP
     page = Page(max(width, 5.9), _TITLE + len(bands) * band_height)
-    page.text(_MARGIN, _MARGIN, title, LARGE)
+    page.title(_MARGIN, title)
     # Each image's own largest is 1: logits of different images and classes have no common unit.
     largest = cams.amax((1, 2), keepdim=True)
     shares = torch.where(largest > 0, cams / largest.clamp_min(1e-30), 0.0)
@@ -255,7 +255,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure
     label = 0.1 + 0.075 * max(map(len, names)) * (size / SMALL)
     side = cell * len(classes)
     page = Page(max(4.5, 2 * _MARGIN + label + side + 0.2), _TITLE + 0.1 + side + label + 0.8)
-    page.text(_MARGIN, _MARGIN, title, LARGE)
+    page.title(_MARGIN, title)
     shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
     left, top = _MARGIN + label, _TITLE + 0.1
     page.image(left, top, side, side, COLOURS(shares)[..., :3])

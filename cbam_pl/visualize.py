@@ -170,14 +170,14 @@ def draw(subjects: Sequence[Subject], choice: Choice, output: str | None, file_f
         prefix = f"{subject.name}-" if len(subjects) > 1 else ""
         features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
         title = subject.title
-        write(f"{prefix}features", draw_features, pictured, features, f"Features: {title}")
-        write(f"{prefix}heat_maps", draw_heat_maps, pictured, features, f"Most active channels: {title}")
+        write(f"{prefix}features", draw_features, pictured, features, f"Features\n{title}")
+        write(f"{prefix}heat_maps", draw_heat_maps, pictured, features, f"Most active channels\n{title}")
         if maps:
-            write(f"{prefix}attention", draw_attention, pictured, maps, f"Attention: {title}")
+            write(f"{prefix}attention", draw_attention, pictured, maps, f"Attention\n{title}")
         else:
             print(f"{title}: this network has no gates, so there is no picture of them")
         cams = grad_cam(network, inputs, features.logits.argmax(1))
-        write(f"{prefix}grad_cam", draw_grad_cam, pictured, cams, maps, f"Grad-CAM: {title}")
+        write(f"{prefix}grad_cam", draw_grad_cam, pictured, cams, maps, f"Grad-CAM\n{title}")
     _write_curves(subjects, write)
     if measured:
         for subject, (network, _, _) in zip(subjects, looks, strict=True):
