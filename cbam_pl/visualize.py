@@ -259,17 +259,15 @@ def _measure(subject: Subject, network: nn.Module, count: int, path: Path) -> No
     images = subject.test_images()
     images = images.subset(torch.tensor(_evenly(len(images), count)))
     measures = measure(network, subject.normalise(images.pixels, network), images.labels, images.masks)
-    table = Table(title=f"{subject.title}, {len(images):,} test images", title_justify="left")
-    table.add_column("map")
-    if images.masks is not None:
-        table.add_column("inside %", justify="right")
-        table.add_column("pointing %", justify="right")
-    for percent in (0, *DELETED):
-        table.add_column(f"-{percent} %" if percent else "whole", justify="right")
+    print(f"{subject.title}, {len(images):,} test images:")
+    table = Table()
+    headings = ["map"] if images.masks is None else ["map", "inside %", "pointing %"]
+    for heading in [*headings, "whole", *(f"-{percent} %" for percent in DELETED)]:
+        table.add_column(heading, justify="left" if heading == "map" else "right", no_wrap=True)
     for row in measures:
         shown = [f"{100 * mean.value:.1f} ± {100 * mean.error:.1f}" for mean in (row.inside, row.pointing) if mean]
         table.add_row(row.name, *shown, *(f"{100 * accuracy:.1f}" for accuracy in row.accuracy.values()))
-    Console(width=max(100, 26 + 7 * len(table.columns))).print(table)
+    Console(width=160).print(table)
     if images.masks is not None:
         print("inside: share of the map's mass above its lowest value that lies on the object; ± is one standard error")
         print("pointing: how often the map's maximum lies on the object")
