@@ -1,6 +1,7 @@
 """The command line: `python train.py fit --config configs/cbam_cnn.yaml`, then `python train.py test`."""
 
 import difflib
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cbam_pl.errors import UserError
+from cbam_pl.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -71,6 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interruption:
+        sys.exit(128 + interruption.number)
+    except KeyboardInterrupt:
+        print("interrupted before the first step; there is nothing to save", file=sys.stderr)
+        sys.exit(130)
 
 
 # Parsing
@@ -81,6 +87,7 @@ def _parser(command: str) -> "ArgumentParser":
     import warnings
 
     from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse.typing import PositiveFloat
     from lightning import Trainer
 
     from cbam_pl.classifier import Classifier
@@ -98,6 +105,9 @@ def _parser(command: str) -> "ArgumentParser":
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file; a later one or option wins")
         parser.add_argument("--seed", type=int, default=0, help="decides weights, order, augmentation and dropout")
         parser.add_argument("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
+        parser.add_argument(
+            "--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints"
+        )
         parser.add_argument(
             "--pictures_every",
             type=int,
@@ -223,7 +233,7 @@ def fit(options: list[str]) -> None:
             run = new_run(root, recipe)
     try:
         with _refusals_are_mendable():
-            trainer = _trainer(values.trainer, run, resumed=resumed)
+            trainer = _trainer(values.trainer, run, resumed=resumed, minutes=settings.checkpoint_minutes)
             trainer.callbacks.insert(0, monitor)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
@@ -234,6 +244,12 @@ def fit(options: list[str]) -> None:
                 trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: file.write_text(text)))  # type: ignore[attr-defined]
         with _refusals_of_lightning_are_mendable():
             trainer.fit(model, data, ckpt_path=checkpoint_path, weights_only=True)
+    except Interrupted as interruption:
+        if trainer.is_global_zero and run is not None:
+            again = [*_without(options, "--ckpt_path"), "--ckpt_path", str(run.checkpoints / "last.ckpt")]
+            print(f"{interruption}; the state is saved", file=sys.stderr)
+            print(f"resume: python train.py fit {shlex.join(again)}", file=sys.stderr)
+        raise
     finally:
         if run is not None:
             run.discard_if_unused()
@@ -362,6 +378,26 @@ def _refusals_of_lightning_are_mendable() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise UserError(
+                "out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches to keep the number "
+                "of images per step"
+            ) from error
+        raise
+
+
+def _without(options: list[str], name: str) -> list[str]:
+    """Options without one of them and its value."""
+    kept = []
+    words = iter(options)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
 
 
 def _recipe(settings: "Namespace") -> str:
@@ -408,6 +444,7 @@ def _trainer(
     settings: "Namespace",
     run: "Run | None",
     resumed: tuple[int, int] | None = None,
+    minutes: float | None = None,
     tested_epoch: int | None = None,
 ) -> "Trainer":
     """Lightning's Trainer with the run's logger, checkpoints and progress bar, unless the settings say otherwise."""
@@ -416,8 +453,9 @@ def _trainer(
 
     from lightning import Trainer
 
-    from cbam_pl.callbacks import RunCheckpoint, TrainingProgress
+    from cbam_pl.callbacks import RunCheckpoint, Safeguard, TrainingProgress
     from cbam_pl.logger import RunLogger
+    from cbam_pl.runs import AtomicCheckpointIO
 
     # Its tips and device lists; the summary says what matters. Warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -444,7 +482,12 @@ def _trainer(
         folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
         checkpoint = partial(RunCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
         # In this order last.ckpt knows of the best.
-        callbacks += [checkpoint(filename="best", monitor="val/acc", mode="max"), checkpoint(filename="last")]
+        last = checkpoint(filename="last")
+        callbacks += [checkpoint(filename="best", monitor="val/acc", mode="max"), last]
+        if minutes is not None:
+            callbacks.append(Safeguard(last, minutes))
+    plugins = options["plugins"] or []
+    options["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
     return Trainer(**options)
 
 
