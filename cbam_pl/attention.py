@@ -79,7 +79,10 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     if x.dtype == torch.float16:
         return x.mean(dims)  # the sum of a large map overflows
     # The sum is divided after it shrank: the backward of mean divides a gradient of the map's full size.
-    return x.sum(dims) / math.prod(x.shape[dim] for dim in dims)
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    return x.sum(dims) / count
 
 
 def _max_over_places(x: Tensor) -> Tensor:

@@ -212,8 +212,8 @@ def fit(options: list[str]) -> None:
     from cbam_pl.runs import new_run, newest_checkpoint, read_checkpoint, run_of
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         monitor = NetworkMonitor(settings.pictures_every)
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
