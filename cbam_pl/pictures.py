@@ -40,6 +40,7 @@ _CELL, _CELL_GAP = 64, 4  # pixels of one feature map and between two
 _MOSAIC = (3 * _CELL + 2 * _CELL_GAP) / DPI  # inches
 # A gate that hardly varies is shown in hardly varying colours, not stretched until it looks alive.
 _LEAST_SPAN = 0.05
+_DIVERGED = "holds NaN or infinity: the network has diverged; choose an earlier checkpoint"
 
 
 @dataclass(frozen=True)
@@ -335,13 +336,16 @@ def _shorten(text: str, length: int = 16) -> str:
 def _refuse_bad_gates(maps: Mapping[str, AttentionMaps]) -> None:
     for name, gates in maps.items():
         if gates.channel is not None and not gates.channel.isfinite().all():
-            raise ValueError(f"the channel gate of {name} holds NaN or infinity: the network has diverged")
+            raise ValueError(f"the channel gate of {name} {_DIVERGED}")
         if gates.spatial is not None:
             _refuse_blank(f"the spatial gate of {name}", gates.spatial)
 
 
 def _refuse_blank(what: str, values: Tensor) -> None:
     if not values.isfinite().all():
-        raise ValueError(f"{what} holds NaN or infinity: the network has diverged")
+        raise ValueError(f"{what} {_DIVERGED}")
     if float(values.max() - values.min()) < 1e-6:
-        raise ValueError(f"{what} is {float(values.mean()):.3f} everywhere in every image: a map that shows nothing")
+        raise ValueError(
+            f"{what} is {float(values.mean()):.3f} everywhere in every image, a map that shows nothing; "
+            "choose other images, or a checkpoint that was trained longer"
+        )

@@ -206,7 +206,9 @@ def test_a_map_that_is_not_finite_is_an_error(bad):
     broken = maps.clone()
     broken[1, 2, 3] = bad
     pictured, logits = pictured_of(2), torch.zeros(2, 5)
-    with pytest.raises(ValueError, match="the spatial gate of block holds NaN or infinity: the network has diverged"):
+    with pytest.raises(
+        ValueError, match="the spatial gate of block holds NaN or infinity: the network has diverged; choose"
+    ):
         draw_attention(pictured, {"block": AttentionMaps(None, broken)}, "")
     with pytest.raises(ValueError, match="the channel gate of block holds NaN or infinity"):
         draw_attention(pictured, {"block": AttentionMaps(torch.tensor([[0.5, bad]] * 2), maps)}, "")
