@@ -294,14 +294,15 @@ class Classifier(LightningModule):
 
     # Evaluation
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images)
         self.evaluation_means.note(self._loss(logits, labels), logits, labels)
+        return logits
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Images (B, 3, H, W) and labels (B,)."""
-        self._evaluate(batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) and labels (B,) → logits (B, num_classes), for callbacks."""
+        return self._evaluate(batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Images (B, 3, H, W) and labels (B,)."""
