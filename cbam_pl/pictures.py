@@ -35,7 +35,7 @@ _GAP = 0.14
 _MARGIN = 0.2
 _TITLE = 0.68
 _HEADER = 0.36  # two lines over a column
-_CAPTION = 3 * LINE + 0.1  # three lines below an image, or a colour bar below the last
+_CAPTION = 4 * LINE + 0.1  # four lines below an image, or a colour bar below the last
 _CELL, _CELL_GAP = 64, 4  # pixels of one feature map and between two
 _MOSAIC = (3 * _CELL + 2 * _CELL_GAP) / DPI  # inches
 # A gate that hardly varies is shown in hardly varying colours, not stretched until it looks alive.
@@ -49,7 +49,7 @@ class Pictured:
 
     Args:
         pixels: (B, 3, H, W) uint8.
-        captions: of each image, up to three lines.
+        captions: of each image, up to four lines.
     """
 
     pixels: Tensor
@@ -82,7 +82,7 @@ def describe(
         lines = [] if headings is None else [headings[index]]
         lines += [] if true is None else [f"true: {true[index]}"]
         probability, label = probabilities.max(0)
-        lines.append(f"predicted: {100 * float(probability):.0f} % {classes[int(label)]}")
+        lines += [f"predicted: {classes[int(label)]}", f"probability {100 * float(probability):.0f} %"]
         captions.append("\n".join(lines))
     return captions
 
@@ -279,7 +279,7 @@ def _draw_images(page: Page, pictured: Pictured, top: float, row: float, side: f
     for index, caption in enumerate(pictured.captions):
         y = top + index * row
         page.image(_MARGIN, y, side, side, pictured.colours(index))
-        lines = [_shorten(line, 22) for line in caption.split("\n")]
+        lines = [_shorten(line, 24) for line in caption.split("\n")]
         page.text(_MARGIN, y + side + 0.04, "\n".join(lines), SMALL)
 
 

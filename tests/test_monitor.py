@@ -59,7 +59,7 @@ def test_pictures_show_eight_fixed_validation_images(four, image_folder):
     images = data.images("val")  # nine
     for event in events_of(four).Images("pictures/attention"):
         pixels = picture(event)
-        tops = [104 + 183 * row for row in range(8)]
+        tops = [104 + 198 * row for row in range(8)]
         for index, top in enumerate(tops):
             shown = pixels[top : top + 128, 20:148].reshape(32, 4, 32, 4, 3)[:, 1, :, 1]  # each pixel is 4×4
             assert np.array_equal(shown, images.pixels[index].permute(1, 2, 0).numpy())

@@ -53,8 +53,8 @@ def test_images_are_spread_over_the_classes_unless_they_are_chosen(command, run,
         outcome = visualize(command, run, "--output", tmp_path / "out", *options)
         assert outcome.status == 0, outcome.err
         pixels = np.asarray(Image.open(tmp_path / "out/attention.png").convert("RGB"))
-        rows = round((pixels.shape[0] - 124) / 183)
-        return [pixels[104 + 183 * row :][:128, 20:148][2::4, 2::4] for row in range(rows)]
+        rows = round((pixels.shape[0] - 124) / 198)
+        return [pixels[104 + 198 * row :][:128, 20:148][2::4, 2::4] for row in range(rows)]
 
     def test_image(name, index):
         return np.asarray(Image.open(image_folder / f"test/{name}/{index}.png"))
