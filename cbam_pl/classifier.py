@@ -28,8 +28,9 @@ class EpochMeans:
 
     def __init__(self) -> None:
         self._noted: list[tuple[Tensor, Tensor, int]] = []
-        self.loss = MeanMetric()
-        self.acc = MeanMetric()
+        # NaN stays NaN: by default it is left out of the mean. ("disable" would drop the weights, torchmetrics 1.9.)
+        self.loss = MeanMetric(nan_strategy=math.nan)
+        self.acc = MeanMetric(nan_strategy=math.nan)
 
     def to(self, device: torch.device) -> None:
         """Move the sums to the device; in float64 where the device has it, so that their order does not matter."""
