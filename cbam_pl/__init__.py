@@ -1,6 +1,25 @@
 """Attention CNNs on CIFAR: `from cbam_pl import CBAM`, or `python train.py fit --config configs/cbam_cnn.yaml`."""
 
-from cbam_pl.attention import CBAM, ChannelAttention, SpatialAttention, SqueezeExcitation
-from cbam_pl.models import build_network
+from cbam_pl.attention import (
+    BAM,
+    CBAM,
+    AttentionConfig,
+    ChannelAttention,
+    EfficientChannelAttention,
+    SpatialAttention,
+    SqueezeExcitation,
+)
+from cbam_pl.models import build_network, insert_attention, load_official_state_dict
 
-__all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "SqueezeExcitation", "build_network"]
+__all__ = [
+    "BAM",
+    "CBAM",
+    "AttentionConfig",
+    "ChannelAttention",
+    "EfficientChannelAttention",
+    "SpatialAttention",
+    "SqueezeExcitation",
+    "build_network",
+    "insert_attention",
+    "load_official_state_dict",
+]

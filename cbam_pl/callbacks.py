@@ -1,16 +1,19 @@
-"""What Lightning's callbacks lack: a progress bar that never waits for the device, and checkpoints that can move."""
+"""What Lightning's callbacks lack: checkpoints that can move and that signals leave, and a bar that never waits."""
 
+import signal
+import threading
 import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cbam_pl.classifier import Classifier
+from cbam_pl.errors import Interrupted
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -31,6 +34,72 @@ class RunCheckpoint(ModelCheckpoint):
         moved = {name: here(state_dict[name]) for name in state_dict if name.endswith("_path")}
         best = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
+
+
+class Safeguard(Callback):
+    """Write last.ckpt in the middle of an epoch: every few minutes, and when a signal asks the process to stop.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (which SLURM sends before the time is up) end the training at the next
+    optimizer step; Lightning ends it without a checkpoint.
+
+    Args:
+        last: the callback that writes last.ckpt.
+        minutes: longest time between two writes.
+
+    Raises:
+        Interrupted: after the state was saved on a signal.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    # Processes must agree to stop, which they are asked at every step of this many.
+    AGREE_EVERY = 10
+
+    def __init__(self, last: RunCheckpoint, minutes: float) -> None:
+        self._last = last
+        self._seconds = 60 * minutes
+        self._saved_at = 0.0
+        self._received: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals; only now, as Lightning took them when it began."""
+        self._saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self._received is None:  # a second one changes nothing: the state is being saved already
+            self._received = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is time, between two optimizer steps."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # a checkpoint does not hold half a step's gradients
+        stop, due = self._received is not None, time.monotonic() - self._saved_at > self._seconds
+        if trainer.world_size > 1:
+            if (batch_idx + 1) % self.AGREE_EVERY:
+                return
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+        # The last batch of an epoch is followed by validation and the ordinary checkpoint.
+        if (stop or due) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            trainer.save_checkpoint(self._last.format_checkpoint_name({}))
+            self._saved_at = time.monotonic()
+            if stop:
+                number = self._received or signal.SIGTERM
+                raise Interrupted(number, trainer.current_epoch + 1, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch's own checkpoint is about to be written."""
+        self._saved_at = time.monotonic()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
 
 class TrainingProgress(ProgressBar):

@@ -1,5 +1,6 @@
 """The LightningModule: a network's loss, metrics, optimizer and schedule."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,8 +18,8 @@ from torchmetrics import MeanMetric
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
-from cbam_pl.models import Architecture, build_network
-from cbam_pl.seeds import derive_seed
+from cbam_pl.models import Architecture, Stem, build_network
+from cbam_pl.seeds import derive_seed, seed_device
 
 
 class EpochMeans:
@@ -57,6 +58,22 @@ class EpochMeans:
         self.acc.update(correct / sizes, sizes)
         return losses, correct, sizes
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """What the epoch has summed up so far, over all processes: weighted sum and weight."""
+        state = {}
+        for name, metric in (("loss", self.loss), ("acc", self.acc)):
+            with metric.sync_context():
+                state[name] = [float(metric.mean_value), float(metric.weight)]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
+        """Take over the sums of an epoch that was broken off; one process alone, since they are everyone's."""
+        for name, metric in (("loss", self.loss), ("acc", self.acc)):
+            weighted, weight = state_dict[name]
+            metric.mean_value.fill_(weighted)
+            metric.weight.fill_(weight)
+            metric._update_count = 1  # so that `compute` knows that there is something to compute
+
     def finish(self) -> tuple[float, float]:
         """Mean loss and accuracy over all processes since the last call."""
         if self._noted:
@@ -75,6 +92,7 @@ class Classifier(LightningModule):
         arch: the network.
         attention: the attention of each of its blocks.
         image_size: height and width of the images in pixels.
+        stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
         optimizer: any of torch.optim, without its parameters.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
             by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
@@ -101,6 +119,7 @@ class Classifier(LightningModule):
         arch: Architecture = "cnn",
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008 - frozen
         image_size: int = 32,
+        stem: Stem = "cifar",
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -122,11 +141,12 @@ class Classifier(LightningModule):
                 "arch": arch,
                 "attention": asdict(attention),
                 "image_size": image_size,
+                "stem": stem,
                 "label_smoothing": label_smoothing,
                 "test_time_flip": test_time_flip,
             }
         )
-        self.network = build_network(arch, num_classes, attention, image_size)
+        self.network = build_network(arch, num_classes, attention, image_size, stem)
         self.channels_last = channels_last
         self.compile_training = compile
         self.test_time_flip = test_time_flip
@@ -147,6 +167,7 @@ class Classifier(LightningModule):
         self._epoch_lr = 0.0
         self._fetched_at = 0.0
         self._tested_epoch = 0
+        self._broken_off: dict[str, Any] = {}  # the epoch that a checkpoint was written in
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute."""
@@ -209,14 +230,23 @@ class Classifier(LightningModule):
 
     # Training
 
-    def on_train_epoch_start(self) -> None:
-        """Make the epoch's dropout a function of seed and epoch, and note the epoch's learning rate."""
-        torch.manual_seed(derive_seed("dropout", self.seed, self.current_epoch, self.global_rank))
-        self._epoch_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+    def on_train_start(self) -> None:
+        """Go on in an epoch that was broken off."""
         self._fetched_at = time.monotonic()
+        if self._broken_off:
+            self._epoch_lr = self._broken_off["lr"]
+            if self.global_rank == 0:
+                self.train_means.load_state_dict(self._broken_off["means"])
+
+    def on_train_epoch_start(self) -> None:
+        """Note the epoch's learning rate."""
+        self._epoch_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) and labels (B,) → the batch's mean loss ()."""
+        # Dropout is a function of seed, epoch and batch, so that any step can be done again.
+        purpose = ("dropout", self.seed, self.current_epoch, batch_idx, self.global_rank)
+        seed_device(derive_seed(*purpose), self.device)
         images, labels = batch
         logits = self._training_logits(images)
         loss = self._loss(logits, labels)
@@ -242,6 +272,8 @@ class Classifier(LightningModule):
         self._steps.clear()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         for step, parts in by_step.items():
+            if not all(math.isfinite(loss) for loss, _ in parts):
+                self._stop_at(step)
             if every and step % every == 0:
                 mean = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
                 self._log({"train/loss_step": mean}, step)
@@ -252,6 +284,16 @@ class Classifier(LightningModule):
             "images/s": total / (now - self._fetched_at),
         }
         self._fetched_at = now
+
+    def _stop_at(self, step: int) -> None:
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        callbacks = self.trainer.checkpoint_callbacks
+        saved = [path for callback in callbacks if (path := getattr(callback, "best_model_path", ""))]
+        rescue = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+        raise UserError(
+            f"the loss is not finite at step {step} (learning rate {lr:.3g}); {rescue}; lower the learning rate, or "
+            "clip gradients (--trainer.gradient_clip_val 1)"
+        )
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch, and step a plateau schedule before the checkpoint is written, so that none of it is lost."""
@@ -327,6 +369,8 @@ class Classifier(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Make val/loss and val/acc known to schedules and checkpoints."""
         loss, acc = self.evaluation_means.finish()
+        if self.trainer.training and not math.isfinite(loss):
+            self._stop_at(self.global_step)
         self._show({"val/loss": loss, "val/acc": acc})
 
     def on_test_epoch_end(self) -> None:
@@ -336,12 +380,16 @@ class Classifier(LightningModule):
         self._log({"test/loss": loss, "test/acc": acc}, self._tested_epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which epoch the checkpoint is of, from 1."""
+        """Note which epoch the checkpoint is of, from 1, and how far it was."""
         self._tested_epoch = checkpoint["epoch"] + 1
+        self._broken_off = checkpoint["broken_off"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the epoch's figures."""
+        """Note the epoch's figures, and in the middle of an epoch what it has summed up so far."""
+        if self._steps:
+            self._log_steps()
         checkpoint["figures"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["broken_off"] = {"lr": self._epoch_lr, "means": self.train_means.state_dict()}
 
     # Logging
 

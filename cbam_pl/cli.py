@@ -1,6 +1,7 @@
 """The command line: `python train.py fit --config configs/cbam_cnn.yaml`, then `python train.py test`."""
 
 import difflib
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cbam_pl.errors import UserError
+from cbam_pl.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -68,6 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interruption:
+        sys.exit(128 + interruption.number)
+    except KeyboardInterrupt:
+        print("interrupted before the first step; there is nothing to save", file=sys.stderr)
+        sys.exit(130)
 
 
 # Parsing
@@ -78,6 +84,7 @@ def _parser(command: str) -> "ArgumentParser":
     import warnings
 
     from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse.typing import PositiveFloat
     from lightning import Trainer
 
     from cbam_pl.classifier import Classifier
@@ -95,6 +102,9 @@ def _parser(command: str) -> "ArgumentParser":
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file; a later one or option wins")
         parser.add_argument("--seed", type=int, default=0, help="decides weights, order, augmentation and dropout")
         parser.add_argument("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
+        parser.add_argument(
+            "--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints"
+        )
         parser.add_class_arguments(
             Classifier, "model", skip={"num_classes", "image_size", "seed"}, instantiate=False, sub_configs=True
         )
@@ -170,8 +180,8 @@ def fit(options: list[str]) -> None:
     from cbam_pl.runs import new_run, newest_checkpoint, read_checkpoint, run_of
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
@@ -190,7 +200,7 @@ def fit(options: list[str]) -> None:
             run = new_run(root, recipe)
     try:
         with _refusals_are_mendable():
-            trainer = _trainer(values.trainer, run, resumed=resumed)
+            trainer = _trainer(values.trainer, run, resumed=resumed, minutes=settings.checkpoint_minutes)
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
             if run is not None and trainer.loggers:
@@ -200,6 +210,12 @@ def fit(options: list[str]) -> None:
                 trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: file.write_text(text)))  # type: ignore[attr-defined]
         with _refusals_of_lightning_are_mendable():
             trainer.fit(model, data, ckpt_path=checkpoint_path, weights_only=True)
+    except Interrupted as interruption:
+        if trainer.is_global_zero and run is not None:
+            again = [*_without(options, "--ckpt_path"), "--ckpt_path", str(run.checkpoints / "last.ckpt")]
+            print(f"{interruption}; the state is saved", file=sys.stderr)
+            print(f"resume: python train.py fit {shlex.join(again)}", file=sys.stderr)
+        raise
     finally:
         if run is not None:
             run.discard_if_unused()
@@ -218,8 +234,8 @@ def evaluate(command: str, options: list[str]) -> None:
     from cbam_pl.data.datamodule import ImageDataModule
     from cbam_pl.runs import run_of
 
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         data = ImageDataModule(**values.data, seed=saved["seed"])
         model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         run = run_of(path) if command == "test" else None
@@ -260,8 +276,8 @@ def predict(options: list[str]) -> None:
         raise UserError(f"top={settings.top} must be at least 1")
     pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
-    values = parser.instantiate(settings)
     with _refusals_are_mendable():
+        values = parser.instantiate(settings)
         model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         trainer = _trainer(values.trainer, None, tested_epoch=checkpoint["epoch"] + 1)
     device = trainer.strategy.root_device
@@ -304,6 +320,26 @@ def _refusals_of_lightning_are_mendable() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise UserError(
+                "out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches to keep the number "
+                "of images per step"
+            ) from error
+        raise
+
+
+def _without(options: list[str], name: str) -> list[str]:
+    """Options without one of them and its value."""
+    kept = []
+    words = iter(options)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
 
 
 def _recipe(settings: "Namespace") -> str:
@@ -350,6 +386,7 @@ def _trainer(
     settings: "Namespace",
     run: "Run | None",
     resumed: tuple[int, int] | None = None,
+    minutes: float | None = None,
     tested_epoch: int | None = None,
 ) -> "Trainer":
     """Lightning's Trainer with the run's logger, checkpoints and progress bar, unless the settings say otherwise."""
@@ -360,9 +397,10 @@ def _trainer(
     import torch
     from lightning import Trainer
 
-    from cbam_pl.callbacks import RunCheckpoint, TrainingProgress
+    from cbam_pl.callbacks import RunCheckpoint, Safeguard, TrainingProgress
     from cbam_pl.logger import RunLogger
     from cbam_pl.memory import keep_freed_memory
+    from cbam_pl.runs import AtomicCheckpointIO
 
     # Its tips and device lists; the summary says what matters. Warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -394,7 +432,12 @@ def _trainer(
         folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
         checkpoint = partial(RunCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
         # In this order last.ckpt knows of the best.
-        callbacks += [checkpoint(filename="best", monitor="val/acc", mode="max"), checkpoint(filename="last")]
+        last = checkpoint(filename="last")
+        callbacks += [checkpoint(filename="best", monitor="val/acc", mode="max"), last]
+        if minutes is not None:
+            callbacks.append(Safeguard(last, minutes))
+    plugins = options["plugins"] or []
+    options["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
     return Trainer(**options)
 
 

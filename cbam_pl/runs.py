@@ -1,5 +1,6 @@
 """Where a run writes: checkpoints/RECIPE/version_N and logs/RECIPE/version_N, and how they are found again."""
 
+import os
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from cbam_pl.errors import UserError
 
@@ -119,3 +121,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
     return checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, whenever the process or the machine dies.
+
+    Lightning writes through a temporary file in another folder, which is a copy, not a rename, where that folder is
+    another file system's (lightning issue 21253).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the target, wait for the disk, then rename.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        except (OSError, RuntimeError) as error:
+            beside.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+            raise UserError(
+                f"cannot write {path} ({getattr(error, 'strerror', None) or error}); {free / 1e6:,.1f} MB are free "
+                "there; earlier checkpoints are intact; make room, then resume with --ckpt_path last"
+            ) from error

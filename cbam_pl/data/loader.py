@@ -99,6 +99,15 @@ class TrainingLoader:
         self.seed = seed
         self.current_epoch = current_epoch
         self.share = share
+        self._taken = 0  # batches of the epoch that were handed out
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch the loader is, so that a resumed run goes on at the next batch."""
+        return {"taken": self._taken % len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next epoch behind the batches that were taken already."""
+        self._taken = state_dict["taken"]
 
     def __len__(self) -> int:
         return -(-(len(self.images) // self.share.world_size) // self.batch_size)
@@ -112,7 +121,10 @@ class TrainingLoader:
         dealt = order[self.share.rank : count - count % self.share.world_size : self.share.world_size]
         draws = draws[dealt].to(self.device)
         dealt = dealt.to(self.images.labels.device)
-        for indices, batch_draws in zip(dealt.split(self.batch_size), draws.split(self.batch_size), strict=True):
+        batches = list(zip(dealt.split(self.batch_size), draws.split(self.batch_size), strict=True))
+        self._taken %= len(batches)
+        for indices, batch_draws in batches[self._taken :]:
+            self._taken += 1
             pixels, labels = _gather(self.images, indices, self.device)
             yield self.normalise(augment(pixels, batch_draws, self.augmentation)), labels
 

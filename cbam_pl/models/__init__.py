@@ -6,7 +6,11 @@ from torch import nn
 
 from cbam_pl.attention import AttentionConfig, AttentionKind
 from cbam_pl.models.cnn import CNN
-from cbam_pl.models.resnet import ResNet
+from cbam_pl.models.insertion import insert_attention
+from cbam_pl.models.official import load_official_state_dict
+from cbam_pl.models.resnet import ResNet, Stem
+
+__all__ = ["CNN", "Architecture", "ResNet", "Stem", "build_network", "insert_attention", "load_official_state_dict"]
 
 Architecture = Literal["cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -24,28 +28,32 @@ def build_network(
     num_classes: int,
     attention: AttentionKind | AttentionConfig = "cbam",
     image_size: int = 32,
+    stem: Stem = "cifar",
 ) -> nn.Module:
-    """The network `arch` with `attention` in every block.
+    """The network `arch` with `attention` in every block, or where its `place` and `stages` say.
 
     Args:
         arch: cnn, resnet18, resnet34, resnet50, resnet101 or resnet152.
         num_classes: classes to tell apart.
         attention: a kind, or an AttentionConfig with its options.
         image_size: height and width of the images in pixels; only the cnn's linear layer depends on it.
+        stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
 
     Shape:
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
-        ValueError: an unknown arch or kind, or a number out of its range.
+        ValueError: an unknown arch, kind or stem, a number out of its range, or an option that arch has no use for.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1")
     if not isinstance(attention, AttentionConfig):
         attention = AttentionConfig(kind=attention)
     if arch == "cnn":
+        if stem != "cifar":
+            raise ValueError(f"stem={stem!r} has no effect with arch='cnn', whose stem is fixed; leave it out")
         return CNN(num_classes, attention, image_size)
     if arch in _RESNETS:
         depths, bottleneck = _RESNETS[arch]
-        return ResNet(depths, bottleneck, num_classes, attention)
+        return ResNet(depths, bottleneck, num_classes, attention, stem)
     raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(get_args(Architecture))}")

@@ -13,12 +13,14 @@ def _block(in_channels: int, channels: int, attention: AttentionConfig) -> nn.Se
     layers: list[tuple[str, nn.Module]] = [
         ("conv", he_conv(in_channels, channels, kernel_size=3, bias=True)),
         ("norm", nn.BatchNorm2d(channels)),
-        ("relu", nn.ReLU(inplace=True)),
-        ("pool", nn.MaxPool2d(2)),
     ]
-    # Squeeze-and-excitation recalibrates the convolution's own output; CBAM refines what leaves the block.
-    place = 3 if attention.kind == "se" else 4
-    layers.insert(place, ("attention", attention.build(channels)))
+    relu, pool = ("relu", nn.ReLU(inplace=True)), ("pool", nn.MaxPool2d(2))
+    # Squeeze-and-excitation, and ECA that replaces it, recalibrate the convolution's own output; the others refine
+    # what leaves the block.
+    place = attention.place or ("before_pool" if attention.kind in ("se", "eca") else "after_pool")
+    module = ("attention", attention.build(channels))
+    # With nothing between them, ReLU and pool commute, gradients included, and the ReLU has a quarter of the values.
+    layers += [relu, module, pool] if place == "before_pool" else [pool, relu, module]
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -27,20 +29,25 @@ class CNN(nn.Module):
 
     Args:
         num_classes: classes to tell apart.
-        attention: the attention of each block.
+        attention: the attention of each block; its place is before_pool or after_pool.
         image_size: height and width of the images in pixels, at least 8.
 
     Shape:
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
-        ValueError: image_size is below 8, so that nothing is left after three poolings.
+        ValueError: image_size is below 8, so that nothing is left after three poolings; or the attention's place is
+            one in the ResNets, or stages are chosen, which the cnn has not.
     """
 
     def __init__(self, num_classes: int, attention: AttentionConfig, image_size: int = 32) -> None:
         super().__init__()
         if image_size < 8:
             raise ValueError(f"image_size={image_size} leaves nothing after three poolings; use at least 8")
+        if attention.place not in (None, "before_pool", "after_pool"):
+            raise ValueError(f"place={attention.place!r} is not in the cnn; use before_pool or after_pool")
+        if attention.stages is not None:
+            raise ValueError(f"stages={attention.stages!r} has no effect in the cnn, which has none; leave it out")
         widths = (32, 64, 128)
         self.blocks = nn.Sequential(
             *(_block(before, after, attention) for before, after in zip((3, *widths), widths, strict=False))

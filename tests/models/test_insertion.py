@@ -1,0 +1,158 @@
+"""Attention put into networks that know nothing of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from cbam_pl.attention import CBAM, AttentionConfig, SqueezeExcitation
+from cbam_pl.models import insert_attention
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+KINDS = ["se", "channel", "spatial", "cbam", "eca", "bam"]
+
+
+def resnet():
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=5).eval()
+
+
+def force_gates_to_one(network):
+    """Every logit becomes infinite, and with it the gate one; BAM's, of 1 + sigmoid, minus infinite."""
+    for name, module in network.named_modules():
+        if name.endswith("attention"):
+            for gate in (module, *module.children()):
+                if hasattr(gate, "logits"):
+                    gate.logits = lambda x: torch.full((1, 1, 1, 1), float("inf"))
+            if hasattr(module, "spatial") and isinstance(module.spatial, nn.Sequential):
+                nn.init.constant_(module.spatial[-1].bias, float("-inf"))
+
+
+@pytest.mark.parametrize("where", ["layer?.*.bn2", ["bn1", "layer1", "layer4.1"]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_is_as_before_when_the_gates_are_one(kind, where):
+    network = resnet()
+    before, names = network(IMAGES), list(network.state_dict())
+    assert insert_attention(network, kind, where) is network
+    changed = network(IMAGES)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    force_gates_to_one(network)
+    assert torch.equal(network(IMAGES), before)
+    assert [name for name in network.state_dict() if "attention." not in name] == names
+
+
+def test_attention_stands_where_it_was_asked_for():
+    network = insert_attention(resnet(), AttentionConfig(reduction=4), "layer?.0.bn2")
+    places = [name for name, module in network.named_modules() if isinstance(module, CBAM)]
+    assert places == [f"layer{n}.0.bn2.attention" for n in (1, 2, 3, 4)]
+    assert [network.get_submodule(name).channel.expand.out_features for name in places] == [64, 128, 256, 512]
+    x = torch.randn(2, 64, 8, 8)
+    block = network.layer1[0]
+    plain = resnet().layer1[0]
+    inner = block.bn2.attention(plain.bn2(plain.conv2(torch.relu(plain.bn1(plain.conv1(x))))))
+    torch.testing.assert_close(block(x), torch.relu(inner + x))
+
+
+def test_sequential_runs_its_attention_once():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU()))
+    plain = copy.deepcopy(network)
+    insert_attention(network, "se", "1")
+    assert isinstance(network[1].attention, SqueezeExcitation)
+    torch.testing.assert_close(network(IMAGES), network[1].attention(plain(IMAGES)))
+
+
+class Concatenation(nn.Module):
+    """Declares its layers in another order than it runs them, and joins their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.norm = nn.Conv2d(3, 12, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return torch.cat([self.wide(x), self.narrow(self.norm(x))], 1)
+
+
+def test_example_shows_channels_that_no_layer_declares():
+    network = nn.Sequential(Concatenation(), nn.ReLU())
+    wrong = insert_attention(copy.deepcopy(network), "cbam", "0")
+    with pytest.raises(
+        ValueError, match=r"after Concatenation is for \(B, 3, H, W\), but the output is \(2, 16, 32, 32"
+    ):
+        wrong(IMAGES)
+    statistics = network[0].norm.running_mean.clone()
+    insert_attention(network, "cbam", ["0", "1"], example=IMAGES)
+    assert network[0].attention.channel.expand.out_features == 16
+    assert network[1].attention.channel.expand.out_features == 16
+    assert torch.equal(network[0].norm.running_mean, statistics)
+    assert network.training
+    assert network[0].norm.training
+    assert network(IMAGES).shape == (2, 16, 32, 32)
+
+
+def test_copies_and_pickles_have_attention_of_their_own():
+    network = insert_attention(resnet(), "cbam", "layer1.*")
+    expected = network(IMAGES)
+    copies = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
+    for module in network.modules():
+        if isinstance(module, CBAM):
+            nn.init.zeros_(module.channel.expand.weight)
+    assert not torch.allclose(network(IMAGES), expected)
+    for twin in copies:
+        torch.testing.assert_close(twin(IMAGES), expected)
+
+
+def test_attention_follows_the_networks_type_and_mode():
+    network = resnet().double().train()
+    insert_attention(network, AttentionConfig(preset="official"), "layer2.0")
+    attention = network.layer2[0].attention
+    assert attention.channel.reduce.weight.dtype == torch.float64
+    assert attention.training
+    assert network(IMAGES.double()).dtype == torch.float64
+    assert not insert_attention(resnet(), "cbam", "layer2.0").layer2[0].attention.training
+
+
+def test_compiles_and_learns():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), torchvision.models.resnet.BasicBlock(16, 16))
+    insert_attention(network, "cbam", ["0", "1"])
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IMAGES), copy.deepcopy(network)(IMAGES), rtol=1e-4, atol=1e-4)
+    compiled(IMAGES).square().sum().backward()
+    for module in (network[0], network[1]):
+        assert module.attention.spatial.conv.weight.grad.abs().sum() > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"where": "layer9.*"}, r"^where='layer9.\*' matches no module of the network; it has .*layer"),
+        ({"where": ["layer1.0", "layer1.bn2"]}, r"^where='layer1.bn2' matches no module"),
+        ({"where": []}, r"^where=\[\] must name at least one module$"),
+        ({"where": "relu"}, r"^where='relu': the channels of ReLU are unknown; give an example input$"),
+        (
+            {"where": "fc", "example": IMAGES},
+            r"^where='fc': the channels of Linear are unknown; choose a module that gives \(B, C, H, W\)$",
+        ),
+        ({"kind": "cbma"}, r"^kind='cbma' is unknown; use one of none, se, channel"),
+        ({"kind": AttentionConfig(kernel_size=4)}, r"^kernel_size=4 must be odd"),
+        ({"kind": AttentionConfig(stages=(1,))}, r"^stages=\(1,\) has no effect in insert_attention; use where$"),
+        ({"kind": AttentionConfig(place="after_pool")}, r"^place='after_pool' has no effect in insert_attention; use"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(options, message):
+    network = resnet()
+    before = [name for name, _ in network.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        insert_attention(network, **{"kind": "cbam", "where": "layer1.0", **options})
+    assert [name for name, _ in network.named_modules()] == before
+
+
+def test_second_attention_in_one_place_is_refused():
+    network = insert_attention(resnet(), "cbam", "layer1.0")
+    with pytest.raises(ValueError, match=r"^where='layer1.0': BasicBlock has an attribute `attention` already$"):
+        insert_attention(network, "se", "layer1.*")
