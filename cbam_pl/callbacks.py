@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     Lightning forgets the best so far when the folder's path has changed; a worse epoch would then replace best.ckpt.
     """
+
+    # Lightning asks for it at every hook of every step, and puts it together anew each time.
+    state_key = cached_property(ModelCheckpoint.state_key.fget)  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state, with the paths that its files have now."""
@@ -105,8 +109,11 @@ class TrainingProgress(ProgressBar):
     the classifier has fetched already.
     """
 
+    _SECONDS_PER_MOVE = 0.2
+
     def __init__(self) -> None:
         super().__init__()
+        self._moved = 0.0
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -133,6 +140,7 @@ class TrainingProgress(ProgressBar):
                 TimeRemainingColumn(compact=True),
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
+                refresh_per_second=5,  # each drawing takes the interpreter 2 ms, of which training gets nothing
                 transient=True,
                 expand=True,
             )
@@ -178,7 +186,11 @@ class TrainingProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
+        """Move the bar, a few times a second."""
+        now = time.monotonic()
+        if now - self._moved < self._SECONDS_PER_MOVE and batch_idx + 1 < self.total_train_batches:
+            return
+        self._moved = now
         figures = ""
         if isinstance(pl_module, Classifier) and pl_module.recent:
             recent = pl_module.recent

@@ -119,6 +119,11 @@ def _parser(command: str) -> "ArgumentParser":
         )
     else:
         parser.add_argument("--ckpt_path", type=str, default="best", help="a FILE, or the newest run's best or last")
+        parser.add_argument(
+            "--model.test_time_flip",
+            type=bool | None,
+            help="classify by the mean of the logits of each image and its mirror image; by default as in training",
+        )
     if command == "predict":
         parser.add_argument("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
         parser.add_argument("--output", type=str, default="predictions.csv", help="the CSV file to write")
@@ -271,7 +276,7 @@ def evaluate(command: str, options: list[str]) -> None:
     with _refusals_are_mendable():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data, seed=saved["seed"])
-        model = Classifier.of_checkpoint(checkpoint)
+        model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         run = run_of(path) if command == "test" else None
         trainer = _trainer(values.trainer, run, tested_epoch=checkpoint["epoch"] + 1)
     data.load_state_dict(checkpoint["ImageDataModule"])
@@ -312,7 +317,7 @@ def predict(options: list[str]) -> None:
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     with _refusals_are_mendable():
         values = parser.instantiate(settings)
-        model = Classifier.of_checkpoint(checkpoint)
+        model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         trainer = _trainer(values.trainer, None, tested_epoch=checkpoint["epoch"] + 1)
     device = trainer.strategy.root_device
     loader = EvaluationLoader(images, 256, Normalise(data["mean"], data["std"], device), device, Share())
@@ -449,12 +454,15 @@ def _trainer(
 ) -> "Trainer":
     """Lightning's Trainer with the run's logger, checkpoints and progress bar, unless the settings say otherwise."""
     import logging
+    import os
     import warnings
 
+    import torch
     from lightning import Trainer
 
     from cbam_pl.callbacks import RunCheckpoint, Safeguard, TrainingProgress
     from cbam_pl.logger import RunLogger
+    from cbam_pl.memory import keep_freed_memory
     from cbam_pl.runs import AtomicCheckpointIO
 
     # Its tips and device lists; the summary says what matters. Warnings and errors stay.
@@ -463,6 +471,11 @@ def _trainer(
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
     # A resumed run's folder is meant to hold its checkpoints.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
+    keep_freed_memory()
+    if not torch.cuda.is_available():
+        # Lightning sets it for the sake of forked processes. With it, where there is no GPU, torch 2.14 looks for
+        # NVIDIA's library at every optimizer step, which takes as long as the rest of a small network's update.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     options = dict(**settings)
     callbacks = options["callbacks"] or []
     options["callbacks"] = callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]

@@ -13,13 +13,14 @@ def _block(in_channels: int, channels: int, attention: AttentionConfig) -> nn.Se
     layers: list[tuple[str, nn.Module]] = [
         ("conv", he_conv(in_channels, channels, kernel_size=3, bias=True)),
         ("norm", nn.BatchNorm2d(channels)),
-        ("relu", nn.ReLU(inplace=True)),
-        ("pool", nn.MaxPool2d(2)),
     ]
+    relu, pool = ("relu", nn.ReLU(inplace=True)), ("pool", nn.MaxPool2d(2))
     # Squeeze-and-excitation, and ECA that replaces it, recalibrate the convolution's own output; the others refine
     # what leaves the block.
     place = attention.place or ("before_pool" if attention.kind in ("se", "eca") else "after_pool")
-    layers.insert(3 if place == "before_pool" else 4, ("attention", attention.build(channels)))
+    module = ("attention", attention.build(channels))
+    # With nothing between them, ReLU and pool commute, gradients included, and the ReLU has a quarter of the values.
+    layers += [relu, module, pool] if place == "before_pool" else [pool, relu, module]
     return nn.Sequential(OrderedDict(layers))
 
 
