@@ -64,7 +64,12 @@ def main() -> None:
                 times[name].append(_seconds(command))
     imports = times["import torch, lightning"]
     rows = [
-        [name, Spread.of(seconds).text(2), ratio(seconds, imports).text(2), "≤ 1.2" if name.endswith("py --help") else ""]
+        [
+            name,
+            Spread.of(seconds).text(2),
+            ratio(seconds, imports).text(2),
+            "≤ 1.2" if name.endswith("py --help") else "",
+        ]
         for name, seconds in times.items()
     ]
     title = f"seconds: median of {given.rounds} interleaved rounds (lowest to highest)"

@@ -207,7 +207,9 @@ class Classifier(LightningModule):
         if compiled is None:
             compiled = device.type == "cuda" and find_spec("triton") is not None
         if compiled and stage == "fit":
-            self._compiled = torch.compile(self.network.forward, dynamic=False)
+            # With torch's own random numbers, so that dropout is the same with and without it.
+            options: dict[str, Any] = {"fallback_random": True}
+            self._compiled = torch.compile(self.network.forward, dynamic=False, options=options)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised → logits (B, num_classes)."""
