@@ -120,7 +120,14 @@ def layers(options: argparse.Namespace) -> list[Table]:
                 if "cbam" in options.kinds:
                     quotient = fastest["cbam"] / fastest["timm"]
                     rows.append([f"our CBAM ÷ timm's, each at its best: {quotient:.2f}", *[""] * 5])
-        columns = ["layer", "forward, µs", "bytes alone", "forward + backward, µs", "bytes alone", "kept for backward ÷ input"]
+        columns = [
+            "layer",
+            "forward, µs",
+            "bytes alone",
+            "forward + backward, µs",
+            "bytes alone",
+            "kept for backward ÷ input",
+        ]
         tables.append(Table(f"{name}, batches of {options.batch_size}, channels_last", columns, rows))
     return tables
 

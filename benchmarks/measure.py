@@ -324,7 +324,10 @@ def report(header: dict[str, str], tables: Iterable[Table], json_path: str | Non
         console.print(rich_table)
     if json_path:
         plain = [
-            {"title": table.title, "rows": [dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows]}
+            {
+                "title": table.title,
+                "rows": [dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows],
+            }
             for table in tables
         ]
         Path(json_path).write_text(json.dumps({"machine": header, "tables": plain}, indent=2, ensure_ascii=False))

@@ -60,10 +60,12 @@ class Rate(Callback):
                 "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             }
             self.path.write_text(json.dumps(figures))
-        raise SystemExit
+        os._exit(0)  # at the same step in every process
 
 
-def _measure(options: list[str], processes: int, device: str, threads: int, seconds: float, root: Path) -> dict[str, Any]:
+def _measure(
+    options: list[str], processes: int, device: str, threads: int, seconds: float, root: Path
+) -> dict[str, Any]:
     path = root / "rate.json"
     path.unlink(missing_ok=True)
     callback = {"class_path": "benchmarks.scaling.Rate", "init_args": {"path": str(path), "seconds": seconds}}
@@ -107,7 +109,9 @@ def main() -> None:
     options.add_argument("--config", default="configs/cbam_cnn.yaml", help="the recipe (default: %(default)s)")
     options.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     options.add_argument("--step_ms", type=float, help="of one GPU, for the expectation (default: as measured here)")
-    options.add_argument("--bandwidth", type=float, default=50.0, help="GB/s of the slowest link (default: %(default)s)")
+    options.add_argument(
+        "--bandwidth", type=float, default=50.0, help="GB/s of the slowest link (default: %(default)s)"
+    )
     options.add_argument("--latency", type=float, default=5.0, help="µs per message (default: %(default)s)")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -121,9 +125,7 @@ def main() -> None:
                 # On a CPU the processes share the cores.
                 threads = max(1, given.threads // count)
                 measured[count].append(_measure(recipe, count, given.device, threads, given.seconds, root))
-    rates = {
-        count: [count * one["images"] / one["step"] for one in figures] for count, figures in measured.items()
-    }
+    rates = {count: [count * one["images"] / one["step"] for one in figures] for count, figures in measured.items()}
     alone = Spread.of(rates[min(rates)]).median
     rows = [[count, Spread.of(values), f"{Spread.of(values).median / alone:.2f}"] for count, values in rates.items()]
     shared = "cores shared by the processes" if given.device == "cpu" else "a GPU each"

@@ -118,7 +118,9 @@ def main() -> None:
     title = f"images/s: median of {given.rounds} interleaved rounds of {given.seconds} s (lowest to highest)"
     tables = [
         Table(title, ["loop", "images/s", f"peak memory {kind}, MB"], rates),
-        Table("ratios, round by round", ["ratio", "median (lowest to highest)", "asked"], _ratios(measured, given.device)),
+        Table(
+            "ratios, round by round", ["ratio", "median (lowest to highest)", "asked"], _ratios(measured, given.device)
+        ),
     ]
     report(header, tables, given.json)
 

@@ -184,4 +184,3 @@ def naive_network_alone(clock: RoundClock, options: list[str]) -> None:
         loss.backward()
         optimizer.step()
         clock.step(len(labels))
-

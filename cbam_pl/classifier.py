@@ -101,7 +101,7 @@ class Classifier(LightningModule):
         channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
             faster on; results differ by rounding alone. By default on for CPU and CUDA.
         compile: let torch.compile write kernels for the training steps; results differ by rounding alone. By default
-            on for CUDA with Triton, and off elsewhere: on a CPU it takes a minute and gains a few per cent.
+            on for CUDA with Triton, and off elsewhere, as on a CPU it takes half a minute to a minute first.
         test_time_flip: classify by the mean of the logits of each image and of its mirror image, in validation, test
             and prediction.
         seed: what the dropout of each epoch depends on; the initial weights are drawn before, from torch's own state.
@@ -206,7 +206,9 @@ class Classifier(LightningModule):
         if compiled is None:
             compiled = device.type == "cuda" and find_spec("triton") is not None
         if compiled and stage == "fit":
-            self._compiled = torch.compile(self.network.forward, dynamic=False)
+            # With torch's own random numbers, so that dropout is the same with and without it.
+            options = {"fallback_random": True}
+            self._compiled = torch.compile(self.network.forward, dynamic=False, options=options)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised → logits (B, num_classes)."""

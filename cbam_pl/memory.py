@@ -21,4 +21,4 @@ def keep_freed_memory() -> bool:
         return False
     set_option = ctypes.CDLL(None).mallopt
     options = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 64 << 20}  # bytes
-    return all([set_option(option, value) for option, value in options.items()])
+    return all(set_option(option, value) for option, value in options.items())

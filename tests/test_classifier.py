@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,3 +141,62 @@ def test_a_checkpoint_rebuilds_the_network(data, tmp_path):
     assert again.hparams["attention"]["kernel_size"] == 3
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(image_folder, tmp_path):
+    # 20 training images: a compiled step, dropout included, and one on a smaller batch.
+    data = ImageDataModule("folder", str(image_folder), batch_size=16, val_size=73)
+    checkpoints = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(3, optimizer=partial(torch.optim.SGD, lr=0.01), compile=compiled)
+        fitted = trainer(tmp_path, max_epochs=1)
+        fitted.fit(model, data)
+        assert (model._compiled is not None) == compiled
+        path = tmp_path / f"{compiled}.ckpt"
+        fitted.save_checkpoint(path)
+        checkpoints.append(torch.load(path))
+    eager, compiled = (checkpoint["state_dict"] for checkpoint in checkpoints)
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        assert torch.allclose(value.float(), compiled[name].float(), atol=1e-5), name
+    # The network itself is not replaced: its gates can be read as before.
+    images = torch.randn(2, 3, 32, 32)
+    seen = []
+    for network in (Classifier.load_from_checkpoint(tmp_path / "False.ckpt").network, model.network):
+        attention = network.eval().blocks[0].attention
+        attention.register_forward_hook(lambda module, inputs, output: seen.append(module.gates(inputs[0])))
+        with torch.no_grad():
+            network(images)
+    assert seen[0].keys() == seen[1].keys() == {"channel", "spatial"}
+    for name in seen[0]:
+        assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "expected"), [("cuda", "fit", True), ("cuda", "test", False), ("cpu", "fit", False)]
+)
+def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected):
+    model = Classifier(3)
+    model._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    model.train_means.to = model.evaluation_means.to = lambda device: None  # there may be no such device here
+    model.setup(stage)
+    assert (model._compiled is not None) == expected
+    assert model.memory_format == torch.channels_last
+
+
+def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
+    torch.manual_seed(0)
+    flipping, plain = Classifier(3, test_time_flip=True).eval(), Classifier(3).eval()
+    plain.load_state_dict(flipping.state_dict())
+    images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+    mirrored = torch.stack([images[..., 31 - column] for column in range(32)], 3)
+    with torch.no_grad():
+        straight, back = plain.network(images), plain.network(mirrored)
+        assert not torch.allclose(straight, back, atol=1e-3)
+        assert torch.allclose(flipping.predict_step((images, labels), 0), ((straight + back) / 2).softmax(1), atol=1e-6)
+        assert torch.allclose(plain.predict_step((images, labels), 0), straight.softmax(1), atol=1e-6)
+    flipping.evaluation_means.to(torch.device("cpu"))
+    flipping.validation_step((images, labels), 0)
+    expected = float(torch.nn.functional.cross_entropy((straight + back) / 2, labels))
+    assert flipping.evaluation_means.finish()[0] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,93 @@
+"""The benchmarks run and print what they promise; their figures are for a quiet machine."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.naive import NaiveCNN
+from benchmarks.scaling import expected_efficiency
+from cbam_pl.models import build_network
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_naive_network_computes_what_ours_does():
+    torch.manual_seed(0)
+    naive, ours = NaiveCNN(10).eval(), build_network("cnn", 10, "cbam").eval()
+    # In both, parameters come in the order of the layers.
+    source, target = list(naive.parameters()), list(ours.parameters())
+    assert len(source) == len(target)
+    with torch.no_grad():
+        for ours_parameter, naive_parameter in zip(target, source, strict=True):
+            ours_parameter.copy_(naive_parameter.view_as(ours_parameter))
+        images = torch.randn(3, 3, 32, 32)
+        assert torch.allclose(naive(images), ours(images), atol=1e-5)
+
+
+def test_the_clock_counts_whole_steps_and_leaves_out_pauses():
+    ours, theirs = multiprocessing.Pipe()
+    clock = measure.RoundClock(theirs, torch.device("cpu"))
+
+    def steps():
+        while True:
+            time.sleep(0.01)
+            clock.pause()
+            time.sleep(0.02)
+            clock.resume()
+            clock.step(7)
+
+    def work():
+        with pytest.raises(measure._Finished):
+            steps()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert ours.recv() == "ready"
+    ours.send(0.3)
+    rate = ours.recv()
+    ours.send(None)
+    worker.join(10)
+    assert not worker.is_alive()
+    assert 7 / 0.02 < rate <= 7 / 0.01  # 0.03 s a step, pauses counted, would give 233
+
+
+def test_ratios_are_taken_round_by_round():
+    assert measure.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == measure.Spread(2.0, 1.0, 3.0)
+
+
+def test_expected_efficiency_is_the_ring_all_reduces():
+    # 4 GPUs: 2 · 3/4 of 8 bytes at 4 bytes/s are 3 s, and 6 messages of 0.5 s are 3 s; 2/3 of 9 s hide 6 s of it.
+    assert expected_efficiency(4, 9.0, 8.0, 4.0, 0.5) == (9 / 15, 1.0)
+    assert expected_efficiency(1, 9.0, 8.0, 4.0, 0.5) == (1.0, 1.0)
+
+
+SHORT = ["--threads", "1", "--rounds", "1", "--seconds", "0.05", "--device", "cpu"]
+EAGER = ["--archs", "cnn", "--modes", "eager", "--batch_size", "4"]
+COMMANDS = {  # options, the beginning of a row, rows of the longest table
+    "attention": ([*EAGER, "--kinds", "cbam", "se"], "cnn 32×16×16, se eager", 12),
+    "attention networks": ([*EAGER, "--part", "networks"], "cnn cbam, eager", 2),
+    "scaling": (["--processes", "1"], "512", 3),
+    "startup": ([], "train.py fit, first step done", 4),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_its_tables_and_writes_them_as_json(name, tmp_path):
+    options, row, num_rows = COMMANDS[name]
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{name.split()[0]}", *SHORT, *options, "--json", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert row in done.stdout
+    assert "Warning" not in done.stderr
+    figures = json.loads(path.read_text())
+    assert "processor" in figures["machine"]
+    assert max(len(table["rows"]) for table in figures["tables"]) == num_rows
