@@ -9,16 +9,19 @@ from cbam_pl.attention import (
     SpatialAttention,
     SqueezeExcitation,
 )
+from cbam_pl.inspection import AttentionMaps, attention_maps
 from cbam_pl.models import build_network, insert_attention, load_official_state_dict
 
 __all__ = [
     "BAM",
     "CBAM",
     "AttentionConfig",
+    "AttentionMaps",
     "ChannelAttention",
     "EfficientChannelAttention",
     "SpatialAttention",
     "SqueezeExcitation",
+    "attention_maps",
     "build_network",
     "insert_attention",
     "load_official_state_dict",

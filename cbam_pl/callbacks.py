@@ -165,6 +165,8 @@ class TrainingProgress(ProgressBar):
         epoch, seconds = self._finished_epoch
         self._finished_epoch = None
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if "train/loss" not in measured:
+            return  # the epoch ended with an error
         line = f"epoch {epoch:3}/{trainer.max_epochs}  train {measured['train/loss']:.4f} {measured['train/acc']:.4f}"
         if "val/loss" in measured:
             line += f"  val {measured['val/loss']:.4f} {measured['val/acc']:.4f}"

@@ -26,6 +26,7 @@ COMMANDS = {
     "test": "measure a checkpoint on the test images; by default the newest run's best",
     "validate": "measure a checkpoint on the validation images; by default the newest run's best",
     "predict": "classify your own images: --images FILE_OR_FOLDER ...",
+    "visualize": "draw features, attention, Grad-CAM and curves of a checkpoint; --measure gives numbers",
 }
 
 
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
             fit(options)
         elif command == "predict":
             predict(options)
+        elif command == "visualize":
+            visualize(options)
         else:
             evaluate(command, options)
     except UserError as error:
@@ -105,6 +108,12 @@ def _parser(command: str) -> "ArgumentParser":
         parser.add_argument(
             "--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints"
         )
+        parser.add_argument(
+            "--pictures_every",
+            type=int,
+            default=5,
+            help="epochs from one set of TensorBoard's pictures to the next, beside the first and last; 0: none",
+        )
         parser.add_class_arguments(
             Classifier, "model", skip={"num_classes", "image_size", "seed"}, instantiate=False, sub_configs=True
         )
@@ -133,6 +142,33 @@ def _parser(command: str) -> "ArgumentParser":
             "trainer.devices": 1,
         }
     )
+    return parser
+
+
+def _visualize_parser() -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    from cbam_pl.data.datamodule import ImageDataModule
+
+    parser = ArgumentParser(
+        prog="train.py visualize",
+        description=COMMANDS["visualize"],
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage="python train.py visualize [OPTIONS]",
+    )
+    add = parser.add_argument
+    add("--ckpt_path", nargs="+", type=str, default=["best"], help="FILES, or the newest run's best or last")
+    add("--images", nargs="+", type=str, help="your own image files, or folders of them")
+    add("--indices", nargs="+", type=int, help="test images, by number from 0")
+    add("--class_name", type=str, help="the first test images of a class")
+    add("--num_images", type=int, help="images to show (default: 3); --images and --indices show all that they name")
+    add("--output", type=str, help="folder to write to (default: pictures, beside the logs of the first run)")
+    add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
+    add("--measure", action="store_true", help="measure on test images whether attention falls on what matters")
+    add("--measure_images", type=int, help="test images to measure on, evenly chosen (default: 1000)")
+    add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
+    parser.add_class_arguments(ImageDataModule, "data", skip={"seed"}, instantiate=False)
     return parser
 
 
@@ -177,11 +213,13 @@ def fit(options: list[str]) -> None:
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.monitor import NetworkMonitor
     from cbam_pl.runs import new_run, newest_checkpoint, read_checkpoint, run_of
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
     with _refusals_are_mendable():
         values = parser.instantiate(settings)
+        monitor = NetworkMonitor(settings.pictures_every)
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
@@ -201,6 +239,7 @@ def fit(options: list[str]) -> None:
     try:
         with _refusals_are_mendable():
             trainer = _trainer(values.trainer, run, resumed=resumed, minutes=settings.checkpoint_minutes)
+            trainer.callbacks.insert(0, monitor)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
             if run is not None and trainer.loggers:
@@ -306,6 +345,30 @@ def predict(options: list[str]) -> None:
             f"cannot write {settings.output} ({error.strerror}); name another file with --output"
         ) from error
     print(f"saved {settings.output}")
+
+
+def visualize(options: list[str]) -> None:
+    """Draw what one checkpoint or several see, and print the pictures' paths."""
+    from dataclasses import fields
+
+    parser = _visualize_parser()
+    settings = _parse(parser, options)
+
+    from cbam_pl.runs import newest_checkpoint, read_checkpoint
+    from cbam_pl.visualize import Choice, Subject, draw
+
+    root = Path(settings.trainer.default_root_dir)
+    subjects = []
+    for name in settings.ckpt_path:
+        path = newest_checkpoint(root, name) if name in ("best", "last") else Path(name)
+        checkpoint = read_checkpoint(path)
+        saved = checkpoint["datamodule_hyper_parameters"]
+        # What is not given here is as the checkpoint was trained with.
+        given = _parse(parser, options, {f"data.{key}": saved[key] for key in saved if key != "seed"})
+        subjects.append(Subject(path, checkpoint, {**given.data, "seed": saved["seed"]}))
+    choice = Choice(**{field.name: settings[field.name] for field in fields(Choice)})
+    with _refusals_are_mendable():
+        draw(subjects, choice, settings.output, settings.format, settings.measure)
 
 
 # What the commands share

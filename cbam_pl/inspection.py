@@ -1,0 +1,268 @@
+"""Look into a network: its gates, feature maps and Grad-CAM. Whatever is called here leaves the network as it was."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from cbam_pl.attention import BAM
+from cbam_pl.models.cnn import CNN
+from cbam_pl.models.resnet import ResidualBlock, ResNet
+
+# Below this standard deviation over places a spatial gate is as good as constant: it moves its input by less than
+# a tenth of a percent from place to place.
+CONSTANT = 1e-3
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """The gates of one block for a batch of images, float32, on the network's device.
+
+    A gate that does not separate into channels and places (BAM, and the parallel order of CBAM) is given by its means:
+    over the places as the channel gate, over the channels as the spatial one. Of BAM, which multiplies its input by
+    1 + gate, it is the gate.
+
+    Args:
+        channel: (B, C) in (0, 1), the weight of each channel; None where the attention has no channel gate.
+        spatial: (B, H, W) in (0, 1), the weight of each place; None where it has no spatial gate.
+    """
+
+    channel: Tensor | None
+    spatial: Tensor | None
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """What a network computes for a batch of images, on its device.
+
+    Args:
+        logits: (B, classes).
+        blocks: name of each convolution block → its output (B, C, H, W), in the order of the layers.
+        last: (B, C, H, W), the last convolution's activations: after normalisation and ReLU, and in the cnn before the
+            pooling, which leaves a finer map than the block's output.
+    """
+
+    logits: Tensor
+    blocks: dict[str, Tensor]
+    last: Tensor
+
+
+def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMaps]:
+    """The gates of every attention module in `network`, as they are in evaluation.
+
+    Works for every module with a method `gates`, as all of `cbam_pl.attention` have, in any network; also where the
+    network is compiled, wrapped by DistributedDataParallel, or trained with automatic mixed precision. One plain
+    forward pass in the precision of the weights; nothing of it stays: training mode, running statistics, gradients,
+    hooks and random state are as before.
+
+    Args:
+        network: (B, 3, H, W) → any output.
+        images: normalised as in training; they are moved to the network's device.
+
+    Shape:
+        images (B, 3, H, W) → per block a channel gate (B, C) and a spatial gate (B, H, W).
+
+    Returns:
+        Name of the block → its gates, in the order in which they are computed: the name of the attention module
+        without a last part `attention`. Empty for a network without attention.
+
+    Raises:
+        ValueError: images are not (B, C, H, W), or a module runs twice in one forward pass.
+    """
+    maps: dict[str, AttentionMaps] = {}
+
+    def note(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if name in maps:
+            raise ValueError(f"the attention of {name} runs twice in one forward pass; give each place its own module")
+        maps[name] = _as_maps(module, module.gates(arguments[0]))  # type: ignore[operator]
+
+    network = unwrap(network)
+    with _evaluation(network), torch.no_grad(), _hooks() as hooks:
+        for name, module in _attention_modules(network).items():
+            hooks.append(module.register_forward_pre_hook(partial(note, name)))
+        network(_as_input(images, network))
+    return maps
+
+
+def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
+    """The output of each convolution block and the logits, in evaluation.
+
+    Args:
+        network: a cnn or ResNet of this program, compiled and wrapped or not.
+        images: (B, 3, H, W), normalised as in training.
+
+    Raises:
+        ValueError: another network, or images that are not (B, 3, H, W).
+    """
+    network = unwrap(network)
+    layers = {**_convolution_blocks(network), "": _last_activation(network)}
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        seen[name] = output
+
+    with _evaluation(network), torch.no_grad(), _hooks() as hooks:
+        for name, module in layers.items():
+            hooks.append(module.register_forward_hook(partial(note, name)))
+        logits = network(_as_input(images, network))
+    last = seen.pop("")
+    return FeatureMaps(logits, {name: seen[name] for name in layers if name}, last)
+
+
+def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Which places of the last convolution's activations speak for a class.
+
+    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
+
+    Args:
+        network: a cnn or ResNet of this program, compiled and wrapped or not.
+        images: normalised as in training.
+        classes: the class to speak for, of each image.
+
+    Shape:
+        images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
+
+    Raises:
+        ValueError: another network, or images that are not (B, 3, H, W).
+    """
+    from captum.attr import LayerGradCam  # takes a second to import
+
+    network = unwrap(network)
+    with _evaluation(network), torch.enable_grad():
+        images = _as_input(images, network)
+        explain = LayerGradCam(network, _last_activation(network))
+        coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
+    return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
+
+
+def upsample(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """Bilinear, pixel centres on pixel centres. Maps (B, h, w) → (B, H, W)."""
+    return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def gate_health(maps: AttentionMaps) -> dict[str, float]:
+    """A few numbers that tell a working gate from a dead one.
+
+    Returns:
+        Name → value, for each gate that there is: `channel_mean` and `spatial_mean`; `…_below_0.05` and
+        `…_above_0.95`, the fractions of nearly closed and nearly open gates; `spatial_std`, the standard deviation
+        over the places, the mean over the images; `channel_entropy`, that of the gates as shares of their sum, over
+        its largest value: 1 where all channels are alike, 0 where one alone is open; NaN for a single channel.
+    """
+    health = {}
+    for name, gate in (("channel", maps.channel), ("spatial", maps.spatial)):
+        if gate is not None:
+            health[f"{name}_mean"] = gate.mean()
+            health[f"{name}_below_0.05"] = (gate < 0.05).float().mean()
+            health[f"{name}_above_0.95"] = (gate > 0.95).float().mean()
+    if maps.spatial is not None:
+        health["spatial_std"] = maps.spatial.flatten(1).std(1, correction=0).mean()
+    if maps.channel is not None and maps.channel.shape[1] > 1:
+        shares = maps.channel / maps.channel.sum(1, keepdim=True)  # (B, C)
+        health["channel_entropy"] = torch.special.entr(shares).sum(1).mean() / math.log(shares.shape[1])
+    values = torch.stack(list(health.values())).tolist()  # one fetch from the device
+    return dict(zip(health, values, strict=True))
+
+
+def is_constant(maps: AttentionMaps) -> bool:
+    """Whether the spatial gate is the same at all places, in every image; no question where there is one place."""
+    if maps.spatial is None or maps.spatial[0].numel() == 1:
+        return False
+    return bool((maps.spatial.flatten(1).std(1, correction=0) < CONSTANT).all())
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The plain network inside torch.compile, DistributedDataParallel and DataParallel."""
+    while True:
+        if isinstance(network, (DistributedDataParallel, DataParallel)):
+            network = network.module
+        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):  # torch.compile's
+            network = network._orig_mod  # type: ignore[assignment]
+        else:
+            return network
+
+
+def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
+    """The outermost modules with gates, by the name of the block they stand in."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for path, module in network.named_modules():
+        if callable(getattr(module, "gates", None)) and not path.startswith(inside):
+            inside += (path + ".",) if path else ("",)
+            name = _plain_name(path).removesuffix("attention").removesuffix(".")
+            found[name or type(module).__name__] = module
+    return found
+
+
+def _plain_name(path: str) -> str:
+    """A module's name as it is without torch.compile around some part."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
+    channel = spatial = None
+    for name, given in gates.items():
+        gate = given.float()
+        if isinstance(module, BAM):
+            gate = gate - 1
+        if name in ("channel", "joint"):
+            channel = gate.mean((2, 3))  # (B, C)
+        if name in ("spatial", "joint"):
+            spatial = gate.mean(1)  # (B, H, W)
+    return AttentionMaps(channel, spatial)
+
+
+def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    if isinstance(network, CNN):
+        return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
+    if isinstance(network, ResNet):
+        blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
+        return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
+    raise ValueError(f"network is a {type(network).__name__}; only a CNN or ResNet of cbam_pl.models has known blocks")
+
+
+def _last_activation(network: nn.Module) -> nn.Module:
+    block = list(_convolution_blocks(network).values())[-1]
+    return block.get_submodule("relu") if isinstance(network, CNN) else block
+
+
+def _as_input(images: Tensor, network: nn.Module) -> Tensor:
+    if images.ndim != 4:
+        raise ValueError(f"images of shape {tuple(images.shape)} must be (B, 3, H, W)")
+    weights = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), images)
+    return images.to(weights.device, weights.dtype)
+
+
+@contextmanager
+def _evaluation(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without compilation and automatic mixed precision; the modes are given back.
+
+    Compiled code does not see hooks that are set after it was compiled, so all of it runs as written.
+    """
+    modes = {module: module.training for module in network.modules()}
+    devices = {parameter.device.type for parameter in network.parameters()} or {"cpu"}
+    network.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.autocast(devices.pop(), enabled=False):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    """A list of hooks that are removed at the end, whatever happens."""
+    hooks: list[Any] = []
+    try:
+        yield hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
