@@ -3,6 +3,7 @@
 Each command is run anew, in turns; the first training step includes start-up, data and network.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,9 @@ class StopAfterFirstStep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print the loss, which waits for the device, and end the process."""
-        print(float(outputs["loss"]))
-        sys.stdout.flush()
-        raise SystemExit
+        """Fetch the loss, which waits for the device, and end the process."""
+        float(outputs["loss"])
+        os._exit(0)  # what ending a training takes is no part of it
 
 
 def _seconds(command: list[str]) -> float:
