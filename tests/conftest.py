@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,13 @@ COLOURS = {"blue": (60, 90, 220), "green": (50, 200, 80), "red": (220, 60, 50)}
 TRAIN_PER_CLASS, TEST_PER_CLASS = 31, 7  # so that no batch size or number of processes divides them
 
 
+# Two threads beside another busy process are many times slower than one, and sums in another order round otherwise.
+# For the commands that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    # Two threads beside another busy process are many times slower than one.
     torch.set_num_threads(1)
 
 
