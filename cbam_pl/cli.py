@@ -84,6 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser(command: str) -> "ArgumentParser":
     """The options of a command; each is a parameter of the class that it configures."""
+    if command == "visualize":
+        return _visualize_parser()
     import warnings
 
     from jsonargparse import ActionConfigFile, ArgumentParser
@@ -351,7 +353,7 @@ def visualize(options: list[str]) -> None:
     """Draw what one checkpoint or several see, and print the pictures' paths."""
     from dataclasses import fields
 
-    parser = _visualize_parser()
+    parser = _parser("visualize")
     settings = _parse(parser, options)
 
     from cbam_pl.runs import newest_checkpoint, read_checkpoint
