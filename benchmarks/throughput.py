@@ -37,8 +37,11 @@ def shapes_as_files(root: Path) -> None:
     load_folder(str(root))  # decodes once, so that the children find the cache
 
 
-def _variants(options: list[str], root: Path) -> dict[str, tuple[Callable[..., None], dict[str, Any]]]:
-    """Name → loop and its arguments."""
+def _groups(options: list[str], root: Path) -> list[dict[str, tuple[Callable[..., None], dict[str, Any]]]]:
+    """Name → loop and its arguments, in groups whose rounds are interleaved.
+
+    Each loop is a process with most of a gigabyte: all at once would not fit on a small machine.
+    """
 
     def ours(*more: str) -> dict[str, Any]:
         return {"options": [*options, *more]}
@@ -49,22 +52,29 @@ def _variants(options: list[str], root: Path) -> dict[str, tuple[Callable[..., N
     large = ("--data.batch_size", str(_LARGE_BATCH))
     bfloat16 = ("--trainer.precision", "bf16-mixed")
     without = ("--model.attention", '{"kind": "none"}')
-    return {
+    end_to_end = {
         "plain loop, 0 workers": (loops.plain_loop, ours() | {"workers": 0}),
         "plain loop, 2 workers": (loops.plain_loop, ours() | {"workers": 2}),
         "fit": (loops.fit, fit("fit")),
+        "fit, bf16-mixed": (loops.fit, fit("fit_bf16", *bfloat16)),
         "bare loop": (loops.bare_loop, ours() | {"bfloat16": False}),
         "bare loop, memory handed back": (loops.bare_loop, ours() | {"bfloat16": False, "keep_memory": False}),
+    }
+    networks = {
         "network alone": (loops.network_alone, ours() | {"bfloat16": False}),
         "network alone, no attention": (loops.network_alone, ours(*without) | {"bfloat16": False}),
         "naive network alone": (loops.naive_network_alone, ours()),
-        "fit, bf16-mixed": (loops.fit, fit("fit_bf16", *bfloat16)),
         "network alone, bfloat16": (loops.network_alone, ours() | {"bfloat16": True}),
+    }
+    large_batches = {
         f"fit, batch {_LARGE_BATCH}": (loops.fit, fit("fit_large", *large)),
         f"bare loop, batch {_LARGE_BATCH}": (loops.bare_loop, ours(*large) | {"bfloat16": False}),
+    }
+    data = {
         "data alone": (loops.our_data, ours()),
         "plain loop's data alone": (loops.plain_data, ours()),
     }
+    return [end_to_end, networks, large_batches, data]
 
 
 def _ratios(measured: dict[str, Measurement], device: str) -> list[list[Any]]:
@@ -106,13 +116,9 @@ def main() -> None:
             data = f"{_NUM_TRAIN:,} generated shapes, as PNG files"
         header = machine(given.device, given.threads) | {"recipe": given.config, "data": data}
         config = shutil.copy(given.config, root)  # the runs of a recipe of this name go below `root`
-        measured = take_turns(
-            _variants(["--config", config, *recipe_options], root),
-            given.rounds,
-            given.seconds,
-            given.threads,
-            given.device,
-        )
+        measured: dict[str, Measurement] = {}
+        for group in _groups(["--config", config, *recipe_options], root):
+            measured |= take_turns(group, given.rounds, given.seconds, given.threads, given.device)
     rates = [[name, Spread.of(one.rates), f"{one.memory:,.0f}"] for name, one in measured.items()]
     kind = "on the device" if given.device == "cuda" else "resident"
     title = f"images/s: median of {given.rounds} interleaved rounds of {given.seconds} s (lowest to highest)"

@@ -84,7 +84,7 @@ def test_a_benchmark_prints_its_tables_and_writes_them_as_json(name, tmp_path):
     options, row, num_rows = COMMANDS[name]
     path = tmp_path / "figures.json"
     command = [sys.executable, "-m", f"benchmarks.{name.split()[0]}", *SHORT, *options, "--json", str(path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert row in done.stdout
     assert "Warning" not in done.stderr
