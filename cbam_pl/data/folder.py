@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import stat
@@ -28,7 +29,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _CACHE_VERSION = 1  # raise it when decode() gives other pixels
 _MAX_WORKERS = 8
-_IMAGES_PER_WORKER = 64  # fewer are decoded sooner than a worker starts
+_CHUNK = 64  # images; fewer are decoded sooner than a worker process starts
 
 _log = logging.getLogger(__name__)
 
@@ -118,10 +119,11 @@ def decode(path: str | Path, image_size: int) -> Tensor:
         UserError: the file is no whole image of these formats.
     """
     try:
-        return _decode(path, image_size)
+        pixels = _decode(path, image_size)
     # decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise UserError(f"{show(path)} cannot be decoded ({_reason(error)}); replace it or remove it") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def show(path: str | Path) -> str:
@@ -130,7 +132,8 @@ def show(path: str | Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _decode(path: str | Path, image_size: int) -> Tensor:
+def _decode(path: str | Path, image_size: int) -> np.ndarray:
+    """(image_size, image_size, 3) uint8."""
     with Image.open(path, formats=_FORMATS) as file:
         ImageOps.exif_transpose(file, in_place=True)
         image: Image.Image = file
@@ -143,7 +146,7 @@ def _decode(path: str | Path, image_size: int) -> Tensor:
         image = image.convert("RGB")
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+    return np.array(image)
 
 
 def _reason(error: Exception) -> str:
@@ -232,22 +235,29 @@ def _raise_bad(bad: list[tuple[str, str]]) -> None:
         raise UserError(f"{show(path)} cannot be decoded ({reason}){more}; replace or remove what is damaged")
 
 
-class _Files(Dataset[tuple[Tensor, str]]):
-    """Decoded images, each with the reason why it could not be decoded, or ""."""
+class _Chunks(Dataset[tuple[Tensor, list[tuple[int, str]]]]):
+    """Decoded images, many at once, and the number and reason of each that could not be decoded.
+
+    What is handed over once per image, between processes above all, costs more than decoding a small one.
+    """
 
     def __init__(self, paths: list[str], image_size: int) -> None:
         self.paths = paths
         self.image_size = image_size
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return math.ceil(len(self.paths) / _CHUNK)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        try:
-            return _decode(self.paths[index], self.image_size), ""
-        except Exception as error:  # as in decode(); gathered, so that one message can count them all
-            blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-            return blank, _reason(error)
+    def __getitem__(self, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
+        paths = self.paths[index * _CHUNK : (index + 1) * _CHUNK]
+        pixels = np.zeros((len(paths), self.image_size, self.image_size, 3), np.uint8)
+        bad = []
+        for i, path in enumerate(paths):
+            try:
+                pixels[i] = _decode(path, self.image_size)
+            except Exception as error:  # as in decode(); gathered, so that one message can count them all
+                bad.append((index * _CHUNK + i, _reason(error)))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), bad
 
 
 def _count_cores() -> int:
@@ -261,19 +271,21 @@ def _decode_splits(
     """Decode every image of every split, in worker processes where there are many."""
     paths = [path for images in splits.values() for path, _, _ in images]
     # processes, because PIL holds the interpreter lock over small files: threads were slower than none
-    num_workers = min(_count_cores(), _MAX_WORKERS, len(paths) // _IMAGES_PER_WORKER)
+    num_workers = min(_count_cores(), _MAX_WORKERS, len(paths) // _CHUNK)
     # a generator of its own, so that decoding leaves the global random state as it was
-    loader = DataLoader(_Files(paths, image_size), batch_size=256, num_workers=num_workers, generator=torch.Generator())
+    loader = DataLoader(
+        _Chunks(paths, image_size), batch_size=None, num_workers=num_workers, generator=torch.Generator()
+    )
     pixels = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     bad: list[tuple[str, str]] = []
     console = Console(stderr=True)
     done = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Decoding images (once)", total=len(paths))
-        for batch, reasons in loader:
-            pixels[done : done + len(batch)] = batch
-            bad += [(paths[done + i], reason) for i, reason in enumerate(reasons) if reason]
-            done += len(batch)
+        for chunk, unreadable in loader:
+            pixels[done : done + len(chunk)] = chunk
+            bad += [(paths[i], reason) for i, reason in unreadable]
+            done += len(chunk)
             progress.update(task, completed=done)
     _raise_bad(bad)
     labels = [torch.tensor([label for _, label, _ in images]) for images in splits.values()]

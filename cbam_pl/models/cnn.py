@@ -8,7 +8,7 @@ from cbam_pl.attention import AttentionConfig
 from cbam_pl.models.initialisation import he_conv, he_linear
 
 
-def _block(in_channels: int, channels: int, attention: AttentionConfig) -> nn.Sequential:
+def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool) -> nn.Sequential:
     """(B, in_channels, H, W) → (B, channels, H // 2, W // 2)."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv", he_conv(in_channels, channels, kernel_size=3, bias=True)),
@@ -19,8 +19,12 @@ def _block(in_channels: int, channels: int, attention: AttentionConfig) -> nn.Se
     # what leaves the block.
     place = attention.place or ("before_pool" if attention.kind in ("se", "eca") else "after_pool")
     module = ("attention", attention.build(channels))
-    # With nothing between them, ReLU and pool commute, gradients included, and the ReLU has a quarter of the values.
-    layers += [relu, module, pool] if place == "before_pool" else [pool, relu, module]
+    if place == "before_pool":
+        layers += [relu, module, pool]
+    elif last:  # heat maps and Grad-CAM show these activations, at the resolution before the pool
+        layers += [relu, pool, module]
+    else:  # the same, since ReLU and pool commute, gradients included, and a quarter of the values for the ReLU
+        layers += [pool, relu, module]
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -50,7 +54,10 @@ class CNN(nn.Module):
             raise ValueError(f"stages={attention.stages!r} has no effect in the cnn, which has none; leave it out")
         widths = (32, 64, 128)
         self.blocks = nn.Sequential(
-            *(_block(before, after, attention) for before, after in zip((3, *widths), widths, strict=False))
+            *(
+                _block(before, after, attention, last=after == widths[-1])
+                for before, after in zip((3, *widths), widths, strict=False)
+            )
         )
         self.classifier = nn.Sequential(
             nn.Flatten(),
