@@ -76,48 +76,90 @@ def _linear(in_features: int, features: int, bias: bool) -> nn.Linear:
 
 
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Mean over dims, which stay as ones."""
     if x.dtype == torch.float16:
-        return x.mean(dims)  # the sum of a large map overflows
+        return x.mean(dims, keepdim=True)  # the sum of a large map overflows
     # The sum is divided after it shrank: the backward of mean divides a gradient of the map's full size.
+    return x.sum(dims, keepdim=True) / _count(x, dims)
+
+
+def _count(x: Tensor, dims: tuple[int, ...]) -> int:
     count = 1
     for dim in dims:
         count *= x.shape[dim]
-    return x.sum(dims) / count
+    return count
 
 
-def _max_over_places(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, C)."""
-    # amax is the quickest forward but its backward makes five passes over the map, to share the gradient among ties.
-    # Where there is a backward to come, the place of the maximum is found once, and the gradient goes there alone.
-    # torch.compile fuses those passes, and there H and W may vary, which a pooling window may not.
-    if torch.compiler.is_compiling() or not x.requires_grad:
-        return x.amax((2, 3))
-    _, places = F.max_pool2d(x.detach(), x.shape[2:], return_indices=True)  # (B, C, 1, 1), counted along H · W
-    return x.flatten(2).gather(2, places.flatten(2)).squeeze(2)
+class _MeanAndMax(torch.autograd.Function):
+    """x itself, its mean and its maximum over dims, which stay as ones: (1,), the channels, or (2, 3), the places.
+
+    x comes back so that the gradient of all that follows arrives here too and one pass over the map joins the three.
+    By itself autograd makes a map of each and adds them up, and amax makes five passes to share its own among ties;
+    here one of the tied values gets it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if dims == (1,):
+            maximum, place = x.max(1, keepdim=True)
+        else:
+            maximum, place = F.max_pool2d(x, x.shape[2:], return_indices=True)  # counted along H · W
+        return x.view_as(x), _mean(x, dims), maximum, place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, ...]], output: tuple[Tensor, ...]) -> None:
+        x, ctx.dims = inputs
+        place = output[3]
+        ctx.mark_non_differentiable(place)
+        ctx.save_for_backward(place)
+        ctx.count = _count(x, ctx.dims)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_x, of_mean, of_maximum, _ = gradients
+        (place,) = ctx.saved_tensors
+        joined = of_x + (of_mean / ctx.count).to(of_x.dtype)
+        if ctx.dims == (1,):
+            return joined.scatter_add_(1, place, of_maximum), None
+        joined = joined.flatten(2).scatter_add_(2, place.flatten(2), of_maximum.flatten(2))  # (B, C, H · W)
+        return joined.unflatten(2, of_x.shape[2:]), None
 
 
-def _max_over_channels(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H, W)."""
-    return x.max(1).values if x.requires_grad else x.amax(1)  # for the same reason
+def _mean_and_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x itself, its mean and its maximum over dims, which stay as ones."""
+    # Only where there is a backward to come; torch.compile joins the passes by itself.
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _MeanAndMax.apply(x, dims)[:3]
+    return x, _mean(x, dims), x.amax(dims, keepdim=True)
 
 
-_POOLS = {  # each (B, C, H, W) → (B, C)
+_POOLS = {  # each (B, C, H, W) → (B, C, 1, 1)
     "avg": lambda x: _mean(x, (2, 3)),
-    "max": _max_over_places,
-    "lse": lambda x: x.logsumexp((2, 3)),
+    "max": lambda x: x.amax((2, 3), keepdim=True),
+    "lse": lambda x: x.logsumexp((2, 3), keepdim=True),
     # The square root of the sum of squares; unlike lp_pool2d's, its gradient at an all-zero map is zero, not NaN.
-    "lp": lambda x: torch.linalg.vector_norm(x, 2, (2, 3)),
+    "lp": lambda x: torch.linalg.vector_norm(x, 2, (2, 3), keepdim=True),
 }
 
 
 class _Gate(nn.Module):
-    """A module with one gate. A subclass gives `logits` and the gate's name."""
+    """A module with one gate, in two steps. A subclass gives them, and the gate's name."""
 
     gate_name: Literal["channel", "spatial"]
 
-    def logits(self, x: Tensor) -> Tensor:
+    def squeeze(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself (see _MeanAndMax), and the small tensor from which the gate is computed."""
+        raise NotImplementedError
+
+    def excite(self, squeezed: Tensor) -> Tensor:
         """The gate before the sigmoid, shaped to multiply x."""
         raise NotImplementedError
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The gate before the sigmoid. x (B, C, H, W) → (B, C, 1, 1) or (B, 1, H, W)."""
+        return self.excite(self.squeeze(x)[1])
 
     def gate(self, x: Tensor) -> Tensor:
         """The weight of each channel or place. x (B, C, H, W) → (B, C, 1, 1) or (B, 1, H, W), in (0, 1)."""
@@ -127,9 +169,15 @@ class _Gate(nn.Module):
         """The gate by its name, "channel" or "spatial"."""
         return {self.gate_name: self.gate(x)}
 
+    def weigh(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x · gate(x), and the gate."""
+        x, squeezed = self.squeeze(x)
+        gate = torch.sigmoid(self.excite(squeezed))
+        return x * gate, gate
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → x · gate(x)."""
-        return x * self.gate(x)
+        return self.weigh(x)[0]
 
 
 class ChannelAttention(_Gate):
@@ -178,10 +226,17 @@ class ChannelAttention(_Gate):
         self.reduce = _linear(channels, hidden, bias)
         self.expand = _linear(hidden, channels, bias)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, C, 1, 1)."""
-        pooled = torch.stack([_POOLS[pool](x) for pool in self.pools])  # (P, B, C)
-        hidden = torch.relu(self.reduce(pooled)).sum(0)  # (B, hidden)
+    def squeeze(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) → x and its pools (P, B, C)."""
+        if set(self.pools) == {"avg", "max"}:
+            x, *pooled = _mean_and_max(x, (2, 3))  # in either order, since they are summed
+        else:
+            pooled = [_POOLS[pool](x) for pool in self.pools]
+        return x, torch.stack(pooled).flatten(2)
+
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """Pools (P, B, C) → (B, C, 1, 1)."""
+        hidden = torch.relu(self.reduce(squeezed)).sum(0)  # (B, hidden)
         bias = None if self.expand.bias is None else len(self.pools) * self.expand.bias
         return F.linear(hidden, self.expand.weight, bias)[:, :, None, None]
 
@@ -243,10 +298,13 @@ class EfficientChannelAttention(_Gate):
             kernel_size = int((math.log2(channels) + 1) / 2) | 1  # | 1: an even number becomes the next odd one
         self.conv = nn.Conv1d(1, 1, _odd(kernel_size), padding=kernel_size // 2, bias=False)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, C, 1, 1)."""
-        averages = _mean(x, (2, 3))[:, None]  # (B, 1, C)
-        return self.conv(averages)[:, 0, :, None, None]
+    def squeeze(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) → x and its averages (B, 1, C)."""
+        return x, _mean(x, (2, 3)).flatten(1)[:, None]
+
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """Averages (B, 1, C) → (B, C, 1, 1)."""
+        return self.conv(squeezed)[:, 0, :, None, None]
 
 
 class SpatialAttention(_Gate):
@@ -307,17 +365,22 @@ class SpatialAttention(_Gate):
             self.norm = nn.BatchNorm2d(1, momentum=0.1 if norm_momentum is None else norm_momentum)
             nn.init.constant_(self.norm.weight, 1.0 if norm_weight is None else norm_weight)
 
-    def _describe(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, 2 or 1, H, W)."""
+    def squeeze(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) → x and its descriptor (B, 2 or 1, H, W)."""
         if self.descriptor == "learned":
-            return self.compress(x)
-        parts = [_mean(x, (1,)) if part == "mean" else _max_over_channels(x) for part in self.descriptor.split("_")]
+            return x, self.compress(x)
+        if self.descriptor == "mean":
+            return x, _mean(x, (1,))
+        if self.descriptor == "max":
+            return x, x.amax(1, keepdim=True)
+        x, mean, maximum = _mean_and_max(x, (1,))
+        parts = [mean, maximum] if self.descriptor == "mean_max" else [maximum, mean]
         # channels_last, in which the backward of so narrow a convolution is several times faster.
-        return torch.stack(parts, 3).permute(0, 3, 1, 2)
+        return x, torch.stack([part[:, 0] for part in parts], 3).permute(0, 3, 1, 2)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, 1, H, W)."""
-        return self.norm(self.conv(self._describe(x)))
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """Descriptor (B, 2 or 1, H, W) → (B, 1, H, W)."""
+        return self.norm(self.conv(squeezed))
 
 
 class BAM(nn.Module):
@@ -354,7 +417,7 @@ class BAM(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The weight of each channel at each place. x (B, C, H, W) → (B, C, H, W) in (1, 2)."""
-        channel = self.channel(_mean(x, (2, 3)))[:, :, None, None]  # (B, C, 1, 1)
+        channel = self.channel(_mean(x, (2, 3)).flatten(1))[:, :, None, None]  # (B, C, 1, 1)
         return 1 + torch.sigmoid(channel + self.spatial(x))
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:
@@ -518,8 +581,7 @@ class CBAM(nn.Module):
             return x * gate, {"joint": gate}
         gates = {}
         for name in self.order.split("_"):
-            gates[name] = getattr(self, name).gate(x)  # the second gate sees what the first one let through
-            x = x * gates[name]
+            x, gates[name] = getattr(self, name).weigh(x)  # the second gate sees what the first one let through
         return x, gates
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:

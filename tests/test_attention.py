@@ -483,6 +483,7 @@ def test_gradients_are_those_of_finite_differences(config):
 
     parameters = [parameter.detach().requires_grad_() for parameter in attention.parameters()]
     assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=True)
 
 
 @variants
@@ -516,11 +517,18 @@ def test_gradients_are_finite_where_maxima_tie(config, tied):
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("kind", ["channel", "spatial"])
-def test_gradient_at_ties_is_shared_out_once(kind):
+@pytest.mark.parametrize(
+    "config",
+    [
+        AttentionConfig("channel"),
+        AttentionConfig("channel", pools=("max",)),
+        AttentionConfig("spatial", kernel_size=1),
+        AttentionConfig("spatial", kernel_size=1, descriptor="max"),
+    ],
+)
+def test_gradient_at_ties_is_shared_out_once(config):
     """Whoever of the tied gets it: the gradients of one maximum sum to that of the maximum."""
-    options = {"pools": ("max",)} if kind == "channel" else {"descriptor": "max", "kernel_size": 1}
-    attention = build(AttentionConfig(kind, **options), channels=4).double()
+    attention = build(config, channels=4).double()
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.abs_()  # so that no ReLU is shut
@@ -531,6 +539,34 @@ def test_gradient_at_ties_is_shared_out_once(kind):
     rise = (attention.logits(x + step).sum() - attention.logits(x - step).sum()) / (2 * step)
     assert gradient.sum().item() == pytest.approx(rise.item(), rel=1e-6)
     assert rise.item() > 0.1
+
+
+@variants
+def test_gradients_that_come_in_another_layout(config):
+    attention = build(config)
+    x = maps(2, 8, 5, 3).requires_grad_()
+    incoming = maps(2, 8, 3, 5).transpose(2, 3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = attention(x.to(memory_format=layout))
+        gradients = [
+            torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for gradient in (incoming, incoming.contiguous())
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_each_image_alone():
+    cbam = build(AttentionConfig())
+    images = maps(3, 8, 5, 5)
+    parameters = dict(cbam.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(cbam, parameters, (image[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for index, image in enumerate(images):
+        alone = torch.autograd.grad(loss(parameters, image), parameters.values())
+        for name, gradient in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(together[name][index], gradient, rtol=1e-4, atol=1e-5)
 
 
 @variants
