@@ -245,20 +245,22 @@ def _unknown(key: str, keys: Iterable[str]) -> str:
 
 def _suggestion(name: str, names: Iterable[str]) -> str:
     """The end of a message: the name that was probably meant, or all where they are few."""
-    names = [other for other in names if not other.rpartition(".")[2].startswith("_")]
-
-    def last(key: str) -> str:
-        return key.rpartition(".")[2]
-
-    def initials(key: str) -> str:
-        return "".join(word[:1] for word in last(key).split("_"))
-
-    near = [other for other in names if last(other) == last(name)]  # in another group
-    near += difflib.get_close_matches(name, names, 1)
-    near += [other for other in names if initials(name) == last(other) or last(name) == initials(other)]  # lr
+    group, _, last = name.rpartition(".")
+    split = {other: other.rpartition(".") for other in names}
+    beside = {leaf: other for other, (parent, _, leaf) in split.items() if parent == group and not leaf.startswith("_")}
+    near = [other for other, (_, _, leaf) in split.items() if leaf == last]  # in another group
+    near += [other for leaf, other in beside.items() if last == _initials(leaf) or leaf == _initials(last)]  # lr
+    if beside:
+        near += [beside[leaf] for leaf in difflib.get_close_matches(last, beside, 1)]
+    else:  # the mistake is in the group
+        near += difflib.get_close_matches(name, split, 1)
     if near:
         return f"; did you mean {near[0]}?"
-    return f"; use one of {', '.join(names)}" if len(names) <= 20 else "; see --help"
+    return f"; use one of {', '.join(beside.values())}" if 0 < len(beside) <= 20 else "; see --help"
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 # Types and values

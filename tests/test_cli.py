@@ -164,8 +164,9 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
 
 
 def test_predict_takes_names_that_look_like_markup_or_are_no_text(trained, command, image_folder, tmp_path):
-    names = [b"[/red].png", b"[bold]x.png", b"line\nbreak.png", b"caf\xe9.png"]
+    names = [b"a[/red].png", b"[bold]x.png", b"line\nbreak.png", b"caf\xe9.png"]
     image = (image_folder / "test/red/0.png").read_bytes()
+    (tmp_path / "a[").mkdir()
     for name in names:
         with open(os.fsencode(tmp_path) + b"/" + name, "wb") as stream:
             stream.write(image)
@@ -271,10 +272,6 @@ BAD = {
     "val_size above CIFAR": (["fit", "--data.val_size", "50000"], "val_size=50000 leaves nothing to train on"),
     "huge image_size": (["fit", "--data.dataset", "shapes", "--data.image_size", "5000"], "at most 512"),
     "huge kernel": (["fit", "--model.attention.kernel_size", "1000001"], "does not fit into memory; check"),
-    "unknown metric": (
-        ["fit", "--config", "{recipe}", "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "foo"],
-        "Early stopping conditioned on metric .foo. which is not available",
-    ),
     "huge batch": (["fit", "--data.batch_size", "10000000"], "batch_size=10000000 must be .* at most 1,000,000"),
     "cycle that is too short": (
         ["fit", "--config", "{recipe}", "--model.lr_scheduler", "{{class_path: torch.optim.lr_scheduler.OneCycleLR, "
@@ -319,6 +316,15 @@ def test_bad_input_ends_with_one_line_and_status_two(name, trained, command, rec
     assert re.search(message, last[-1]), last[-1]
     assert "Traceback" not in outcome.err
     assert not list(tmp_path.rglob("version_*")), "a refused run leaves nothing behind"
+
+
+def test_a_callback_that_waits_for_a_metric_that_never_comes_is_refused(command, recipe, tmp_path):
+    outcome = command(
+        "fit", "--config", recipe, "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "foo",
+        "--trainer.default_root_dir", tmp_path, "--trainer.enable_progress_bar", "false",
+    )  # fmt: skip
+    assert outcome.status == 2
+    assert re.fullmatch("error: trainer.callbacks: .* metric `foo` which is not available.*\n", outcome.err)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(key: str, tmp_path: 
 
 
 def test_a_key_like_no_other_is_named() -> None:
-    assert refusal("--qqqqqq", "3") == "unknown key qqqqqq; see --help"
+    assert re.match("unknown key qqqqqq; use one of config, .*seed", refusal("--qqqqqq", "3"))
+    assert refusal("--trainer.qqqqqq", "3") == "unknown key trainer.qqqqqq; see --help"
     assert refusal("cnn") == "'cnn' belongs to no option; the name of an option begins with --"
     assert re.match(
         r"unknown key model\.optimizer\.init_args\.qqqq; use one of .*\.momentum",
