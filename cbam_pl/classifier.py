@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -13,13 +14,22 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, Stem, build_network
 from cbam_pl.seeds import derive_seed, seed_device
+
+
+@contextmanager
+def _refusals_name(key: str) -> Iterator[None]:
+    """Turn what an optimizer or a schedule refuses into a UserError that names the key."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 class EpochMeans:
@@ -209,6 +219,8 @@ class Classifier(LightningModule):
         if compiled and stage == "fit":
             # With torch's own random numbers, so that dropout is the same with and without it.
             options: dict[str, Any] = {"fallback_random": True}
+            if self.trainer.is_global_zero:
+                print("compiling the training step, once, which takes about a minute", flush=True)
             self._compiled = torch.compile(self.network.forward, dynamic=False, options=options)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -324,31 +336,68 @@ class Classifier(LightningModule):
         Raises:
             UserError: a setting that the optimizer or the schedule refuses.
         """
-        try:
-            optimizer = self.optimizer(self.parameters())
-            if self.lr_scheduler is None:
-                return optimizer
+        optimizer, scheduler = self._optimizer_and_scheduler(self.parameters(), self._total_steps)
+        if scheduler is None:
+            return optimizer
+        if isinstance(scheduler, OneCycleLR):
+            with _refusals_name("model.lr_scheduler"):
+                if scheduler.total_steps < (steps := self._total_steps()):
+                    raise ValueError(
+                        f"total_steps={scheduler.total_steps} is less than the training's {steps}; leave it out"
+                    )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": self.lr_interval,
+                "monitor": "val/loss",
+                # Missing only where validation is switched off; then the training loss is used.
+                "strict": False,
+            },
+        }
+
+    def check_optimizers(self) -> None:
+        """Try the optimizer and the schedule for a step, before the data is loaded.
+
+        Raises:
+            UserError: a setting that one of them refuses.
+        """
+        weights, bias = torch.ones(2, 2, 3, 3), torch.ones(2)
+        if self.channels_last is not False:
+            weights = weights.to(memory_format=torch.channels_last)
+        parameters = [torch.nn.Parameter(weights), torch.nn.Parameter(bias)]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer, scheduler = self._optimizer_and_scheduler(parameters, lambda: 1000)
+        if not any(group.get("capturable") for group in optimizer.param_groups):  # which is for a GPU alone
+            with _refusals_name("model.optimizer"):
+                optimizer.step(lambda: torch.ones(()))
+        with _refusals_name("model.lr_scheduler"):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(1.0)
+            elif scheduler is not None:
+                scheduler.step()
+
+    def _optimizer_and_scheduler(self, parameters: Iterable[Tensor], total_steps: Callable[[], int]) -> Any:
+        with _refusals_name("model.optimizer"):
+            optimizer = self.optimizer(parameters)
+            for group in optimizer.param_groups:
+                if not math.isfinite(group["lr"]):
+                    raise ValueError(f"lr={group['lr']} must be finite")
+        if self.lr_scheduler is None:
+            return optimizer, None
+        with _refusals_name("model.lr_scheduler"):
             scheduler = self.lr_scheduler
             if isinstance(scheduler, partial) and scheduler.keywords.get("total_steps", 0) is None:
-                scheduler = partial(scheduler, total_steps=self._total_steps())
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {
-                    "scheduler": scheduler(optimizer),
-                    "interval": self.lr_interval,
-                    "monitor": "val/loss",
-                    # Missing only where validation is switched off; then the training loss is used.
-                    "strict": False,
-                },
-            }
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.optimizer or model.lr_scheduler: {error}") from error
+                scheduler = partial(scheduler, total_steps=total_steps())
+            return optimizer, scheduler(optimizer)
 
     def _total_steps(self) -> int:
         """Steps of the schedule over the whole training, in the unit of `lr_interval`."""
-        if self.lr_interval == "epoch":
-            return max(1, self.trainer.max_epochs or 1)
-        return max(1, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.max_epochs if self.lr_interval == "epoch" else self.trainer.estimated_stepping_batches
+        if steps is None or steps < 1 or steps == math.inf:
+            raise ValueError("a schedule over the whole training needs its end; set trainer.max_epochs")
+        return int(steps)
 
     # Evaluation
 

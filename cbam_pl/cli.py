@@ -1,6 +1,8 @@
 """The command line: `python train.py fit --config configs/cbam_cnn.yaml`, then `python train.py test`."""
 
 import difflib
+import io
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -50,6 +52,8 @@ def _overview() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and end the process: status 0 when done, 2 with one line for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     if arguments and arguments[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -72,6 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        name = str(error.filename)
+        name = name if len(name) <= 300 else f"{name[:300]}…"
+        print(f"error: {error.strerror}: {name!r}", file=sys.stderr)  # such as a name that is too long
+        sys.exit(2)
     except Interrupted as interruption:
         sys.exit(128 + interruption.number)
     except KeyboardInterrupt:
@@ -84,31 +95,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser(command: str) -> "ArgumentParser":
     """The options of a command; each is a parameter of the class that it configures."""
-    if command == "visualize":
-        return _visualize_parser()
     import warnings
 
-    from jsonargparse import ActionConfigFile, ArgumentParser
-    from jsonargparse.typing import PositiveFloat
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    if command == "visualize":
+        return _visualize_parser()
+    from jsonargparse import ArgumentParser
     from lightning import Trainer
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.options import STRICT_YAML, RecipeFile
 
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     parser = ArgumentParser(
         prog=f"train.py {command}",
         description=COMMANDS[command],
         exit_on_error=False,
         allow_abbrev=False,
         usage=f"python train.py {command} [OPTIONS]",
+        parser_mode=STRICT_YAML,
     )
     if command == "fit":
-        parser.add_argument("--config", action=ActionConfigFile, help="YAML file; a later one or option wins")
+        parser.add_argument("--config", action=RecipeFile, help="YAML file; a later one or option wins")
         parser.add_argument("--seed", type=int, default=0, help="decides weights, order, augmentation and dropout")
         parser.add_argument("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
         parser.add_argument(
-            "--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints"
+            "--checkpoint_minutes", type=float, default=5.0, help="longest time between two checkpoints"
         )
         parser.add_argument(
             "--pictures_every",
@@ -151,6 +163,7 @@ def _visualize_parser() -> "ArgumentParser":
     from jsonargparse import ArgumentParser
 
     from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.options import STRICT_YAML
 
     parser = ArgumentParser(
         prog="train.py visualize",
@@ -158,6 +171,7 @@ def _visualize_parser() -> "ArgumentParser":
         exit_on_error=False,
         allow_abbrev=False,
         usage="python train.py visualize [OPTIONS]",
+        parser_mode=STRICT_YAML,
     )
     add = parser.add_argument
     add("--ckpt_path", nargs="+", type=str, default=["best"], help="FILES, or the newest run's best or last")
@@ -178,16 +192,12 @@ def _parse(parser: "ArgumentParser", options: list[str], base: dict[str, Any] | 
     """Parse options over a checkpoint's settings.
 
     Raises:
-        UserError: an unknown key, with the nearest valid one, a value of the wrong type, or a broken file.
+        UserError: an unknown key, with the nearest valid one, a value of the wrong type or out of its range, or a
+            broken file.
     """
-    from jsonargparse import ArgumentError
+    from cbam_pl.options import parse
 
-    if base:
-        parser.set_defaults(base)
-    try:
-        return parser.parse_args(options)
-    except ArgumentError as error:
-        raise UserError(str(error)) from error
+    return parse(parser, options, base)
 
 
 @contextmanager
@@ -199,6 +209,12 @@ def _refusals_are_mendable() -> Iterator[None]:
         yield
     except (ValueError, MisconfigurationException) as error:
         raise UserError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            "this network does not fit into memory; check model.attention.kernel_size and data.image_size"
+        ) from error
 
 
 # Commands
@@ -225,6 +241,7 @@ def fit(options: list[str]) -> None:
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
+        model.check_optimizers()
     run, resumed, checkpoint_path = None, None, settings.ckpt_path
     if checkpoint_path is not None:
         last = checkpoint_path == "last"
@@ -232,16 +249,17 @@ def fit(options: list[str]) -> None:
         checkpoint = read_checkpoint(checkpoint_path)
         _refuse_other_settings(checkpoint_path, checkpoint, model, data)
         run, resumed = run_of(checkpoint_path), (checkpoint["epoch"] + 1, checkpoint["global_step"])
-    if not _get_rank():  # None or 0: the first process, or the one that will start the others
-        # Before the run takes its folders, so that broken data leaves nothing behind.
-        data.prepare_data()
-        data.setup()
-        if run is None and not settings.trainer.fast_dev_run:
-            run = new_run(root, recipe)
+    first = not _get_rank()  # None or 0: the first process, or the one that will start the others
+    if first and run is None and not settings.trainer.fast_dev_run:
+        run = new_run(root, recipe)
     try:
         with _refusals_are_mendable():
             trainer = _trainer(values.trainer, run, resumed=resumed, minutes=settings.checkpoint_minutes)
             trainer.callbacks.insert(0, monitor)  # type: ignore[attr-defined]
+        if first:
+            # Data comes last, since it may take long to load: a mistake in the settings is told at once.
+            data.prepare_data()
+            data.setup()
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
             if run is not None and trainer.loggers:
@@ -303,24 +321,24 @@ def predict(options: list[str]) -> None:
 
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from cbam_pl.classifier import Classifier
-    from cbam_pl.data.folder import decode, find_images
+    from cbam_pl.data.folder import decode, find_images, show
     from cbam_pl.data.images import Images
     from cbam_pl.data.loader import EvaluationLoader, Normalise, Share
 
-    files = find_images(settings.images)
     data = checkpoint["ImageDataModule"]
     top = min(settings.top, len(data["classes"]))
-    if top < 1:
-        raise UserError(f"top={settings.top} must be at least 1")
-    pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
-    images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     with _refusals_are_mendable():
         values = parser.instantiate(settings)
         model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         trainer = _trainer(values.trainer, None, tested_epoch=checkpoint["epoch"] + 1)
+    files = find_images(settings.images)
+    print(f"decoding {len(files):,} images")
+    pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
+    images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     device = trainer.strategy.root_device
     loader = EvaluationLoader(images, 256, Normalise(data["mean"], data["std"], device), device, Share())
     with _refusals_of_lightning_are_mendable():
@@ -334,10 +352,10 @@ def predict(options: list[str]) -> None:
         for probability, label in zip(row_probabilities, row_labels, strict=True):
             row += [data["classes"][label], f"{probability:.4f}"]
         rows.append(row)
-        table.add_row(*row)
+        table.add_row(*map(escape, (show(file), *row[1:])))  # a name may look like rich's markup
     Console().print(table)
     try:
-        with open(settings.output, "w", newline="") as stream:
+        with open(settings.output, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             writer = csv.writer(stream)
             ranks = range(1, top + 1)
             writer.writerow(["image", *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability"))])
@@ -385,14 +403,24 @@ def _refusals_of_lightning_are_mendable() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise UserError(f"trainer.{' '.join(str(error).replace('`', '').split())}") from error
     except (RuntimeError, MemoryError) as error:
-        # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"trainer.callbacks: {error}") from error
+        if _is_out_of_memory(error):
             raise UserError(
                 "out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches to keep the number "
                 "of images per step"
             ) from error
         raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def _without(options: list[str], name: str) -> list[str]:
@@ -503,7 +531,10 @@ def _trainer(
             callbacks.append(Safeguard(last, minutes))
     plugins = options["plugins"] or []
     options["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-    return Trainer(**options)
+    try:
+        return Trainer(**options)
+    except (ImportError, RuntimeError, TypeError) as error:  # beside ValueError and its own, which the callers catch
+        raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
 
 
 def _print_summary(model: "Classifier", data: "ImageDataModule", trainer: "Trainer", run: "Run | None") -> None:

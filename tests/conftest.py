@@ -17,6 +17,13 @@ COLOURS = {"blue": (60, 90, 220), "green": (50, 200, 80), "red": (220, 60, 50)}
 TRAIN_PER_CLASS, TEST_PER_CLASS = 31, 7  # so that no batch size or number of processes divides them
 
 
+FUZZ_CASES = 400
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=FUZZ_CASES, help="cases of bad input that tests/test_fuzz.py tries")
+
+
 # Two threads beside another busy process are many times slower than one, and sums in another order round otherwise.
 # For the commands that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cbam_pl.cli import COMMANDS, _parse, _parser
 from tests.conftest import COLOURS, TEST_PER_CLASS
+from tests.data.test_folder import png_bomb
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -162,6 +163,32 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
     assert rows[0]["class_1"] in outcome.out
 
 
+def test_predict_takes_names_that_look_like_markup_or_are_no_text(trained, command, image_folder, tmp_path):
+    names = [b"a[/red].png", b"[bold]x.png", b"line\nbreak.png", b"caf\xe9.png"]
+    image = (image_folder / "test/red/0.png").read_bytes()
+    (tmp_path / "a[").mkdir()
+    for name in names:
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as stream:
+            stream.write(image)
+    output = tmp_path / "out.csv"
+    outcome = command(
+        "predict", "--trainer.default_root_dir", trained[0], "--images", tmp_path, "--output", output, "--top", 1
+    )
+    assert outcome.status == 0, outcome.err
+    with output.open(newline="", errors="surrogateescape") as stream:
+        found = [os.fsencode(row["image"]) for row in csv.DictReader(stream)]
+    assert sorted(found) == sorted(os.fsencode(tmp_path) + b"/" + name for name in names)
+    assert "bold" in outcome.out
+
+
+def test_predict_refuses_a_picture_that_would_fill_the_memory(trained, command, tmp_path):
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(png_bomb(20_000, 20_000))
+    outcome = command("predict", "--trainer.default_root_dir", trained[0], "--images", bomb)
+    assert outcome.status == 2
+    assert re.fullmatch(r"error: .*bomb\.png cannot be decoded \(.*decompression bomb.*\n", outcome.err)
+
+
 def test_val_size_zero_validates_on_the_test_split_and_says_so(command, recipe, tmp_path):
     with pytest.warns(UserWarning, match="selected on the test set"):
         outcome = command(
@@ -207,14 +234,14 @@ BAD = {
     "no command": ([], "no command given; use one of fit"),
     "unknown command": (["fitt"], "unknown command 'fitt'; did you mean fit"),
     "unknown key": (["fit", "--model.arhc", "cnn"], "model.arhc"),
-    "unknown arch": (["fit", "--model.arch", "vgg"], "model.arch.*resnet18.*vgg"),
-    "unknown kind": (["fit", "--model.attention.kind", "foo"], "model.attention.kind.*cbam.*foo"),
-    "wrong type": (["fit", "--data.batch_size", "many"], "data.batch_size.*int.*many"),
+    "unknown arch": (["fit", "--model.arch", "vgg"], "model.arch=vgg must be one of cnn, resnet18"),
+    "unknown kind": (["fit", "--model.attention.kind", "foo"], "model.attention.kind=foo must be one of .*cbam"),
+    "wrong type": (["fit", "--data.batch_size", "many"], "data.batch_size=many must be an integer"),
     "batch of zero": (["fit", "--data.batch_size", "0"], "batch_size=0 must be at least 1"),
     "negative val_size": (["fit", "--data.val_size", "-1"], "val_size=-1 must be at least 0"),
-    "unknown preset": (["fit", "--model.attention.preset", "foo"], "model.attention.preset.*official.*foo"),
-    "unknown order": (["fit", "--model.attention.order", "foo"], "model.attention.order.*parallel.*foo"),
-    "unknown pool": (["fit", "--model.attention.pools", "[avg, foo]"], "model.attention.pools.*lse.*foo"),
+    "unknown preset": (["fit", "--model.attention.preset", "foo"], "attention.preset=foo must be one of .*official"),
+    "unknown order": (["fit", "--model.attention.order", "foo"], "model.attention.order=foo must be one of .*parallel"),
+    "unknown pool": (["fit", "--model.attention.pools", "[avg, foo]"], "pools=.*foo.* must be a list of .*lse"),
     "option of another kind": (
         ["fit", "--model.attention.kind", "se", "--model.attention.kernel_size", "3"],
         "kernel_size=3 has no effect with kind='se'",
@@ -230,6 +257,37 @@ BAD = {
     "unknown strategy": (["fit", "--config", "{recipe}", "--trainer.strategy", "foo"], "strategy"),
     "unknown device": (["fit", "--config", "{recipe}", "--trainer.accelerator", "cuda"], "CUDAAccelerator|cuda"),
     "negative rate": (["fit", "--config", "{recipe}", "--model.optimizer.lr", "-1"], "Invalid learning rate: -1"),
+    "rate before the data": (["fit", "--model.optimizer.lr", "-1", "--data.root", "nope"], "Invalid learning rate: -1"),
+    "step of zero before the data": (
+        ["fit", "--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "0", "--data.root", "nope"],
+        "model.lr_scheduler: .*zero",
+    ),
+    "optimizer of sparse gradients": (["fit", "--model.optimizer", "SparseAdam", "--data.root", "nope"], "SparseAdam"),
+    "strategy before the data": (["fit", "--trainer.strategy", "foo", "--data.root", "nope"], "strategy"),
+    "devices before the data": (
+        ["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "x", "--data.root", "nope"],
+        "devices",
+    ),
+    "precision that is not installed": (["fit", "--trainer.precision", "transformer-engine"], "transformer"),
+    "val_size above CIFAR": (["fit", "--data.val_size", "50000"], "val_size=50000 leaves nothing to train on"),
+    "huge image_size": (["fit", "--data.dataset", "shapes", "--data.image_size", "5000"], "at most 512"),
+    "huge kernel": (["fit", "--model.attention.kernel_size", "1000001"], "does not fit into memory; check"),
+    "huge batch": (["fit", "--data.batch_size", "10000000"], "batch_size=10000000 must be .* at most 1,000,000"),
+    "cycle that is too short": (
+        ["fit", "--config", "{recipe}", "--model.lr_scheduler", "{{class_path: torch.optim.lr_scheduler.OneCycleLR, "
+         "init_args: {{max_lr: 0.1, total_steps: 3}}}}", "--model.lr_interval", "step"],
+        "total_steps=3 is less than the training's 12",
+    ),
+    "cycle without an end": (
+        ["fit", "--config", "{recipe}", "--model.lr_scheduler", "{{class_path: torch.optim.lr_scheduler.OneCycleLR, "
+         "init_args: {{max_lr: 0.1}}}}", "--trainer.max_epochs", "-1"],
+        "needs its end; set trainer.max_epochs",
+    ),
+    "validation that never comes": (
+        ["fit", "--config", "{recipe}", "--trainer.val_check_interval", "100"],
+        "trainer.val_check_interval .100. must be less than",
+    ),
+    "name that is too long": (["fit", "--data.dataset", "folder", "--data.root", "x" * 5000], "File name too long"),
     "nothing to resume": (["fit", "--config", "{recipe}", "--ckpt_path", "last"], "no last.ckpt of tiny"),
     "no run yet": (["test"], "no best.ckpt under .*train first"),
     "no checkpoint": (["test", "--ckpt_path", "nope.ckpt"], "no checkpoint at nope.ckpt"),
@@ -258,6 +316,15 @@ def test_bad_input_ends_with_one_line_and_status_two(name, trained, command, rec
     assert re.search(message, last[-1]), last[-1]
     assert "Traceback" not in outcome.err
     assert not list(tmp_path.rglob("version_*")), "a refused run leaves nothing behind"
+
+
+def test_a_callback_that_waits_for_a_metric_that_never_comes_is_refused(command, recipe, tmp_path):
+    outcome = command(
+        "fit", "--config", recipe, "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "foo",
+        "--trainer.default_root_dir", tmp_path, "--trainer.enable_progress_bar", "false",
+    )  # fmt: skip
+    assert outcome.status == 2
+    assert re.fullmatch("error: trainer.callbacks: .* metric `foo` which is not available.*\n", outcome.err)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
+from cbam_pl.data.folder import show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.errors import UserError
 
@@ -42,6 +43,9 @@ def load_cifar(dataset: CifarName, root: str) -> Source:
 
 def download_cifar(dataset: CifarName, root: str) -> None:
     """Make sure that CIFAR lies unpacked and whole in `root`; see `load_cifar`."""
+    official, folder = _DATASETS[dataset], Path(root).expanduser()
+    if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
+        print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
     _read_split(dataset, root, train=False)
 
 

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from cbam_pl.data.augmentation import Augmentation
 from cbam_pl.data.cifar import download_cifar, load_cifar
-from cbam_pl.data.folder import list_classes, load_folder
+from cbam_pl.data.folder import count_training_images, list_classes, load_folder
 from cbam_pl.data.images import Images, Source
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Share, TrainingLoader
 from cbam_pl.data.shapes import CLASSES as SHAPES
 from cbam_pl.data.shapes import load_shapes
 from cbam_pl.errors import UserError
 from cbam_pl.seeds import derive_seed
+
+_MAX_BATCH_SIZE = 1_000_000
+_MAX_IMAGE_SIZE = 512  # the linear layer of the cnn has then 268 million weights
 
 Dataset = Literal["cifar10", "cifar100", "folder", "shapes"]
 
@@ -24,6 +27,7 @@ _STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "cifar100": ([0.5074, 0.4867, 0.4411], [0.2675, 0.2565, 0.2761]),
 }
+_NUM_TRAINING = {"cifar10": 50_000, "cifar100": 50_000, "shapes": 10_000}
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": len(SHAPES)}
 
 
@@ -98,14 +102,16 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"dataset={dataset!r} is unknown; use one of {', '.join(get_args(Dataset))}")
         if augmentation not in get_args(Augmentation):
             raise ValueError(f"augmentation={augmentation!r} is unknown; use none, basic or rich")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not 1 <= batch_size <= _MAX_BATCH_SIZE:
+            raise ValueError(f"batch_size={batch_size} must be at least 1 and at most {_MAX_BATCH_SIZE:,}")
         if val_size is not None and val_size < 0:
             raise ValueError(f"val_size={val_size} must be at least 0")
-        if image_size < 8:
-            raise ValueError(f"image_size={image_size} must be at least 8")
+        if not 8 <= image_size <= _MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size={image_size} must be at least 8 and at most {_MAX_IMAGE_SIZE}")
         if dataset.startswith("cifar") and image_size != 32:
             raise ValueError(f"image_size={image_size} does not fit dataset={dataset}, whose images are 32×32")
+        if val_size is not None and dataset in _NUM_TRAINING:
+            _check_val_size(val_size, _NUM_TRAINING[dataset])
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
@@ -130,7 +136,11 @@ class ImageDataModule(LightningDataModule):
         if self.dataset == "cifar10" or self.dataset == "cifar100":
             download_cifar(self.dataset, self.root)
         elif self.dataset == "folder":
+            if self.val_size is not None:
+                _check_val_size(self.val_size, count_training_images(self.root))
             load_folder(self.root, self.image_size)
+        elif self.image_size > 64:  # smaller ones take seconds
+            print(f"drawing 12,000 shapes of {self.image_size}×{self.image_size}", flush=True)
 
     def _load(self) -> Source:
         if self.dataset == "folder":
@@ -159,10 +169,7 @@ class ImageDataModule(LightningDataModule):
                     f"data.val_size={self.val_size}, but {self.root} brings its own val folder; leave val_size out"
                 )
             val_size = len(train) // 10 if self.val_size is None else self.val_size
-            if val_size >= len(train):
-                raise UserError(
-                    f"data.val_size={val_size} leaves nothing to train on; there are {len(train)} training images"
-                )
+            _check_val_size(val_size, len(train))
             if val_size == 0:
                 raise UserError(f"{len(train)} training images are too few to hold any out; set data.val_size")
             kept, held_out = stratified_split(train.labels, val_size, self.seed)
@@ -233,6 +240,13 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> EvaluationLoader:
         """Every test image once."""
         return self._evaluation_loader("test")
+
+
+def _check_val_size(val_size: int, num_training: int) -> None:
+    if val_size >= num_training:
+        raise UserError(
+            f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} training images"
+        )
 
 
 def _short(names: list[str]) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cbam_pl.data.images import Images, Source
 from cbam_pl.errors import UserError
+from cbam_pl.memory import refuse_beyond_memory
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -77,7 +79,19 @@ def list_classes(root: str) -> list[str]:
     classes = _list_folders(train)
     if not classes:
         raise UserError(f"{show(train)} holds no class; put the training images into {show(train)}/<class>/")
+    for name in classes:
+        if any("\ud800" <= sign <= "\udfff" for sign in name):  # what stands for bytes that are no text
+            raise UserError(f"the class folder {show(train / name)} has a name that is not UTF-8; rename it")
     return classes
+
+
+def count_training_images(root: str) -> int:
+    """How many images <root>/train holds, without decoding one.
+
+    Raises:
+        UserError: as `load_folder` does for what it refuses before it decodes.
+    """
+    return len(_list_split(Path(root).expanduser(), "train", list_classes(root)))
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -183,17 +197,19 @@ def _scan_images(folder: str) -> list[tuple[str, os.stat_result | None]]:
     Linked folders inside are not entered, because they may form a loop.
     """
     found: list[tuple[str, os.stat_result | None]] = []
-    for entry in _scan(folder):
-        if entry.is_dir(follow_symlinks=False):
-            found += _scan_images(entry.path)
-        elif entry.name.lower().endswith(SUFFIXES):
-            try:
-                status = entry.stat()
-            except OSError:
-                found.append((entry.path, None))
-            else:
-                if stat.S_ISREG(status.st_mode):  # opening a pipe would hang, a linked folder is no image
-                    found.append((entry.path, status))
+    folders = [folder]
+    while folders:
+        for entry in _scan(folders.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                try:
+                    status = entry.stat()
+                except OSError:
+                    found.append((entry.path, None))
+                else:
+                    if stat.S_ISREG(status.st_mode):  # opening a pipe would hang, a linked folder is no image
+                        found.append((entry.path, status))
     return sorted(found, key=lambda item: item[0])
 
 
@@ -276,6 +292,10 @@ def _decode_splits(
     loader = DataLoader(
         _Chunks(paths, image_size), batch_size=None, num_workers=num_workers, generator=torch.Generator()
     )
+    if num_workers:
+        print(f"decoding {len(paths):,} images, once", flush=True)
+    # Twice, as each split is copied out of them.
+    refuse_beyond_memory(2 * len(paths) * 3 * image_size**2, f"{len(paths):,} images of {image_size}×{image_size}")
     pixels = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     bad: list[tuple[str, str]] = []
     console = Console(stderr=True)
@@ -336,7 +356,7 @@ def _write_cache(cache: Path, fingerprint: str, content: dict[str, dict[str, Ten
         os.replace(temporary, cache)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = _reason(error)
-        _log.warning("the decoded images are not cached, %s cannot be written: %s", show(cache), reason)
+        warnings.warn(f"the decoded images are not cached: {show(cache)} cannot be written ({reason})", stacklevel=2)
     finally:
         with contextlib.suppress(OSError):  # already moved, or on a read-only disk
             temporary.unlink()

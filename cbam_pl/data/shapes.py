@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbam_pl.data.images import Images, Source
+from cbam_pl.memory import refuse_beyond_memory
 
 _CHUNK = 100  # images drawn at once: few enough that what they need stays in the processor's cache
 _CIFAR_SIZE = 32  # all lengths below are pixels of an image of this size
@@ -91,7 +92,13 @@ def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image
         num_train: training images.
         num_test: test images.
         image_size: height and width in pixels.
+
+    Raises:
+        UserError: they do not fit into memory.
     """
+    # Twice, for parts that are put together; three channels and a mask.
+    count = num_train + num_test
+    refuse_beyond_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
     train = make_shapes(num_train, 2 * seed, image_size)
     test = make_shapes(num_test, 2 * seed + 1, image_size)
     return Source(CLASSES, train, test)

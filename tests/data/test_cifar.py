@@ -94,6 +94,10 @@ class Official:
                     tar.addfile(member, io.BytesIO(data))
         self.monkeypatch.setattr(self.dataset, "tgz_md5", md5(self.archive.read_bytes()))
 
+    def unpack(self) -> None:
+        with tarfile.open(self.archive) as tar:
+            tar.extractall(self.root, filter="data")
+
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def official(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Official:

@@ -1,9 +1,9 @@
 """A user's own images: what decodes to what, what is refused, and when the cache is used."""
 
-import logging
 import multiprocessing
 import os
 import shutil
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cbam_pl.data import folder as folder_module
-from cbam_pl.data.folder import decode, find_images, list_classes, load_folder
+from cbam_pl.data.folder import count_training_images, decode, find_images, list_classes, load_folder
 from cbam_pl.data.images import Source
 from cbam_pl.errors import UserError
 
@@ -287,6 +287,34 @@ def test_missing_root_split_class_and_images(root: Path) -> None:
         load_folder(str(root), 8)
 
 
+def test_a_class_whose_name_is_no_text_is_refused(root: Path) -> None:
+    os.mkdir(os.fsencode(root / "train") + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"caf\\udce9' has a name that is not UTF-8; rename it"):
+        load_folder(str(root), 8)
+
+
+def test_folders_may_be_deeper_than_python_may_recurse(root: Path) -> None:
+    deep = str(root / "train" / "cat" / "a")
+    os.mkdir(deep)
+    for _ in range(1200):
+        deep += "/a"
+        os.mkdir(deep)
+    try:
+        assert count_training_images(str(root)) == 6
+    finally:
+        subprocess.run(["rm", "-r", root / "train" / "cat" / "a"], check=True)  # for pytest's removal recurses
+
+
+def test_training_images_are_counted_without_decoding(root: Path, decoded: list[str]) -> None:
+    assert count_training_images(str(root)) == 6
+    assert decoded == []
+
+
+def test_images_beyond_the_memory_are_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"10 images of 1000000×1000000 need 60,000\.0 GB of memory, and .* are free"):
+        load_folder(str(root), 1_000_000)
+
+
 def test_list_classes(root: Path) -> None:
     save(root / "train" / "Ape" / "a.png", (0, 0, 0))
     assert list_classes(str(root)) == ["Ape", "cat", "dog"]
@@ -412,16 +440,16 @@ def test_each_image_size_has_its_own_cache(root: Path) -> None:
 
 @pytest.mark.parametrize("function", ["torch.save", "os.replace"])
 def test_root_that_cannot_be_written_warns_in_one_line(
-    root: Path, function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(function, refuse)
-    with caplog.at_level(logging.WARNING):
+    with pytest.warns(UserWarning, match=CACHE) as warned:
         assert reds(load_folder(str(root), 8))[0] == [0, 1, 2, 3, 4, 5]
-    assert [record.getMessage() for record in caplog.records] == [
-        f"the decoded images are not cached, {root / CACHE} cannot be written: Permission denied"
+    assert [str(warning.message) for warning in warned] == [
+        f"the decoded images are not cached: {root / CACHE} cannot be written (Permission denied)"
     ]
     assert sorted(path.name for path in root.iterdir()) == ["test", "train"]
 
