@@ -193,8 +193,10 @@ class Classifier(LightningModule):
         """How the weights are updated, as plain values, such as {"optimizer": "Adam", "optimizer.lr": 0.001}."""
         settings: dict[str, Any] = {"lr_interval": self.lr_interval}
         for name, factory in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
-            options = factory.keywords if isinstance(factory, partial) else {}
-            made = factory.func if isinstance(factory, partial) else factory
+            made, options = factory, {}
+            if isinstance(factory, partial):
+                made = [factory.func, *factory.args][-1]  # jsonargparse puts functions of its own before the class
+                options = factory.keywords
             settings[name] = getattr(made, "__name__", None)
             settings |= {f"{name}.{key}": value for key, value in options.items()}
         return settings

@@ -480,6 +480,9 @@ def _refuse_other_settings(
         ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
     ):
         for name in sorted(ours.keys() | saved.keys()):
+            owner = name.partition(".")[0]
+            if owner != name and ours.get(owner) != saved.get(owner):
+                continue  # another optimizer has other options, of course
             if name != "root" and ours.get(name) != saved.get(name):
                 differing.append(f"{group}.{name} ({saved.get(name)} there, {ours.get(name)} here)")
     if differing:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from cbam_pl.runs import epochs_of
+from cbam_pl.schedules import WarmupCosineLR
 from tests.test_cli import checkpoint, scalars
 
 EPOCHS, STEPS = 4, 3  # 84 training images of which 20 are held out, in batches of 24
@@ -134,7 +135,11 @@ def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_p
 
 @pytest.mark.parametrize(
     "options",
-    [["--trainer.precision", "bf16-mixed"], ["--trainer.plugins", "[tests.test_resume.ScaledPrecision]"]],
+    [
+        ["--trainer.precision", "bf16-mixed"],
+        # Small images, since convolutions of float16 take a CPU many times as long.
+        ["--trainer.plugins", "[tests.test_resume.ScaledPrecision]", "--data.image_size", 8],
+    ],
     ids=["bfloat16", "float16 with a loss scale"],
 )
 def test_mixed_precision_resumes_exactly(options, command, recipe, tmp_path):
@@ -161,12 +166,14 @@ def test_accumulated_gradients_resume_exactly(command, recipe, tmp_path):
 
 
 def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe, tmp_path):
+    small = ["--data.batch_size", 2, "--trainer.max_epochs", 3, *SCHEDULES["one cycle"]]
+
     def both(root, *options):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         arguments = fit(recipe, tmp_path / root, "--trainer.strategy", "ddp", "--trainer.devices", 2,
-                        "--data.batch_size", 1, *SCHEDULES["one cycle"], *options)  # fmt: skip
+                        *small, *options)  # fmt: skip
         outputs = [tmp_path / f"{root}.{rank}" for rank in range(2)]
         processes = [
             launch(output, *arguments, variables=common | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"})
@@ -178,26 +185,26 @@ def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe,
 
     for status, output in both("whole"):
         assert status == 0, output
-    # 64 images are 32 steps; the processes agree at every tenth.
-    for status, output in both("parts", *broken(step=32 + 15)):
+    # 64 images are 16 steps; the processes agree at every tenth.
+    for status, output in both("parts", *broken(step=16 + 5)):
         assert status == 143, output
-    assert checkpoint(tmp_path / "parts")["global_step"] == 32 + 20
+    assert checkpoint(tmp_path / "parts")["global_step"] == 16 + 10
     shutil.copytree(tmp_path / "parts", tmp_path / "alone")
     for status, output in both("parts", "--ckpt_path", "last"):
         assert status == 0, output
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
-    outcome = command(*fit(recipe, tmp_path / "alone", "--data.batch_size", 1, *SCHEDULES["one cycle"],
-                           "--trainer.precision", "bf16-mixed", "--ckpt_path", "last"))  # fmt: skip
+    outcome = command(*fit(recipe, tmp_path / "alone", *small, "--trainer.precision", "bf16-mixed",
+                           "--ckpt_path", "last"))  # fmt: skip
     assert outcome.status == 0, outcome.err
     differing = [line.split(maxsplit=1)[1] for line in outcome.out.splitlines() if line.startswith("differs")]
     assert differing == [
-        "processes: 2 there, 1 here; a step takes 2 images there, 1 here",
+        "processes: 2 there, 1 here; a step takes 4 images there, 2 here",
         "precision: 32-true there, bf16-mixed here",
     ]
-    # Of the second epoch's 64 images 40 are behind, so that 24 steps are left, and 64 in each of two more epochs.
+    # Of the second epoch's 64 images 40 are behind, so that 12 steps are left, and 32 in the third epoch.
     saved = checkpoint(tmp_path / "alone")
-    assert saved["global_step"] == 32 + 20 + 24 + 2 * 64
+    assert saved["global_step"] == 16 + 10 + 12 + 32
     assert saved["lr_schedulers"][0]["total_steps"] == saved["global_step"]
 
 
@@ -222,9 +229,16 @@ def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe
     assert f"differs      {said}\n" in outcome.out
     assert checkpoint(tmp_path)["global_step"] == 4 * STEPS
     if schedule != "plateau":
-        # The step after the last would have the schedule's end.
-        (rate,) = checkpoint(tmp_path)["lr_schedulers"][0]["_last_lr"]
-        assert rate < 1e-5
+        # By hand: the schedule as it is when laid out over twelve steps from the start.
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.002)
+        if schedule == "cosine":
+            by_hand = WarmupCosineLR(optimizer, 0.25, total_steps=12)
+        else:
+            by_hand = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.004, total_steps=12)
+        for _ in range(12):
+            optimizer.step()
+            by_hand.step()
+        assert checkpoint(tmp_path)["lr_schedulers"][0]["_last_lr"] == pytest.approx(by_hand.get_last_lr(), abs=1e-12)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
