@@ -34,6 +34,7 @@ class RunCheckpoint(ModelCheckpoint):
         moved = {name: here(state_dict[name]) for name in state_dict if name.endswith("_path")}
         best = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
+        self.current_score = state_dict["current_score"]  # Lightning leaves it out
 
 
 class Safeguard(Callback):
@@ -59,6 +60,7 @@ class Safeguard(Callback):
         self._seconds = 60 * minutes
         self._saved_at = 0.0
         self._received: int | None = None
+        self._epoch_ended = False
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,6 +96,12 @@ class Safeguard(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's own checkpoint is about to be written."""
         self._saved_at = time.monotonic()
+        self._epoch_ended = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop between two epochs, too; an epoch may be a single batch, or too few for the processes to agree."""
+        if self._epoch_ended and trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            raise Interrupted(self._received or signal.SIGTERM, trainer.current_epoch + 1, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
@@ -20,6 +21,7 @@ from torchmetrics import MeanMetric
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, Stem, build_network
+from cbam_pl.runs import epochs_of
 from cbam_pl.seeds import derive_seed, seed_device
 
 
@@ -93,6 +95,16 @@ class EpochMeans:
         self.loss.reset()
         self.acc.reset()
         return loss, acc
+
+
+def trained_with(trainer: Trainer) -> dict[str, Any]:
+    """What may differ when a training is resumed, and is said then."""
+    return {
+        "max_epochs": trainer.max_epochs,
+        "processes": trainer.world_size,
+        "precision": trainer.precision,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
 
 
 class Classifier(LightningModule):
@@ -179,6 +191,25 @@ class Classifier(LightningModule):
         self._fetched_at = 0.0
         self._tested_epoch = 0
         self._broken_off: dict[str, Any] = {}  # the epoch that a checkpoint was written in
+        self._resumed_at: tuple[int, int, int] | None = None  # epochs completed, batches of the next, steps
+
+    @property
+    def fits_schedule(self) -> bool:
+        """Whether the schedule's length is left to the trainer."""
+        return isinstance(self.lr_scheduler, partial) and self.lr_scheduler.keywords.get("total_steps", 0) is None
+
+    @property
+    def optimization(self) -> dict[str, Any]:
+        """How the weights are updated, as plain values, such as {"optimizer": "Adam", "optimizer.lr": 0.001}."""
+        settings: dict[str, Any] = {"lr_interval": self.lr_interval}
+        for name, factory in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
+            made, options = factory, {}
+            if isinstance(factory, partial):
+                made = [factory.func, *factory.args][-1]  # jsonargparse puts functions of its own before the class
+                options = factory.keywords
+            settings[name] = getattr(made, "__name__", None)
+            settings |= {f"{name}.{key}": value for key, value in options.items()}
+        return settings
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute."""
@@ -388,16 +419,26 @@ class Classifier(LightningModule):
             return optimizer, None
         with _refusals_name("model.lr_scheduler"):
             scheduler = self.lr_scheduler
-            if isinstance(scheduler, partial) and scheduler.keywords.get("total_steps", 0) is None:
-                scheduler = partial(scheduler, total_steps=total_steps())
+            if self.fits_schedule:
+                scheduler = partial(scheduler, total_steps=total_steps())  # type: ignore[call-arg]
             return optimizer, scheduler(optimizer)
 
     def _total_steps(self) -> int:
         """Steps of the schedule over the whole training, in the unit of `lr_interval`."""
-        steps = self.trainer.max_epochs if self.lr_interval == "epoch" else self.trainer.estimated_stepping_batches
-        if steps is None or steps < 1 or steps == math.inf:
+        trainer = self.trainer
+        total = trainer.max_epochs if self.lr_interval == "epoch" else trainer.estimated_stepping_batches
+        if total is None or total < 1 or total == math.inf:
             raise ValueError("a schedule over the whole training needs its end; set trainer.max_epochs")
-        return int(steps)
+        if self.lr_interval == "epoch":
+            return int(total)
+        # For the estimate the loader was built, before it is told at which batch to go on.
+        trainer.fit_loop._combined_loader = None
+        if self._resumed_at is not None and trainer.max_steps < 0:
+            # With other processes or another accumulation than before, an epoch has another number of steps.
+            epochs, batches, steps = self._resumed_at
+            per_epoch = total // max(1, trainer.max_epochs or 1)
+            total += steps - epochs * per_epoch - batches // trainer.accumulate_grad_batches
+        return max(1, int(total))
 
     # Evaluation
 
@@ -433,14 +474,41 @@ class Classifier(LightningModule):
         self._log({"test/loss": loss, "test/acc": acc}, self._tested_epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which epoch the checkpoint is of, from 1, and how far it was."""
+        """Note which epoch the checkpoint is of, from 1, and how far it was; where it is resumed, go on from there."""
         self._tested_epoch = checkpoint["epoch"] + 1
         self._broken_off = checkpoint["broken_off"]
+        if self._trainer is not None and self.trainer.training:
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        """Fit a checkpoint to the trainer's number of processes and epochs, as far as these differ."""
+        loop = checkpoint["loops"]["fit_loop"]
+        (loader,) = loop["state_dict"]["combined_loader"]
+        here = trained_with(self.trainer)
+        there = checkpoint.get("trained_with", here)
+        if loader["taken"] and there["processes"] != here["processes"]:
+            # One order of the images is dealt out to all, so that as many are behind as before, rounded down.
+            taken = loader["taken"] * there["processes"] // here["processes"]
+            loader["taken"] = min(taken, len(self.trainer.datamodule.train_dataloader()) - 1)  # type: ignore[attr-defined]
+            progress = loop["epoch_loop.batch_progress"]["current"]
+            done = {"ready": 0, "started": 0, "processed": 0, "completed": progress["completed"] - progress["ready"]}
+            progress.update({name: loader["taken"] + value for name, value in done.items()})
+        self._resumed_at = (epochs_of(checkpoint), loader["taken"], checkpoint["global_step"])
+        if self.fits_schedule:
+            for state in checkpoint["lr_schedulers"]:
+                for name in ("total_steps", "_schedule_phases"):  # the schedule just built knows them better
+                    state.pop(name, None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the epoch's figures, and in the middle of an epoch what it has summed up so far."""
         if self._steps:
             self._log_steps()
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+        checkpoint["saved_at"] = time.time()  # all that was logged up to now is on the disk
+        checkpoint["trained_with"] = trained_with(self.trainer)
+        checkpoint["optimization"] = self.optimization
         checkpoint["figures"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint["broken_off"] = {"lr": self._epoch_lr, "means": self.train_means.state_dict()}
 

@@ -231,8 +231,9 @@ def fit(options: list[str]) -> None:
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
+    from cbam_pl.logger import RunLogger
     from cbam_pl.monitor import NetworkMonitor
-    from cbam_pl.runs import new_run, newest_checkpoint, read_checkpoint, run_of
+    from cbam_pl.runs import epochs_of, find_checkpoint, new_run, run_of, written_whole
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
     with _refusals_are_mendable():
@@ -242,19 +243,26 @@ def fit(options: list[str]) -> None:
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
         model.check_optimizers()
-    run, resumed, checkpoint_path = None, None, settings.ckpt_path
-    if checkpoint_path is not None:
-        last = checkpoint_path == "last"
-        checkpoint_path = newest_checkpoint(root, "last", recipe) if last else Path(checkpoint_path)
-        checkpoint = read_checkpoint(checkpoint_path)
-        _refuse_other_settings(checkpoint_path, checkpoint, model, data)
-        run, resumed = run_of(checkpoint_path), (checkpoint["epoch"] + 1, checkpoint["global_step"])
     first = not _get_rank()  # None or 0: the first process, or the one that will start the others
+    run, checkpoint, checkpoint_path = None, None, None
+    if settings.ckpt_path is not None:
+        checkpoint_path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
+        _refuse_other_settings(checkpoint_path, checkpoint, model, data)
+        run = run_of(checkpoint_path)
+        if _is_complete(checkpoint, values.trainer):
+            if first:
+                print(
+                    f"nothing left to do: {checkpoint_path} has done {epochs_of(checkpoint)} epochs and "
+                    f"{checkpoint['global_step']} steps; train further with --trainer.max_epochs"
+                )
+            return
     if first and run is None and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
     try:
+        if first and run is not None:
+            run.make_writable()
         with _refusals_are_mendable():
-            trainer = _trainer(values.trainer, run, resumed=resumed, minutes=settings.checkpoint_minutes)
+            trainer = _trainer(values.trainer, run, checkpoint, minutes=settings.checkpoint_minutes)
             trainer.callbacks.insert(0, monitor)  # type: ignore[attr-defined]
         if first:
             # Data comes last, since it may take long to load: a mistake in the settings is told at once.
@@ -262,12 +270,22 @@ def fit(options: list[str]) -> None:
             data.setup()
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
+            if checkpoint is not None:
+                _print_differences(checkpoint, model, data, trainer)
             if run is not None and trainer.loggers:
                 settings.ckpt_path = None
                 text, file = parser.dump(settings), run.logs / "config.yaml"
-                # Once nothing can be refused any more; a run without it is discarded.
-                trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: file.write_text(text)))  # type: ignore[attr-defined]
-        with _refusals_of_lightning_are_mendable():
+
+                def begin(trainer: "Trainer", *_: object) -> None:
+                    """Change what is there, once nothing can be refused any more; a run without config.yaml is none."""
+                    with written_whole(file) as stream:
+                        stream.write(text.encode())
+                    for logger in trainer.loggers:
+                        if isinstance(logger, RunLogger):
+                            logger.go_on()
+
+                trainer.callbacks.insert(0, LambdaCallback(on_train_start=begin))  # type: ignore[attr-defined]
+        with _refusals_of_lightning_are_mendable(run):
             trainer.fit(model, data, ckpt_path=checkpoint_path, weights_only=True)
     except Interrupted as interruption:
         if trainer.is_global_zero and run is not None:
@@ -300,7 +318,7 @@ def evaluate(command: str, options: list[str]) -> None:
         run = run_of(path) if command == "test" else None
         trainer = _trainer(values.trainer, run, tested_epoch=checkpoint["epoch"] + 1)
     data.load_state_dict(checkpoint["ImageDataModule"])
-    with _refusals_of_lightning_are_mendable():
+    with _refusals_of_lightning_are_mendable(run):
         measure = trainer.test if command == "test" else trainer.validate
         measure(model, datamodule=data, verbose=False)
     if trainer.is_global_zero:
@@ -374,14 +392,13 @@ def visualize(options: list[str]) -> None:
     parser = _parser("visualize")
     settings = _parse(parser, options)
 
-    from cbam_pl.runs import newest_checkpoint, read_checkpoint
+    from cbam_pl.runs import find_checkpoint
     from cbam_pl.visualize import Choice, Subject, draw
 
     root = Path(settings.trainer.default_root_dir)
     subjects = []
     for name in settings.ckpt_path:
-        path = newest_checkpoint(root, name) if name in ("best", "last") else Path(name)
-        checkpoint = read_checkpoint(path)
+        path, checkpoint = find_checkpoint(root, name)
         saved = checkpoint["datamodule_hyper_parameters"]
         # What is not given here is as the checkpoint was trained with.
         given = _parse(parser, options, {f"data.{key}": saved[key] for key in saved if key != "seed"})
@@ -395,10 +412,27 @@ def visualize(options: list[str]) -> None:
 
 
 @contextmanager
-def _refusals_of_lightning_are_mendable() -> Iterator[None]:
-    """Turn a setting that Lightning refuses only when it runs into a UserError."""
+def _refusals_of_lightning_are_mendable(run: "Run | None" = None) -> Iterator[None]:
+    """Turn what is refused only when Lightning runs - a setting, memory, the disk - into a UserError.
+
+    Args:
+        run: the run whose logs are written.
+    """
+    import errno
+    import threading
+
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from cbam_pl.runs import cannot_write
+
+    no_memory = UserError(
+        "out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches to keep the number of images "
+        "per step"
+    )
+    of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+    hook = threading.excepthook
+    # TensorBoard writes in a thread of its own, and raises what that meets in this one, too, at the next event.
+    threading.excepthook = lambda met: None if isinstance(met.exc_value, OSError) else hook(met)
     try:
         yield
     except MisconfigurationException as error:
@@ -407,15 +441,20 @@ def _refusals_of_lightning_are_mendable() -> Iterator[None]:
         if "val_check_interval" not in str(error):
             raise
         raise UserError(f"trainer.{' '.join(str(error).replace('`', '').split())}") from error
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise no_memory from error
+        if run is None or error.errno not in of_the_disk:
+            raise
+        raise cannot_write(Path(error.filename or run.logs), str(error.strerror)) from error
     except (RuntimeError, MemoryError) as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise UserError(f"trainer.callbacks: {error}") from error
         if _is_out_of_memory(error):
-            raise UserError(
-                "out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches to keep the number "
-                "of images per step"
-            ) from error
+            raise no_memory from error
         raise
+    finally:
+        threading.excepthook = hook
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -447,18 +486,15 @@ def _recipe(settings: "Namespace") -> str:
 
 def _chosen_checkpoint(settings: "Namespace") -> "tuple[Path, dict[str, Any]]":
     """The checkpoint that --ckpt_path names, and what it holds."""
-    from cbam_pl.runs import newest_checkpoint, read_checkpoint
+    from cbam_pl.runs import find_checkpoint
 
-    name = settings.ckpt_path
-    root = Path(settings.trainer.default_root_dir)
-    path = newest_checkpoint(root, name) if name in ("best", "last") else Path(name)
-    return path, read_checkpoint(path)
+    return find_checkpoint(Path(settings.trainer.default_root_dir), settings.ckpt_path)
 
 
 def _refuse_other_settings(
     path: Path, checkpoint: dict[str, Any], model: "Classifier", data: "ImageDataModule"
 ) -> None:
-    """Refuse to resume with another network or other data than the checkpoint's.
+    """Refuse to resume with another network, optimizer, schedule or other data than the checkpoint's.
 
     Raises:
         UserError: with the keys that differ.
@@ -466,19 +502,53 @@ def _refuse_other_settings(
     differing = []
     for group, ours, saved in (
         ("model", model.hparams, checkpoint["hyper_parameters"]),
+        # Its own state, which the checkpoint restores, would otherwise win without a word.
+        ("model", model.optimization, checkpoint.get("optimization", model.optimization)),
         ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
     ):
         for name in sorted(ours.keys() | saved.keys()):
+            owner = name.partition(".")[0]
+            if owner != name and ours.get(owner) != saved.get(owner):
+                continue  # another optimizer has other options, of course
             if name != "root" and ours.get(name) != saved.get(name):
                 differing.append(f"{group}.{name} ({saved.get(name)} there, {ours.get(name)} here)")
     if differing:
         raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
 
 
+def _is_complete(checkpoint: dict[str, Any], settings: "Namespace") -> bool:
+    """Whether the trainer's settings leave nothing to train."""
+    from cbam_pl.runs import epochs_of
+
+    limits = ((settings.max_epochs, epochs_of(checkpoint)), (settings.max_steps, checkpoint["global_step"]))
+    return any(limit is not None and 0 <= limit <= done for limit, done in limits)
+
+
+def _print_differences(
+    checkpoint: dict[str, Any], model: "Classifier", data: "ImageDataModule", trainer: "Trainer"
+) -> None:
+    """Where the training goes on, and what is allowed to differ from before."""
+    from cbam_pl.classifier import trained_with
+    from cbam_pl.runs import epochs_of
+
+    print(f"resumed      after {epochs_of(checkpoint)} epochs, {checkpoint['global_step']} steps")
+    here = trained_with(trainer)
+    there = checkpoint.get("trained_with", here)
+    notes = {
+        "processes": f"; a step takes {there['processes'] * data.batch_size} images there, "
+        f"{here['processes'] * data.batch_size} here"
+    }
+    if model.fits_schedule:
+        notes["max_epochs"] = "; the schedule is stretched to its end"
+    for name, value in here.items():
+        if there[name] != value:
+            print(f"differs      {name}: {there[name]} there, {value} here{notes.get(name, '')}")
+
+
 def _trainer(
     settings: "Namespace",
     run: "Run | None",
-    resumed: tuple[int, int] | None = None,
+    resumed: dict[str, Any] | None = None,
     minutes: float | None = None,
     tested_epoch: int | None = None,
 ) -> "Trainer":

@@ -3,9 +3,13 @@
 import os
 import pickle
 import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -37,6 +41,25 @@ class Run:
         """Folder of the TensorBoard events, config.yaml and metrics.csv."""
         return self.root / "logs" / self.recipe / f"version_{self.version}"
 
+    def make_writable(self) -> None:
+        """See that both folders take a file, and remove what a killed process left half written.
+
+        Raises:
+            UserError: a folder cannot be made or written.
+        """
+        for folder in (self.checkpoints, self.logs):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.glob(".*.[0-9]*"):
+                    leftover.unlink()
+                with tempfile.TemporaryFile(dir=folder) as probe:
+                    probe.write(b"probe")
+            except OSError as error:
+                raise UserError(
+                    f"cannot write into the run's folder {folder} ({error.strerror}); make it writable, or name "
+                    "another with --trainer.default_root_dir"
+                ) from error
+
     def discard_if_unused(self) -> None:
         """Remove the run's folders where training never began: no config.yaml, no checkpoint."""
         if not (self.logs / "config.yaml").exists() and not any(self.checkpoints.glob("*")):
@@ -51,23 +74,25 @@ def new_run(root: Path, recipe: str) -> Run:
         UserError: the folders cannot be made.
     """
     version = 0
-    for kind in ("checkpoints", "logs"):
-        taken = (root / kind / recipe).glob("version_*")
-        numbers = [int(path.name[8:]) for path in taken if path.name[8:].isdigit()]
-        version = max([version, *(number + 1 for number in numbers)])
-    while True:
-        run = Run(root, recipe, version)
-        try:
-            run.checkpoints.mkdir(parents=True)
-            run.logs.mkdir(parents=True)
-            return run
-        except FileExistsError:
-            version += 1  # another run took it in this moment
-        except OSError as error:
-            raise UserError(
-                f"cannot make the run's folder {error.filename} ({error.strerror}); make it writable, or name another "
-                "with --trainer.default_root_dir"
-            ) from error
+    try:
+        for kind in ("checkpoints", "logs"):
+            folder = root / kind / recipe
+            # By itself, since of what is in the way here no higher version gets rid.
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
+            version = max([version, *(number + 1 for number in numbers)])
+        while True:
+            run = Run(root, recipe, version)
+            with suppress(FileExistsError):  # another run took it in this moment
+                run.checkpoints.mkdir()
+                run.logs.mkdir()
+                return run
+            version += 1
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run's folder {error.filename} ({error.strerror}); make it writable, or name another "
+            "with --trainer.default_root_dir"
+        ) from error
 
 
 def run_of(checkpoint: Path) -> Run | None:
@@ -77,6 +102,12 @@ def run_of(checkpoint: Path) -> Run | None:
     if folder.name == number or not number.isdigit() or folder.parent.parent.name != "checkpoints":
         return None
     return Run(folder.parents[2], folder.parent.name, int(number))
+
+
+def _newest_first(root: Path, pattern: str) -> list[Path]:
+    """The checkpoints of the runs under `root`, the last written first."""
+    found = (root / "checkpoints").glob(pattern)
+    return sorted(found, key=lambda path: path.lstat().st_mtime_ns, reverse=True)
 
 
 def newest_checkpoint(root: Path, name: str, recipe: str = "*") -> Path:
@@ -90,14 +121,46 @@ def newest_checkpoint(root: Path, name: str, recipe: str = "*") -> Path:
     Raises:
         UserError: there is none.
     """
-    found = list((root / "checkpoints").glob(f"{recipe}/version_*/{name}.ckpt"))
+    found = _newest_first(root, f"{recipe}/version_*/{name}.ckpt")
     if not found:
         of = "" if recipe == "*" else f" of {recipe}"
         raise UserError(
             f"no {name}.ckpt{of} under {root / 'checkpoints'}; train first (python train.py fit --config "
             "configs/cbam_cnn.yaml), or name a checkpoint with --ckpt_path"
         )
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    return found[0]
+
+
+def find_checkpoint(root: Path, name: str, recipe: str = "*") -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that --ckpt_path names, and what it holds.
+
+    Args:
+        root: the folder that holds `checkpoints`.
+        name: a file; or best or last, for the most recently written best.ckpt or last.ckpt.
+        recipe: the recipe whose runs are searched, or * for any.
+
+    Raises:
+        UserError: there is none; or it is broken, with the newest one that is complete.
+    """
+    if name not in ("best", "last"):
+        return Path(name), read_checkpoint(Path(name))
+    newest = newest_checkpoint(root, name, recipe)
+    try:
+        return newest, read_checkpoint(newest)
+    except UserError as error:
+        # Named, not taken: it may be hours older, or another run's.
+        others = (path for path in _newest_first(root, f"{recipe}/version_*/*.ckpt") if path != newest)
+        complete = next(filter(_is_complete, others), None)
+        instead = "no other one is complete" if complete is None else f"the newest complete one is {complete}"
+        raise UserError(f"{error}; {instead}") from error
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -106,21 +169,83 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, broken, or another program's.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; check --ckpt_path")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a checkpoint in it with --ckpt_path")
+        if not path.is_file():
+            raise UserError(f"no checkpoint at {path}; check --ckpt_path")
+        with path.open("rb") as stream:
+            _check_sums(stream)
+            checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is broken, or holds more than tensors and plain values and is not loaded, since that could run "
-            "code; name a checkpoint of this program"
+            f"{path} holds more than tensors and plain values and is not loaded, since that could run code; name a "
+            "checkpoint of this program"
         ) from error
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: it is broken or cut off; name another") from error
-    needed = {"state_dict", "epoch", "hyper_parameters", "datamodule_hyper_parameters", "ImageDataModule"}
+    except UserError:
+        raise
+    except Exception as error:  # whatever a reader of archives and of their contents may stumble over
+        reason = getattr(error, "strerror", None) or "it is cut off, damaged, or no checkpoint at all"
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); name another with --ckpt_path") from error
+    needed = {
+        "state_dict", "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers",
+        "hyper_parameters", "datamodule_hyper_parameters", "ImageDataModule", "figures", "broken_off",
+    }  # fmt: skip
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
     return checkpoint
+
+
+def epochs_of(checkpoint: dict[str, Any]) -> int:
+    """Epochs that a checkpoint has completed; its own `epoch` counts from 0 and may be broken off."""
+    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+def _check_sums(stream: BinaryIO) -> None:
+    """Hold each part of a checkpoint to its CRC-32, which torch writes but does not check.
+
+    Raises:
+        zipfile.BadZipFile: a part is not what was written.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(damaged)
+    stream.seek(0)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A stream that becomes the file at `path` once all of it is on the disk; before, and on errors, nothing changes.
+
+    The half-written file lies beside it, since a rename is not possible from another file system.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def cannot_write(path: Path, reason: str) -> UserError:
+    """What to tell the user when a file of a run cannot be written.
+
+    Args:
+        path: the file or folder.
+        reason: what the system says.
+    """
+    place = Path(os.path.realpath(path))
+    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    return UserError(
+        f"cannot write {path} ({reason}); {shutil.disk_usage(there).free / 1e6:,.1f} MB are free there; earlier "
+        "checkpoints are intact; make room, then resume with --ckpt_path last"
+    )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -137,18 +262,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full, or the folder cannot be written.
         """
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as stream:
+            with written_whole(path) as stream:
                 torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(path)
         except (OSError, RuntimeError) as error:
-            beside.unlink(missing_ok=True)
-            free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-            raise UserError(
-                f"cannot write {path} ({getattr(error, 'strerror', None) or error}); {free / 1e6:,.1f} MB are free "
-                "there; earlier checkpoints are intact; make room, then resume with --ckpt_path last"
-            ) from error
+            # torch's writer hides the system's error behind one of its own.
+            cause = error if isinstance(error, OSError) else error.__context__
+            raise cannot_write(path, getattr(cause, "strerror", None) or str(error)) from error

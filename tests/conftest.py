@@ -2,9 +2,13 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
-from collections.abc import Callable
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -104,3 +108,48 @@ def trained(
     outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root)
     assert outcome.status == 0, outcome.err
     return root, outcome
+
+
+def _in_a_process(arguments: list[str], output: Path, variables: Mapping[str, str], limits: Mapping[int, int]) -> None:
+    os.environ.update(variables)
+    with output.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    torch.set_num_threads(1)
+    for limit, more in limits.items():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(limit, (used + more,) * 2 if limit == resource.RLIMIT_AS else (more, more))
+    sys.argv = ["train.py", *arguments]
+    main(arguments)
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[..., BaseProcess]]:
+    """Start `train.py ARGUMENTS` in a process of its own, which can be killed; it costs no imports.
+
+    launch(output, *arguments, variables={}, limits={}): output, the file for what it prints; variables, of its
+    environment; limits, RLIMIT_… → bytes, those of RLIMIT_AS beyond what it uses already.
+    """
+    # One process imports everything, before it has threads, and forks those that train.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cbam_pl.cli", "cbam_pl.classifier", "cbam_pl.data.datamodule", "cbam_pl.monitor",
+                                    "cbam_pl.callbacks", "cbam_pl.logger", "jsonargparse", "torch.utils.tensorboard",
+                                    "tests.conftest"])  # fmt: skip
+    started: list[BaseProcess] = []
+
+    def start(
+        output: Path,
+        *arguments: object,
+        variables: Mapping[str, str] | None = None,
+        limits: Mapping[int, int] | None = None,
+    ) -> BaseProcess:
+        options = [str(argument) for argument in arguments]
+        process = context.Process(target=_in_a_process, args=(options, output, variables or {}, limits or {}))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()

@@ -141,7 +141,8 @@ def test_zero_switches_the_pictures_off(tmp_path, command, recipe):
 def test_a_resumed_run_goes_on_with_its_pictures(four, tmp_path, command, recipe):
     root = shutil.copytree(four, tmp_path / "run")
     fit(command, recipe, root, "--trainer.max_epochs", 5, "--pictures_every", 3, "--ckpt_path", "last")
-    assert [event.step for event in events_of(root).Images("pictures/features")] == [1, 3, 4, 5]
+    # Those of a run of five epochs at once: epoch 4 had them as the last one, which it no longer is.
+    assert [event.step for event in events_of(root).Images("pictures/features")] == [1, 3, 5]
 
 
 def test_a_constant_gate_is_warned_of_once(tmp_path, command, recipe):
