@@ -1,5 +1,6 @@
 """Where a run writes: checkpoints/RECIPE/version_N and logs/RECIPE/version_N, and how they are found again."""
 
+import json
 import os
 import pickle
 import shutil
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
 
 
@@ -121,6 +125,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
     return checkpoint
+
+
+def write_test(
+    run: Run,
+    checkpoint: dict[str, Any],
+    data: ImageDataModule,
+    trainer: Trainer,
+    confusion: list[list[int]],
+    options: list[str],
+) -> None:
+    """Write the figures of a test into the run's logs, as test.json.
+
+    Args:
+        run: whose checkpoint was tested.
+        checkpoint: what was tested.
+        data: the data module that was tested on.
+        trainer: what tested.
+        confusion: images by true class (rows) and predicted class (columns).
+        options: of the command line, but for the checkpoint's path.
+    """
+    record = {
+        "epoch": checkpoint["epoch"] + 1,
+        "images": sum(map(sum, confusion)),
+        **{name: float(value) for name, value in trainer.callback_metrics.items()},
+        "classes": data.classes,
+        "confusion": confusion,
+        "options": options,
+        "environment": describe_environment(trainer.strategy.root_device),
+    }
+    (run.logs / "test.json").write_text(json.dumps(record) + "\n")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
