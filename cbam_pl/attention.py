@@ -597,6 +597,13 @@ class CBAM(nn.Module):
         return self._gated(x)[0]
 
 
+def options_of(kind: str) -> tuple[str, ...]:
+    """The options of AttentionConfig that this kind of attention has a use for, beside `kind`."""
+    preset = ("preset",) if kind in ("cbam", "channel", "spatial") else ()
+    placement = () if kind == "none" else _PLACEMENT_OPTIONS
+    return (*preset, *_OPTIONS.get(kind, ()), *placement)
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """Which attention a network has, and where; each field is a key below `model.attention` in YAML.

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
@@ -185,6 +186,7 @@ class Classifier(LightningModule):
         self.seed = seed
         self.train_means = EpochMeans()
         self.evaluation_means = EpochMeans()
+        self.test_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)  # rows: true class
         self.recent: dict[str, float] = {}  # loss, acc and images/s of the last steps, for the progress bar
         self._steps: list[int] = []  # the optimizer step of each noted batch
         self._epoch_lr = 0.0
@@ -241,13 +243,17 @@ class Classifier(LightningModule):
         device = self.trainer.strategy.root_device
         self.train_means.to(device)
         self.evaluation_means.to(device)
+        self.choose_fast_ways(device, stage == "fit")
+
+    def choose_fast_ways(self, device: torch.device, training: bool) -> None:
+        """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""
         channels_last = device.type in ("cpu", "cuda") if self.channels_last is None else self.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
         compiled = self.compile_training
         if compiled is None:
             compiled = device.type == "cuda" and find_spec("triton") is not None
-        if compiled and stage == "fit":
+        if compiled and training:
             # With torch's own random numbers, so that dropout is the same with and without it.
             options: dict[str, Any] = {"fallback_random": True}
             if self.trainer.is_global_zero:
@@ -258,7 +264,8 @@ class Classifier(LightningModule):
         """Images (B, 3, H, W), normalised → logits (B, num_classes)."""
         return self.network(images.to(memory_format=self.memory_format))
 
-    def _training_logits(self, images: Tensor) -> Tensor:
+    def training_logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised → logits (B, num_classes), compiled where that was chosen."""
         if self._compiled is None:
             return self(images)
         self._compiled_size = self._compiled_size or len(images)
@@ -294,7 +301,7 @@ class Classifier(LightningModule):
         purpose = ("dropout", self.seed, self.current_epoch, batch_idx, self.global_rank)
         seed_device(derive_seed(*purpose), self.device)
         images, labels = batch
-        logits = self._training_logits(images)
+        logits = self.training_logits(images)
         loss = self._loss(logits, labels)
         self.train_means.note(loss, logits, labels)
         self._steps.append(self.global_step + 1)
@@ -454,7 +461,12 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Images (B, 3, H, W) and labels (B,)."""
-        self._evaluate(batch)
+        logits = self._evaluate(batch)
+        self.test_confusion.update(logits.argmax(1), batch[1])
+
+    def on_test_epoch_start(self) -> None:
+        """Count from nothing."""
+        self.test_confusion.reset()
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) → probabilities (B, num_classes)."""

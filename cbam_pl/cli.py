@@ -29,6 +29,7 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation images; by default the newest run's best",
     "predict": "classify your own images: --images FILE_OR_FOLDER ...",
     "visualize": "draw features, attention, Grad-CAM and curves of a checkpoint; --measure gives numbers",
+    "compare": "train several recipes with several seeds, and report whether they differ, how surely, at what cost",
 }
 
 
@@ -71,6 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
             predict(options)
         elif command == "visualize":
             visualize(options)
+        elif command == "compare":
+            from cbam_pl.compare.command import compare
+
+            compare(options)
         else:
             evaluate(command, options)
     except UserError as error:
@@ -309,7 +314,7 @@ def evaluate(command: str, options: list[str]) -> None:
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
-    from cbam_pl.runs import run_of
+    from cbam_pl.runs import run_of, write_test
 
     with _refusals_are_mendable():
         values = parser.instantiate(settings)
@@ -321,6 +326,9 @@ def evaluate(command: str, options: list[str]) -> None:
     with _refusals_of_lightning_are_mendable(run):
         measure = trainer.test if command == "test" else trainer.validate
         measure(model, datamodule=data, verbose=False)
+    counts = model.test_confusion.compute().tolist() if command == "test" else []  # all processes take part
+    if run is not None and run.logs.is_dir() and trainer.is_global_zero:
+        write_test(run, checkpoint, data, trainer, counts, _without(options, "--ckpt_path"))
     if trainer.is_global_zero:
         split: Literal["test", "val"] = "test" if command == "test" else "val"
         count = len(data.images(split))

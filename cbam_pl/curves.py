@@ -16,7 +16,7 @@ from cbam_pl.page import DPI, LARGE, NORMAL, SMALL
 
 FIGURES = ("train/loss", "val/loss", "train/acc", "val/acc", "lr")
 # Okabe and Ito's colours, which differ for every kind of colour blindness; yellow is too pale for a line.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LINE_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _STYLES = [("--", "train"), ("-", "val")]
 
 
@@ -91,7 +91,7 @@ def draw_curves(histories: Sequence[History], title: str) -> Figure:
     (by_step, loss), (accuracy, rate) = figure.subplots(2, 2)
     key = []  # one legend below all, where it hides no curve
     for number, history in enumerate(histories):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
         count = len(history.steps)
         if count:
             window = min(count, max(5, count // 50))

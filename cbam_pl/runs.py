@@ -1,5 +1,6 @@
 """Where a run writes: checkpoints/RECIPE/version_N and logs/RECIPE/version_N, and how they are found again."""
 
+import json
 import os
 import pickle
 import shutil
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
 
 
@@ -246,6 +250,36 @@ def cannot_write(path: Path, reason: str) -> UserError:
         f"cannot write {path} ({reason}); {shutil.disk_usage(there).free / 1e6:,.1f} MB are free there; earlier "
         "checkpoints are intact; make room, then resume with --ckpt_path last"
     )
+
+
+def write_test(
+    run: Run,
+    checkpoint: dict[str, Any],
+    data: ImageDataModule,
+    trainer: Trainer,
+    confusion: list[list[int]],
+    options: list[str],
+) -> None:
+    """Write the figures of a test into the run's logs, as test.json.
+
+    Args:
+        run: whose checkpoint was tested.
+        checkpoint: what was tested.
+        data: the data module that was tested on.
+        trainer: what tested.
+        confusion: images by true class (rows) and predicted class (columns).
+        options: of the command line, but for the checkpoint's path.
+    """
+    record = {
+        "epoch": checkpoint["epoch"] + 1,
+        "images": sum(map(sum, confusion)),
+        **{name: float(value) for name, value in trainer.callback_metrics.items()},
+        "classes": data.classes,
+        "confusion": confusion,
+        "options": options,
+        "environment": describe_environment(trainer.strategy.root_device),
+    }
+    (run.logs / "test.json").write_text(json.dumps(record) + "\n")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -161,7 +161,7 @@ def draw(subjects: Sequence[Subject], choice: Choice, output: str | None, file_f
             raise _cannot_write(path, error) from error
         print(path)
 
-    looks = [_look(subject, choice) for subject in subjects]  # before anything is written, so that mistakes come first
+    looks = [look(subject, choice) for subject in subjects]  # before anything is written, so that mistakes come first
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -191,7 +191,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path} ({error.strerror}); name another folder with --output")
 
 
-def _look(subject: Subject, choice: Choice) -> tuple[nn.Module, Pictured, Tensor]:
+def look(subject: Subject, choice: Choice) -> tuple[nn.Module, Pictured, Tensor]:
     """The network, the chosen images with their captions, and as its input (B, 3, H, W)."""
     network = subject.network()
     classes = subject.checkpoint["ImageDataModule"]["classes"]

@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cbam_pl.cli import COMMANDS, _parse, _parser
+from cbam_pl.compare.plan import make_plan, option_parser
 from tests.conftest import COLOURS, TEST_PER_CLASS
 from tests.data.test_folder import png_bomb
 
@@ -377,4 +378,7 @@ def test_commands_of_the_readme_parse(line, monkeypatch):
     words = shlex.split(line)
     command, *options = words[words.index("train.py") + 1 :]
     assert command in COMMANDS
-    _parse(_parser(command), options)
+    if command == "compare":
+        make_plan(*option_parser().parse_known_args(options))
+    else:
+        _parse(_parser(command), options)

@@ -1,0 +1,202 @@
+"""What each recipe costs: parameters, operations, speed of training, latency, memory; measured in turns."""
+
+import itertools
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Fabric
+from torch import Tensor
+
+from cbam_pl.classifier import Classifier
+from cbam_pl.cli import _parser
+from cbam_pl.compare.plan import nest
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.data.images import Images
+from cbam_pl.data.loader import Normalise, Share, TrainingLoader
+from cbam_pl.models.cost import count_flops, count_parameters
+
+_LATENCY_BATCHES = (1, 256)
+_MEMORY_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one recipe costs.
+
+    Args:
+        parameters: trainable ones.
+        flops: floating-point operations of one image's forward pass; a multiplication and an addition are two.
+        train_images_per_second: images a second of training steps, augmentation included.
+        latency_1: milliseconds of the forward pass of 1 image.
+        latency_256: milliseconds of the forward pass of 256 images.
+        memory: peak in MB of a process that trains: on the GPU, or resident; None where it could not be measured.
+    """
+
+    parameters: int
+    flops: int
+    train_images_per_second: float
+    latency_1: float
+    latency_256: float
+    memory: float | None
+
+
+class Subject:
+    """A recipe's network with the steps that are timed, on generated noise: speed does not depend on the pixels.
+
+    Args:
+        settings: of the recipe, by key with dots.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        parser = _parser("fit")
+        values = parser.instantiate(parser.parse_object(nest(settings)))
+        data = ImageDataModule(**values.data)
+        fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
+        self._precision = fabric.strategy.precision
+        self.device = fabric.device
+        torch.manual_seed(0)
+        self.classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        self.classifier.network = self._precision.convert_module(self.classifier.network)
+        self.classifier.to(self.device)
+        self.classifier.choose_fast_ways(self.device, training=True)
+        self.batch_size = data.batch_size
+        self._size = data.image_size
+        self._optimizer = self.classifier.optimizer(self.classifier.parameters())
+        count = 4 * data.batch_size
+        pixels = torch.randint(256, (count, 3, data.image_size, data.image_size), dtype=torch.uint8)
+        normalise = Normalise([0.5] * 3, [0.25] * 3, self.device)
+        images = Images(pixels, torch.arange(count) % data.num_classes)
+        arguments = (images, data.batch_size, data.augmentation, normalise, self.device, 0, lambda: 0, Share())
+        self._batches = itertools.chain.from_iterable(itertools.repeat(TrainingLoader(*arguments)))
+
+    def train_step(self) -> None:
+        """One optimizer step, from uint8 pixels on."""
+        images, labels = next(self._batches)
+        self.classifier.train()
+        with self._precision.forward_context():
+            logits = self.classifier.training_logits(self._precision.convert_input(images))
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def forward_pass(self, batch_size: int) -> Callable[[], None]:
+        """What computes the logits of a batch, in evaluation mode."""
+        images = self._precision.convert_input(torch.randn(batch_size, 3, self._size, self._size, device=self.device))
+
+        def run(images: Tensor = images) -> None:
+            self.classifier.eval()
+            with torch.inference_mode(), self._precision.forward_context():
+                self.classifier(images)
+
+        return run
+
+
+def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int, seconds: float) -> dict[str, Cost]:
+    """Measure all recipes in interleaved rounds, so that a busy moment of the machine meets all alike.
+
+    Args:
+        configs: recipe → settings, by key with dots.
+        threads: of the CPU.
+        rounds: turns of each measurement; the median counts.
+        seconds: of each turn, at least one step.
+    """
+    memory = {name: measure_memory(settings, threads) for name, settings in configs.items()}
+    with _threads(threads):
+        subjects = {name: Subject(settings) for name, settings in configs.items()}
+        works: dict[tuple[str, int], Callable[[], None]] = {}
+        for name, subject in subjects.items():
+            works[name, 0] = subject.train_step
+            works |= {(name, batch_size): subject.forward_pass(batch_size) for batch_size in _LATENCY_BATCHES}
+        times = time_in_turns(works, rounds, seconds)
+    costs = {}
+    for name, subject in subjects.items():
+        network, size = subject.classifier.network, subject._size
+        costs[name] = Cost(
+            count_parameters(network),
+            count_flops(network, (3, size, size)),
+            subject.batch_size / times[name, 0],
+            1000 * times[name, 1],
+            1000 * times[name, 256],
+            memory[name],
+        )
+    return costs
+
+
+def measure_rates(configs: dict[str, dict[str, Any]], threads: int, seconds: float) -> dict[str, float]:
+    """Images a second of each recipe's training steps, quickly, to estimate by."""
+    with _threads(threads):
+        subjects = {name: Subject(settings) for name, settings in configs.items()}
+        times = time_in_turns({name: subject.train_step for name, subject in subjects.items()}, 2, seconds / 2)
+    return {name: subjects[name].batch_size / time for name, time in times.items()}
+
+
+def time_in_turns(works: dict[Any, Callable[[], None]], rounds: int, seconds: float) -> dict[Any, float]:
+    """Seconds per call of each work: the median of its rounds; each is called twice before."""
+    for work in works.values():
+        work()
+        work()
+    times: dict[Any, list[float]] = {key: [] for key in works}
+    for _ in range(rounds):
+        for key, work in works.items():
+            work()  # brings back into the caches what the others drove out
+            _synchronise()
+            calls, started = 0, time.perf_counter()
+            while not calls or time.perf_counter() - started < seconds:
+                work()
+                calls += 1
+                if calls % 10 == 0:
+                    _synchronise()  # a queue of steps takes no time to fill
+            _synchronise()
+            times[key].append((time.perf_counter() - started) / calls)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def measure_memory(settings: dict[str, Any], threads: int) -> float | None:
+    """Peak memory in MB of training steps, in a process that does nothing else; None where it cannot be measured."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_peak_memory, settings, threads).result()
+    except Exception:  # out of memory, above all; the process may have been killed for it
+        return None
+
+
+def _peak_memory(settings: dict[str, Any], threads: int) -> float:
+    torch.set_num_threads(threads)
+    subject = Subject(settings)
+    for _ in range(_MEMORY_STEPS):
+        subject.train_step()
+    if subject.device.type == "cuda":
+        _synchronise()
+        return torch.cuda.max_memory_allocated(subject.device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss there may be that of the parent
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

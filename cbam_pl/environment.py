@@ -1,0 +1,44 @@
+"""What a figure was measured with: versions, commit, processor, device, date."""
+
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def processor_name() -> str:
+    """The processor as it calls itself."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0].split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of this program, with -dirty where its files were changed; unknown outside a clone."""
+    git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Device, versions, commit and date, as plain texts.
+
+    Args:
+        device: what computes.
+    """
+    versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning")]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {
+        "device": f"{device.type}: {name}",
+        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
