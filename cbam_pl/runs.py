@@ -279,7 +279,8 @@ def write_test(
         "options": options,
         "environment": describe_environment(trainer.strategy.root_device),
     }
-    (run.logs / "test.json").write_text(json.dumps(record) + "\n")
+    with written_whole(run.logs / "test.json") as stream:
+        stream.write(f"{json.dumps(record)}\n".encode())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

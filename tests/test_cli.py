@@ -164,7 +164,10 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
     assert rows[0]["class_1"] in outcome.out
 
 
-def test_predict_takes_names_that_look_like_markup_or_are_no_text(trained, command, image_folder, tmp_path):
+def test_predict_takes_names_that_look_like_markup_or_are_no_text(
+    trained, command, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "500")  # so that the table breaks no name
     names = [b"a[/red].png", b"[bold]x.png", b"line\nbreak.png", b"caf\xe9.png"]
     image = (image_folder / "test/red/0.png").read_bytes()
     (tmp_path / "a[").mkdir()

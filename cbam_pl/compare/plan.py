@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from cbam_pl.attention import AttentionConfig, options_of
 from cbam_pl.cli import _parse, _parser, _refusals_are_mendable
 from cbam_pl.errors import UserError
+from cbam_pl.options import load_yaml
 
 # What decides how much a network sees; data.* is compared as a whole.
 _BUDGET = (
@@ -185,13 +187,13 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
     labels: dict[str, str] = {}
     roots = set()
     for file in options.configs:
-        source, own_grid = _read_config(file, parser)
+        own_grid = _read_grid_of(file, parser)
         for variation in _variations(own_grid | grid):
             name = "-".join([Path(file).stem, *_labels(variation)])
             varied = [
                 f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in variation.items()
             ]
-            parsed = _parse(parser, ["--config", source, *settings, *varied])
+            parsed = _parse_recipe(parser, file, bool(own_grid), [*settings, *varied])
             _check(name, parser, parsed)
             if name in configs:
                 raise UserError(f"two recipes are called {name}; rename a file, since runs are kept by that name")
@@ -249,18 +251,37 @@ def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in ("seed", "config", "ckpt_path")}
 
 
-def _read_config(file: str, parser: Any) -> tuple[str, dict[str, list[Any]]]:
-    """What `fit --config` is to read, and the grid that the file may hold besides."""
+def _read_grid_of(file: str, parser: Any) -> dict[str, list[Any]]:
+    """The grid that a recipe's file may hold besides its settings."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return file, {}  # the parser says what is wrong with it
+        content = load_yaml(Path(file).read_text())
+    except (OSError, ValueError, UserError, yaml.YAMLError):
+        return {}  # the parser says what is wrong with it
     if not isinstance(content, dict) or "grid" not in content:
-        return file, {}
-    grid = content.pop("grid")
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        return {}
+    grid = content["grid"]
+    if (
+        not isinstance(grid, dict)
+        or not grid
+        or not all(isinstance(values, list) and values for values in grid.values())
+    ):
         raise UserError(f"grid in {file} must give a list of values for each key, such as attention.kind: [none, cbam]")
-    return json.dumps(content), {_full_key(key, parser): values for key, values in grid.items()}
+    return {_full_key(key, parser): values for key, values in grid.items()}
+
+
+def _parse_recipe(parser: Any, file: str, has_grid: bool, options: list[str]) -> Any:
+    """What `fit --config FILE OPTIONS` would train, but for the grid in the file, which `fit` does not know."""
+    if not has_grid:
+        return _parse(parser, ["--config", file, *options])
+    content = load_yaml(Path(file).read_text())
+    del content["grid"]
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / Path(file).name
+        recipe.write_text(json.dumps(content))  # which is YAML, too
+        try:
+            return _parse(parser, ["--config", str(recipe), *options])
+        except UserError as error:
+            raise UserError(str(error).replace(str(recipe), file)) from error
 
 
 def _read_grid(words: Sequence[str], parser: Any) -> dict[str, list[Any]]:
