@@ -349,6 +349,12 @@ def test_help_needs_no_torch(command):
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_the_help_of_a_class_stands_beside_other_options(command):
+    outcome = command("fit", "--seed", 3, "--trainer.strategy.help", "--data", "{batch_size: 3}")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "--trainer.strategy.accelerator" in outcome.out
+
+
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
