@@ -164,6 +164,11 @@ def parse(parser: ArgumentParser, options: list[str], base: dict[str, Any] | Non
     """
     if base:
         parser.set_defaults(base)
+    for place, word in enumerate(options):
+        if re.match(r"--\S+\.help(=|$)", word):
+            # Of a class; jsonargparse would give what follows to that class's own parser, which ends the process.
+            options = [word, *(value for value in options[place + 1 : place + 2] if not value.startswith("-"))]
+            break
     try:
         settings = parser.parse_args(options)
     except (ArgumentError, ValueError, OSError) as error:

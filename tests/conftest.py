@@ -21,7 +21,7 @@ COLOURS = {"blue": (60, 90, 220), "green": (50, 200, 80), "red": (220, 60, 50)}
 TRAIN_PER_CLASS, TEST_PER_CLASS = 31, 7  # so that no batch size or number of processes divides them
 
 
-FUZZ_CASES = 400
+FUZZ_CASES = 320
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

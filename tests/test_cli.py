@@ -164,25 +164,20 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
     assert rows[0]["class_1"] in outcome.out
 
 
-def test_predict_takes_names_that_look_like_markup_or_are_no_text(
-    trained, command, image_folder, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("COLUMNS", "500")  # so that the table breaks no name
+def test_predict_takes_names_that_look_like_markup_or_no_text(trained, command, image_folder, tmp_path, monkeypatch):
     names = [b"a[/red].png", b"[bold]x.png", b"line\nbreak.png", b"caf\xe9.png"]
-    image = (image_folder / "test/red/0.png").read_bytes()
-    (tmp_path / "a[").mkdir()
+    (tmp_path / "images/a[").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "images")
     for name in names:
-        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as stream:
-            stream.write(image)
-    output = tmp_path / "out.csv"
+        with open(name, "wb") as stream:
+            stream.write((image_folder / "test/red/0.png").read_bytes())
     outcome = command(
-        "predict", "--trainer.default_root_dir", trained[0], "--images", tmp_path, "--output", output, "--top", 1
+        "predict", "--trainer.default_root_dir", trained[0], "--images", ".", "--output", tmp_path / "out.csv"
     )
     assert outcome.status == 0, outcome.err
-    with output.open(newline="", errors="surrogateescape") as stream:
-        found = [os.fsencode(row["image"]) for row in csv.DictReader(stream)]
-    assert sorted(found) == sorted(os.fsencode(tmp_path) + b"/" + name for name in names)
-    assert "bold" in outcome.out
+    with (tmp_path / "out.csv").open(newline="", errors="surrogateescape") as stream:
+        assert sorted(os.fsencode(row["image"]) for row in csv.DictReader(stream)) == sorted(names)
+    assert "[bold]x.png" in outcome.out
 
 
 def test_predict_refuses_a_picture_that_would_fill_the_memory(trained, command, tmp_path):
@@ -353,6 +348,12 @@ def test_help_needs_no_torch(command):
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "python train.py COMMAND" in done.stdout
     assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_the_help_of_a_class_stands_beside_other_options(command):
+    outcome = command("fit", "--seed", 3, "--trainer.strategy.help", "--data", "{batch_size: 3}")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "--trainer.strategy.accelerator" in outcome.out
 
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
