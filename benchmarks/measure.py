@@ -9,7 +9,6 @@ import platform
 import resource
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cbam_pl.environment import commit, processor_name
 
 REPOSITORY = Path(__file__).parents[1]
 _WARM_UP = 5  # steps before each timing: what a loader prefetched between rounds, first compilations
@@ -259,19 +260,12 @@ def machine(device: str, threads: int) -> dict[str, str]:
     """What was measured on: processor, device, versions, commit, date, and what else the machine was doing."""
     from importlib.metadata import version
 
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":")[1].strip() if names else processor
     names = ("torch", "torchvision", "lightning", "timm")
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     return {
-        "processor": f"{processor}, {os.cpu_count()} cores, {threads} threads used",
+        "processor": f"{processor_name()}, {os.cpu_count()} cores, {threads} threads used",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": ", ".join(f"{name} {version(name)}" for name in names) + f", Python {platform.python_version()}",
-        "commit": commit,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "load before": f"{os.getloadavg()[0]:.1f} (processes that compete; below 0.2 on a quiet machine)",
     }

@@ -21,7 +21,10 @@ def processor_name() -> str:
 
 def commit() -> str:
     """The commit of this program, with -dirty where its files were changed; unknown outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return "unknown"  # installed, maybe inside another project's clone
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:

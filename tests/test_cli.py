@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import re
 import shlex
@@ -100,6 +101,14 @@ def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, co
     loss = torch.nn.functional.cross_entropy(logits, images.labels)
     assert logged["test/loss"][0][1] == pytest.approx(float(loss), abs=1e-5)
     assert logged["test/acc"][0][1] == pytest.approx(float((logits.argmax(1) == images.labels).double().mean()))
+    record = json.loads((root / "logs/tiny/version_0/test.json").read_text())
+    counts = [[0] * 3 for _ in range(3)]
+    for true, predicted in zip(images.labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        counts[true][predicted] += 1
+    assert record["confusion"] == counts  # of one test, though two were made
+    assert (record["epoch"], record["images"], record["classes"]) == (best["epoch"] + 1, 21, ["blue", "green", "red"])
+    assert record["test/acc"] == pytest.approx(sum(counts[label][label] for label in range(3)) / 21)
+    assert record["options"] == ["--trainer.default_root_dir", str(root)]
 
 
 def test_validate_gives_the_figures_of_training(trained, command):

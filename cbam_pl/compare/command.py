@@ -151,8 +151,10 @@ def _print_expectation(plan: Plan, jobs: int | None) -> None:
         data.setup("fit")
         subject = Subject(settings)
         shape = (3, data.image_size, data.image_size)
-        sizes[name] = len(data.images("train")), len(data.images("val")), count_flops(subject.classifier.network, shape)
-    table = Table("recipe", "seed", "state", "epochs left", "hours", "PFLOP")
+        train, limit = len(data.images("train")), settings.get("trainer.limit_train_batches", 1.0)
+        train = min(train, limit * data.batch_size) if isinstance(limit, int) else int(train * limit)
+        sizes[name] = train, len(data.images("val")), count_flops(subject.classifier.network, shape)
+    table = Table("recipe", "seed", "state", "epochs left", "hours", "TFLOP")
     hours, work = 0.0, 0.0
     for job in jobs_of(plan):
         state, run = find(job)
@@ -160,13 +162,13 @@ def _print_expectation(plan: Plan, jobs: int | None) -> None:
         train, val, flops = sizes[job.name]
         # A forward pass is a third of a training step.
         needed = left * (train + val / 3) / rates[job.name] / 3600
-        petaflop = left * (3 * train + val) * flops / 1e15
-        hours, work = hours + needed, work + petaflop
-        table.add_row(job.name, str(job.seed), state, str(left), f"{needed:.2f}", f"{petaflop:.2f}")
+        teraflop = left * (3 * train + val) * flops / 1e12
+        hours, work = hours + needed, work + teraflop
+        table.add_row(job.name, str(job.seed), state, str(left), f"{needed:.2f}", f"{teraflop:,.1f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     cuda = uses_cuda(plan)
     places = len(_places(plan, jobs))
     unit = "GPU" if cuda else "core"
     rate = ", ".join(f"{name} {value:,.0f}" for name, value in rates.items())
     print(f"training images/s, measured now for two seconds each: {rate}")
-    print(f"about {hours:.2f} {unit} hours and {work:.2f} PFLOP; {places} at once: {hours / places:.2f} hours")
+    print(f"about {hours:.2f} {unit} hours and {work:,.1f} TFLOP; {places} at once: {hours / places:.2f} hours")

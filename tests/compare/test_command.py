@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from cbam_pl.compare import jobs as jobs_module
+from cbam_pl.models import build_network
+from cbam_pl.models.cost import count_flops
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -69,6 +71,9 @@ def test_a_dry_run_trains_and_writes_nothing(recipes, command, quick, tmp_path, 
     assert not list(tmp_path.iterdir())
     # 84 images a second, 84 training images and 9 for validation at a third: 87 / 84 s an epoch, six jobs.
     assert f"about {6 * 87 / 84:.2f} core hours" in outcome.out
+    flops = sum(count_flops(build_network("cnn", 3, kind), (3, 32, 32)) for kind in recipes)
+    # A training step takes three times the operations of a forward pass.
+    assert f"{2 * 3600 * (3 * 84 + 9) * flops / 1e12:,.1f} TFLOP" in outcome.out
     assert f"2 at once: {3 * 87 / 84:.2f} hours" in outcome.out
     assert outcome.out.count(" new ") == 6
 
