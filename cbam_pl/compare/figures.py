@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from io import BytesIO, StringIO
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -41,10 +42,10 @@ def draw_epochs(recipes: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_differences(recipes: dict[str, Any], baseline: str) -> Figure:
+def draw_differences(recipes: dict[str, Any]) -> Figure:
     """Each recipe's difference to the baseline: the pairs as dots, their mean and 95 % interval."""
     shown = [(number, one) for number, one in enumerate(recipes.values()) if one["difference"]]
-    figure, axes = _new(0.9 + 0.42 * len(shown))
+    figure, axes = _new(0.9 + 0.5 * len(shown))
     axes.axvline(0, color="0.4", linewidth=1)
     for row, (number, recipe) in enumerate(shown):
         difference = recipe["difference"]
@@ -52,9 +53,9 @@ def draw_differences(recipes: dict[str, Any], baseline: str) -> Figure:
         if difference["interval"]:
             axes.plot(difference["interval"], [row, row], color=_colour(number), linewidth=2.5)
         axes.plot(difference["mean"], row, _marker(number), color=_colour(number), markersize=7)
-    axes.set_yticks(range(len(shown)), [recipe["label"] for _, recipe in shown])
+    axes.set_yticks(range(len(shown)), [fill(recipe["label"], 16) for _, recipe in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    _label(axes, f"test accuracy minus that of {baseline}, points", "")
+    _label(axes, "test accuracy minus baseline's, points", "")
     return figure
 
 
@@ -88,7 +89,7 @@ def draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: 
     return figure
 
 
-def draw_classes(recipes: dict[str, Any], baseline: str) -> Figure | None:
+def draw_classes(recipes: dict[str, Any]) -> Figure | None:
     """Differences of each class's accuracy with their 95 % intervals; of many classes the largest differences."""
     shown = [(number, one) for number, one in enumerate(recipes.values()) if one["per_class"]]
     if not shown:
@@ -108,12 +109,10 @@ def draw_classes(recipes: dict[str, Any], baseline: str) -> Figure | None:
             row, colour = rows[name], _colour(number)
             if row["interval"]:
                 axes.plot(row["interval"], [height + offset] * 2, linewidth=1.2, color=colour)
-            label = recipe["label"] if not height else None
-            axes.plot(row["mean"], height + offset, _marker(number), markersize=4, label=label, color=colour)
+            axes.plot(row["mean"], height + offset, _marker(number), markersize=4, color=colour)
     axes.set_yticks(range(len(classes)), classes)
     axes.set_ylim(len(classes) - 0.5, -0.5)
-    _label(axes, f"class's test accuracy minus that of {baseline}, points", "")
-    axes.legend(fontsize=SMALL, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    _label(axes, "class's accuracy minus baseline's, points", "")
     return figure
 
 

@@ -27,9 +27,8 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> str:
     """The page."""
     recipes = content["recipes"]
-    base = content["labels"][content["baseline"]]
     compared = any(recipe["difference"] for recipe in recipes.values())
-    classes = figures.draw_classes(recipes, base)
+    classes = figures.draw_classes(recipes)
     costs = [figures.draw_against_cost(recipes, key, heading, divisor) for key, (heading, divisor, _) in _COSTS.items()]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE.read_text()).render(
@@ -41,7 +40,7 @@ def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> st
         measured=how_measured(content),
         legend=figures.legend(recipes),
         epochs=_svg(figures.draw_epochs(recipes)),
-        differences=_svg(figures.draw_differences(recipes, base)) if compared else None,
+        differences=_svg(figures.draw_differences(recipes)) if compared else None,
         classes=None if classes is None else _svg(classes),
         cost_figures=[_svg(figure) for figure in costs],
         pictures=_pictures(plan, content, results),

@@ -199,7 +199,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
                 raise UserError(f"two recipes are called {name}; rename a file, since runs are kept by that name")
             roots.add(parsed.trainer.default_root_dir)
             configs[name] = _as_saved(parser, parsed)
-            labels[name] = name if len(options.configs) > 1 else ", ".join(_labels(variation))
+            labels[name] = name if len(options.configs) > 1 else _title(variation)
     if len(configs) < 2:
         raise UserError(f"there is one recipe, {next(iter(configs))}; name at least two with --configs, or use --grid")
     if len(roots) > 1:
@@ -343,6 +343,11 @@ def _labels(variation: dict[str, Any]) -> list[str]:
         text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         labels.append(re.sub(r"[^\w.+=-]+", "_", f"{short if last.count(short) == 1 else key}={text}"))
     return labels
+
+
+def _title(variation: dict[str, Any]) -> str:
+    """What the report calls a variation: the kind of attention alone, other settings with their key."""
+    return " ".join(label.removeprefix("kind=") for label in _labels(variation))
 
 
 def _check(name: str, parser: Any, settings: Any) -> None:

@@ -9,6 +9,7 @@ from cbam_pl.compare.plan import (
     _full_key,
     _labels,
     _read_grid,
+    _title,
     _variations,
     flatten,
     make_plan,
@@ -70,7 +71,7 @@ def test_a_grid_makes_every_combination_with_a_name_of_its_own(recipes, tmp_path
         "cbam-pools=avg+max-reduction=4": (["avg", "max"], 4),
         "cbam-pools=avg+max-reduction=8": (["avg", "max"], 8),
     }  # fmt: skip
-    assert list(plan.labels.values())[1] == "pools=avg, reduction=8"
+    assert list(plan.labels.values())[1] == "pools=avg reduction=8"
 
 
 def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run():
@@ -82,6 +83,7 @@ def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run(
         ["kind=cbam", "kernel_size=3"],
         ["kind=cbam", "kernel_size=7"],
     ]
+    assert [_title(one) for one in variations] == ["none", "se", "cbam kernel_size=3", "cbam kernel_size=7"]
     assert _variations({}) == [{}]
 
 
