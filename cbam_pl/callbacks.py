@@ -103,11 +103,15 @@ class Safeguard(Callback):
         if self._epoch_ended and trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             raise Interrupted(self._received or signal.SIGTERM, trainer.current_epoch + 1, trainer.global_step)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back; not in `teardown`, which comes after Lightning has given its own back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self.on_train_end(trainer, pl_module)
 
 
 class TrainingProgress(ProgressBar):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from cbam_pl.errors import UserError
 from tests.test_cli import REPOSITORY, checkpoint, scalars
 
 EPOCHS, STEPS = 12, 6
@@ -80,6 +81,26 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_undisturbed_one(numbers, 
     assert logged == reference
     rows = [(root / "logs/tiny/version_0/metrics.csv").read_text() for root in (tmp_path, undisturbed)]
     assert rows[0] == rows[1]
+
+
+def test_signals_are_given_back(recipe, command, tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    root = ("--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 1)
+    assert command("fit", "--config", recipe, *root).status == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    broken = command(
+        "fit", "--config", recipe, *root, "--trainer.callbacks", '[{"class_path": "tests.test_callbacks.Stop"}]'
+    )
+    assert broken.status == 2
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+class Stop(Callback):
+    """Ends the training with an error."""
+
+    def on_train_batch_end(self, *_):
+        raise UserError("enough")
 
 
 def test_checkpoints_in_time_survive_kill(recipe, undisturbed, tmp_path):
