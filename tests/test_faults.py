@@ -252,7 +252,8 @@ def test_a_disk_that_is_full_of_logs(what, command, recipe, tmp_path):
         assert not list((root / "logs").rglob(".*"))
         (disk / "filler").unlink()
         if what == "events":
-            assert checkpoint(root)["global_step"] == 3  # of the first epoch, intact
+            # Of a whole epoch, intact: the second, where its points had room in the file's last page.
+            assert checkpoint(root)["global_step"] in (3, 6)
             outcome = command(*fit(recipe, root, "--ckpt_path", "last"))
             assert outcome.status == 0, outcome.err
             assert_same_run(root, whole)

@@ -25,8 +25,8 @@ def force_gates_to_one(network):
     for name, module in network.named_modules():
         if name.endswith("attention"):
             for gate in (module, *module.children()):
-                if hasattr(gate, "logits"):
-                    gate.logits = lambda x: torch.full((1, 1, 1, 1), float("inf"))
+                if hasattr(gate, "excite"):
+                    gate.excite = lambda squeezed: torch.full((1, 1, 1, 1), float("inf"))
             if hasattr(module, "spatial") and isinstance(module.spatial, nn.Sequential):
                 nn.init.constant_(module.spatial[-1].bias, float("-inf"))
 
