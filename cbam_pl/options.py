@@ -380,7 +380,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_ranges(settings: Namespace) -> None:
-    """Refuse numbers out of their range, before anything is built or loaded.
+    """Refuse numbers out of their range, before anything is built or loaded; a whole number of batches is an integer.
 
     Raises:
         UserError: with the key and the rule.
@@ -389,5 +389,9 @@ def check_ranges(settings: Namespace) -> None:
         value = settings.get(key)
         if isinstance(value, str):  # the number of devices may be "auto", "0,1" or "2"
             value = int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else None
+        # Optional[Union[int, float]] is whichever order of the two a library asked typing for first; where that was
+        # the other one, a number of batches is read as 40.0.
+        if rule.startswith("a number") and isinstance(value, float) and value > 1 and value.is_integer():
+            settings[key] = value = int(value)
         if value is not None and not isinstance(value, (list, dict)) and not holds(value):
             raise UserError(f"{key}={value} must be {rule}")

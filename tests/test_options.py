@@ -203,3 +203,12 @@ def test_anchors_and_a_second_recipe_are_fine(tmp_path: Path) -> None:
     second.write_text("seed: 6")
     settings = _parse(_parser("fit"), ["--config", str(first), "--config", str(second)])
     assert (settings.data.batch_size, settings.model.attention.reduction, settings.seed) == (8, 8, 6)
+
+
+def test_a_number_of_batches_is_an_integer_however_it_was_read() -> None:
+    def read(text: str) -> object:
+        return _parse(_parser("fit"), ["--trainer.limit_train_batches", text]).trainer.limit_train_batches
+
+    values = [read(text) for text in ("40", "40.0", "0.5", "1.0")]
+    assert values == [40, 40, 0.5, 1.0]
+    assert [type(value) for value in values] == [int, int, float, float]
