@@ -27,11 +27,11 @@ from benchmarks.measure import (
     ratio,
     report,
     take_turns,
-    time_calls,
 )
 from cbam_pl.attention import AttentionConfig, AttentionKind
 from cbam_pl.memory import keep_freed_memory
 from cbam_pl.models import build_network
+from cbam_pl.timing import time_in_turns
 
 _SHAPES = {  # arch → (channels, height and width) of each attention's input, for images of 32×32
     "resnet18": [(64, 32), (128, 16), (256, 8), (512, 4)],
@@ -107,7 +107,7 @@ def layers(options: argparse.Namespace) -> list[Table]:
                         key = f"{kind} {mode}"
                         forward, both, memory[key] = _layer_calls(kind, channels, x, _DTYPES[name], mode)
                         functions[f"{key} forward"], functions[f"{key} both"] = forward, both
-                times = time_calls(functions, options.rounds, options.seconds, device)
+                times = time_in_turns(functions, options.rounds, options.seconds, device)
                 # One copy reads and writes once, as the forward pass must; the backward pass has half as much again.
                 copy = Spread.of(times["copy"]).median
                 fastest = best.setdefault((channels, size), {})

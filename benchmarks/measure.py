@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import signal
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from cbam_pl.environment import commit, processor_name
+from cbam_pl.timing import peak_memory, synchronise
 
 REPOSITORY = Path(__file__).parents[1]
 _WARM_UP = 5  # steps before each timing: what a loader prefetched between rounds, first compilations
@@ -45,24 +45,6 @@ class Spread:
 def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     """The spread of the ratios of each round, which a slow moment of the machine falls out of."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, in MB: on the device, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss there may be that of the parent
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    unit = 2**20 if platform.system() == "Darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class _Finished(BaseException):
@@ -233,27 +215,6 @@ def take_turns(
     finally:
         for child in children.values():
             child.stop()
-
-
-def time_calls(
-    functions: dict[str, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds per call of each function, round by round, in turns; each has been called twice before."""
-    for function in functions.values():
-        function()
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            function()
-            synchronise(device)
-            calls, started = 0, time.perf_counter()
-            while time.perf_counter() - started < seconds:
-                function()
-                calls += 1
-            synchronise(device)
-            times[name].append((time.perf_counter() - started) / calls)
-    return times
 
 
 def machine(device: str, threads: int) -> dict[str, str]:

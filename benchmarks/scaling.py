@@ -16,8 +16,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from benchmarks.measure import REPOSITORY, Spread, Table, machine, parser, report, synchronise
+from benchmarks.measure import REPOSITORY, Spread, Table, machine, parser, report
 from benchmarks.throughput import shapes_as_files
+from cbam_pl.timing import synchronise
 
 _GPUS = (8, 64, 512)
 

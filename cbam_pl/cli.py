@@ -328,7 +328,7 @@ def evaluate(command: str, options: list[str]) -> None:
         measure(model, datamodule=data, verbose=False)
     counts = model.test_confusion.compute().tolist() if command == "test" else []  # all processes take part
     if run is not None and run.logs.is_dir() and trainer.is_global_zero:
-        write_test(run, checkpoint, data, trainer, counts, _without(options, "--ckpt_path"))
+        write_test(run, checkpoint, data.classes, trainer, counts, _without(options, "--ckpt_path"))
     if trainer.is_global_zero:
         split: Literal["test", "val"] = "test" if command == "test" else "val"
         count = len(data.images(split))

@@ -16,7 +16,6 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
 
@@ -255,7 +254,7 @@ def cannot_write(path: Path, reason: str) -> UserError:
 def write_test(
     run: Run,
     checkpoint: dict[str, Any],
-    data: ImageDataModule,
+    classes: list[str],
     trainer: Trainer,
     confusion: list[list[int]],
     options: list[str],
@@ -265,7 +264,7 @@ def write_test(
     Args:
         run: whose checkpoint was tested.
         checkpoint: what was tested.
-        data: the data module that was tested on.
+        classes: names of the classes.
         trainer: what tested.
         confusion: images by true class (rows) and predicted class (columns).
         options: of the command line, but for the checkpoint's path.
@@ -274,7 +273,7 @@ def write_test(
         "epoch": checkpoint["epoch"] + 1,
         "images": sum(map(sum, confusion)),
         **{name: float(value) for name, value in trainer.callback_metrics.items()},
-        "classes": data.classes,
+        "classes": classes,
         "confusion": confusion,
         "options": options,
         "environment": describe_environment(trainer.strategy.root_device),

@@ -2,15 +2,11 @@
 
 import itertools
 import multiprocessing
-import platform
-import resource
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Share, TrainingLoader
 from cbam_pl.models.cost import count_flops, count_parameters
+from cbam_pl.timing import peak_memory, time_in_turns
 
 _LATENCY_BATCHES = (1, 256)
 _MEMORY_STEPS = 5
@@ -118,7 +115,7 @@ def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int,
         for name, subject in subjects.items():
             works[name, 0] = subject.train_step
             works |= {(name, batch_size): subject.forward_pass(batch_size) for batch_size in _LATENCY_BATCHES}
-        times = time_in_turns(works, rounds, seconds)
+        times = median_times(works, rounds, seconds, subject.device)
     costs = {}
     for name, subject in subjects.items():
         network, size = subject.classifier.network, subject._size
@@ -137,28 +134,16 @@ def measure_rates(configs: dict[str, dict[str, Any]], threads: int, seconds: flo
     """Images a second of each recipe's training steps, quickly, to estimate by."""
     with _threads(threads):
         subjects = {name: Subject(settings) for name, settings in configs.items()}
-        times = time_in_turns({name: subject.train_step for name, subject in subjects.items()}, 2, seconds / 2)
+        works = {name: subject.train_step for name, subject in subjects.items()}
+        times = median_times(works, 2, seconds / 2, next(iter(subjects.values())).device)
     return {name: subjects[name].batch_size / time for name, time in times.items()}
 
 
-def time_in_turns(works: dict[Any, Callable[[], None]], rounds: int, seconds: float) -> dict[Any, float]:
-    """Seconds per call of each work: the median of its rounds; each is called twice before."""
-    for work in works.values():
-        work()
-        work()
-    times: dict[Any, list[float]] = {key: [] for key in works}
-    for _ in range(rounds):
-        for key, work in works.items():
-            work()  # brings back into the caches what the others drove out
-            _synchronise()
-            calls, started = 0, time.perf_counter()
-            while not calls or time.perf_counter() - started < seconds:
-                work()
-                calls += 1
-                if calls % 10 == 0:
-                    _synchronise()  # a queue of steps takes no time to fill
-            _synchronise()
-            times[key].append((time.perf_counter() - started) / calls)
+def median_times(
+    works: dict[Any, Callable[[], None]], rounds: int, seconds: float, device: torch.device
+) -> dict[Any, float]:
+    """Seconds per call of each work: the median of its rounds."""
+    times = time_in_turns(works, rounds, seconds, device)
     return {key: statistics.median(values) for key, values in times.items()}
 
 
@@ -177,19 +162,7 @@ def _peak_memory(settings: dict[str, Any], threads: int) -> float:
     subject = Subject(settings)
     for _ in range(_MEMORY_STEPS):
         subject.train_step()
-    if subject.device.type == "cuda":
-        _synchronise()
-        return torch.cuda.max_memory_allocated(subject.device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss there may be that of the parent
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    return peak_memory(subject.device)
 
 
 @contextmanager

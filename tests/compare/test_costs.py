@@ -1,8 +1,9 @@
 import time
 
 import pytest
+import torch
 
-from cbam_pl.compare.costs import Subject, measure_memory, measure_rates, time_in_turns
+from cbam_pl.compare.costs import Subject, measure_memory, measure_rates, median_times
 from tests.compare.test_plan import plan_of
 
 
@@ -21,7 +22,8 @@ def test_works_are_timed_in_turns_and_the_median_counts():
 
         return run
 
-    times = time_in_turns({name: work(name) for name in durations}, rounds=3, seconds=0)
+    works = {name: work(name) for name in durations}
+    times = median_times(works, rounds=3, seconds=0, device=torch.device("cpu"))
     assert order == ["slow"] * 2 + ["quick"] * 2 + ["slow", "slow", "quick", "quick"] * 3
     assert times["slow"] >= 0.02  # of at least 0.03, 0.01 and 0.02
     assert set(times) == {"slow", "quick"}
