@@ -379,8 +379,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+_FUSED = "model.optimizer.init_args.fused"
+
+
 def check_ranges(settings: Namespace) -> None:
-    """Refuse numbers out of their range, before anything is built or loaded; a whole number of batches is an integer.
+    """Refuse numbers out of their range, and what does not go together, before anything is built or loaded.
+
+    A whole number of batches becomes an integer.
 
     Raises:
         UserError: with the key and the rule.
@@ -395,3 +400,10 @@ def check_ranges(settings: Namespace) -> None:
             settings[key] = value = int(value)
         if value is not None and not isinstance(value, (list, dict)) and not holds(value):
             raise UserError(f"{key}={value} must be {rule}")
+    precision = str(settings.get("trainer.precision"))
+    mixed = "16" in precision and "true" not in precision
+    if mixed and settings.get("trainer.gradient_clip_val") is not None and settings.get(_FUSED):
+        raise UserError(
+            f"trainer.gradient_clip_val does not go with trainer.precision={precision} and a fused optimizer; "
+            f"add --{_FUSED} false"
+        )

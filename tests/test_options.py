@@ -212,3 +212,13 @@ def test_a_number_of_batches_is_an_integer_however_it_was_read() -> None:
     values = [read(text) for text in ("40", "40.0", "0.5", "1.0")]
     assert values == [40, 40, 0.5, 1.0]
     assert [type(value) for value in values] == [int, int, float, float]
+
+
+def test_clipping_a_fused_optimizer_in_mixed_precision_is_refused_with_the_mend() -> None:
+    fused = ["--model.optimizer", "torch.optim.Adam", "--model.optimizer.init_args.fused", "true"]
+    clipped = [*fused, "--trainer.gradient_clip_val", "1.0"]
+    for precision in ("bf16-mixed", "16-mixed"):
+        message = refusal(*clipped, "--trainer.precision", precision)
+        assert message.endswith("add --model.optimizer.init_args.fused false")
+    for fine in (clipped, [*clipped, "--trainer.precision", "bf16-true"], [*fused, "--trainer.precision", "bf16-mixed"]):
+        _parse(_parser("fit"), fine)
