@@ -220,5 +220,9 @@ def test_clipping_a_fused_optimizer_in_mixed_precision_is_refused_with_the_mend(
     for precision in ("bf16-mixed", "16-mixed"):
         message = refusal(*clipped, "--trainer.precision", precision)
         assert message.endswith("add --model.optimizer.init_args.fused false")
-    for fine in (clipped, [*clipped, "--trainer.precision", "bf16-true"], [*fused, "--trainer.precision", "bf16-mixed"]):
+    for fine in (
+        clipped,
+        [*clipped, "--trainer.precision", "bf16-true"],
+        [*fused, "--trainer.precision", "bf16-mixed"],
+    ):
         _parse(_parser("fit"), fine)
