@@ -14,17 +14,19 @@ from benchmarks.measure import RoundClock
 from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
 from cbam_pl import cli
 from cbam_pl.classifier import Classifier
+from cbam_pl.commands import command_parser
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Share, TrainingLoader
 from cbam_pl.memory import keep_freed_memory
+from cbam_pl.options import parse
 
 _clock: RoundClock  # of `fit`, whose callback Lightning makes
 
 
 def _classifier_and_data(options: list[str]) -> tuple[Classifier, ImageDataModule]:
     """What `train.py fit OPTIONS` would train, and on what."""
-    parser = cli._parser("fit")
-    values = parser.instantiate(cli._parse(parser, options))
+    parser = command_parser("fit")
+    values = parser.instantiate(parse(parser, options))
     data = ImageDataModule(**values.data)
     data.setup()
     return Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model), data
@@ -51,6 +53,8 @@ def plain_loop(clock: RoundClock, options: list[str], workers: int) -> None:
         network = NaiveCNN(data.num_classes)
     network.to(clock.device).train()
     optimizer = model.optimizer(network.parameters())
+    for group in optimizer.param_groups:
+        group["fused"] = None  # as the notebooks have it, weight by weight on a CPU
     criterion = nn.CrossEntropyLoss()
     dataset = PillowImages(data.images("train"), data.augmentation, data.mean, data.std)
     loader = plain_loader(dataset, data.batch_size, workers)

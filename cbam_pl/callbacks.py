@@ -121,7 +121,7 @@ class TrainingProgress(ProgressBar):
     the classifier has fetched already.
     """
 
-    _SECONDS_PER_MOVE = 0.2
+    _SECONDS_PER_MOVE = 0.5
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class TrainingProgress(ProgressBar):
                 TimeRemainingColumn(compact=True),
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
-                refresh_per_second=5,  # each drawing takes the interpreter 2 ms, of which training gets nothing
+                refresh_per_second=2,  # each drawing takes the interpreter 2 ms, of which training gets nothing
                 transient=True,
                 expand=True,
             )

@@ -2,7 +2,6 @@
 
 import difflib
 import io
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cbam_pl.errors import Interrupted, UserError
+from cbam_pl.commands import COMMANDS, command_parser
+from cbam_pl.errors import Interrupted, UserError, is_out_of_memory, refusals_are_mendable
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
     from lightning import Trainer
 
     from cbam_pl.classifier import Classifier
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from cbam_pl.runs import Run
 
 # Imports that take seconds stand inside the functions that need them, so that help and mistakes answer at once.
-
-COMMANDS = {
-    "fit": "train a network: --config configs/cbam_cnn.yaml; resume with --ckpt_path last",
-    "test": "measure a checkpoint on the test images; by default the newest run's best",
-    "validate": "measure a checkpoint on the validation images; by default the newest run's best",
-    "predict": "classify your own images: --images FILE_OR_FOLDER ...",
-    "visualize": "draw features, attention, Grad-CAM and curves of a checkpoint; --measure gives numbers",
-    "compare": "train several recipes with several seeds, and report whether they differ, how surely, at what cost",
-}
 
 
 def _overview() -> str:
@@ -95,140 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-# Parsing
-
-
-def _parser(command: str) -> "ArgumentParser":
-    """The options of a command; each is a parameter of the class that it configures."""
-    import warnings
-
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
-    if command == "visualize":
-        return _visualize_parser()
-    from jsonargparse import ArgumentParser
-    from lightning import Trainer
-
-    from cbam_pl.classifier import Classifier
-    from cbam_pl.data.datamodule import ImageDataModule
-    from cbam_pl.options import STRICT_YAML, RecipeFile
-
-    parser = ArgumentParser(
-        prog=f"train.py {command}",
-        description=COMMANDS[command],
-        exit_on_error=False,
-        allow_abbrev=False,
-        usage=f"python train.py {command} [OPTIONS]",
-        parser_mode=STRICT_YAML,
-    )
-    if command == "fit":
-        parser.add_argument("--config", action=RecipeFile, help="YAML file; a later one or option wins")
-        parser.add_argument("--seed", type=int, default=0, help="decides weights, order, augmentation and dropout")
-        parser.add_argument("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
-        parser.add_argument(
-            "--checkpoint_minutes", type=float, default=5.0, help="longest time between two checkpoints"
-        )
-        parser.add_argument(
-            "--pictures_every",
-            type=int,
-            default=5,
-            help="epochs from one set of TensorBoard's pictures to the next, beside the first and last; 0: none",
-        )
-        parser.add_class_arguments(
-            Classifier, "model", skip={"num_classes", "image_size", "seed"}, instantiate=False, sub_configs=True
-        )
-    else:
-        parser.add_argument("--ckpt_path", type=str, default="best", help="a FILE, or the newest run's best or last")
-        parser.add_argument(
-            "--model.test_time_flip",
-            type=bool | None,
-            help="classify by the mean of the logits of each image and its mirror image; by default as in training",
-        )
-    if command == "predict":
-        parser.add_argument("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
-        parser.add_argument("--output", type=str, default="predictions.csv", help="the CSV file to write")
-        parser.add_argument("--top", type=int, default=3, help="classes to show for each image")
-    else:
-        parser.add_class_arguments(ImageDataModule, "data", skip={"seed"}, instantiate=False)
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
-    parser.set_defaults(
-        {
-            "trainer.max_epochs": 50,
-            "trainer.log_every_n_steps": 1,
-            "trainer.num_sanity_val_steps": 0,
-            "trainer.enable_model_summary": False,
-            "trainer.default_root_dir": ".",
-            # One, so that a recipe means the same on every machine.
-            "trainer.devices": 1,
-        }
-    )
-    return parser
-
-
-def _visualize_parser() -> "ArgumentParser":
-    from jsonargparse import ArgumentParser
-
-    from cbam_pl.data.datamodule import ImageDataModule
-    from cbam_pl.options import STRICT_YAML
-
-    parser = ArgumentParser(
-        prog="train.py visualize",
-        description=COMMANDS["visualize"],
-        exit_on_error=False,
-        allow_abbrev=False,
-        usage="python train.py visualize [OPTIONS]",
-        parser_mode=STRICT_YAML,
-    )
-    add = parser.add_argument
-    add("--ckpt_path", nargs="+", type=str, default=["best"], help="FILES, or the newest run's best or last")
-    add("--images", nargs="+", type=str, help="your own image files, or folders of them")
-    add("--indices", nargs="+", type=int, help="test images, by number from 0")
-    add("--class_name", type=str, help="the first test images of a class")
-    add("--num_images", type=int, help="images to show (default: 3); --images and --indices show all that they name")
-    add("--output", type=str, help="folder to write to (default: pictures, beside the logs of the first run)")
-    add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
-    add("--measure", action="store_true", help="measure on test images whether attention falls on what matters")
-    add("--measure_images", type=int, help="test images to measure on, evenly chosen (default: 1000)")
-    add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
-    parser.add_class_arguments(ImageDataModule, "data", skip={"seed"}, instantiate=False)
-    return parser
-
-
-def _parse(parser: "ArgumentParser", options: list[str], base: dict[str, Any] | None = None) -> "Namespace":
-    """Parse options over a checkpoint's settings.
-
-    Raises:
-        UserError: an unknown key, with the nearest valid one, a value of the wrong type or out of its range, or a
-            broken file.
-    """
-    from cbam_pl.options import parse
-
-    return parse(parser, options, base)
-
-
-@contextmanager
-def _refusals_are_mendable() -> Iterator[None]:
-    """Turn what a constructor refuses into a UserError; its message names the parameter, its value and the rule."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        yield
-    except (ValueError, MisconfigurationException) as error:
-        raise UserError(str(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise UserError(
-            "this network does not fit into memory; check model.attention.kernel_size and data.image_size"
-        ) from error
-
-
 # Commands
 
 
 def fit(options: list[str]) -> None:
     """Train a network, or resume its training."""
-    parser = _parser("fit")
-    settings = _parse(parser, options)
+    from cbam_pl.options import parse
+
+    parser = command_parser("fit")
+    settings = parse(parser, options)
 
     from lightning import seed_everything
     from lightning.fabric.utilities.rank_zero import _get_rank
@@ -241,7 +107,7 @@ def fit(options: list[str]) -> None:
     from cbam_pl.runs import epochs_of, find_checkpoint, new_run, run_of, written_whole
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
-    with _refusals_are_mendable():
+    with refusals_are_mendable():
         values = parser.instantiate(settings)
         monitor = NetworkMonitor(settings.pictures_every)
         seed_everything(settings.seed, verbose=False)
@@ -266,7 +132,7 @@ def fit(options: list[str]) -> None:
     try:
         if first and run is not None:
             run.make_writable()
-        with _refusals_are_mendable():
+        with refusals_are_mendable():
             trainer = _trainer(values.trainer, run, checkpoint, minutes=settings.checkpoint_minutes)
             trainer.callbacks.insert(0, monitor)  # type: ignore[attr-defined]
         if first:
@@ -307,16 +173,18 @@ def fit(options: list[str]) -> None:
 
 def evaluate(command: str, options: list[str]) -> None:
     """Measure a checkpoint on the test or the validation images."""
-    parser = _parser(command)
-    path, checkpoint = _chosen_checkpoint(_parse(parser, options))
+    from cbam_pl.options import parse
+
+    parser = command_parser(command)
+    path, checkpoint = _chosen_checkpoint(parse(parser, options))
     saved = checkpoint["datamodule_hyper_parameters"]
-    settings = _parse(parser, options, {f"data.{name}": saved[name] for name in saved if name != "seed"})
+    settings = parse(parser, options, {f"data.{name}": saved[name] for name in saved if name != "seed"})
 
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
     from cbam_pl.runs import run_of, write_test
 
-    with _refusals_are_mendable():
+    with refusals_are_mendable():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data, seed=saved["seed"])
         model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
@@ -339,8 +207,10 @@ def evaluate(command: str, options: list[str]) -> None:
 
 def predict(options: list[str]) -> None:
     """Classify the user's own images with a checkpoint, as a table and a CSV file."""
-    parser = _parser("predict")
-    settings = _parse(parser, options)
+    from cbam_pl.options import parse
+
+    parser = command_parser("predict")
+    settings = parse(parser, options)
     _, checkpoint = _chosen_checkpoint(settings)
 
     import csv
@@ -357,7 +227,7 @@ def predict(options: list[str]) -> None:
 
     data = checkpoint["ImageDataModule"]
     top = min(settings.top, len(data["classes"]))
-    with _refusals_are_mendable():
+    with refusals_are_mendable():
         values = parser.instantiate(settings)
         model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         trainer = _trainer(values.trainer, None, tested_epoch=checkpoint["epoch"] + 1)
@@ -397,8 +267,10 @@ def visualize(options: list[str]) -> None:
     """Draw what one checkpoint or several see, and print the pictures' paths."""
     from dataclasses import fields
 
-    parser = _parser("visualize")
-    settings = _parse(parser, options)
+    from cbam_pl.options import parse
+
+    parser = command_parser("visualize")
+    settings = parse(parser, options)
 
     from cbam_pl.runs import find_checkpoint
     from cbam_pl.visualize import Choice, Subject, draw
@@ -409,10 +281,10 @@ def visualize(options: list[str]) -> None:
         path, checkpoint = find_checkpoint(root, name)
         saved = checkpoint["datamodule_hyper_parameters"]
         # What is not given here is as the checkpoint was trained with.
-        given = _parse(parser, options, {f"data.{key}": saved[key] for key in saved if key != "seed"})
+        given = parse(parser, options, {f"data.{key}": saved[key] for key in saved if key != "seed"})
         subjects.append(Subject(path, checkpoint, {**given.data, "seed": saved["seed"]}))
     choice = Choice(**{field.name: settings[field.name] for field in fields(Choice)})
-    with _refusals_are_mendable():
+    with refusals_are_mendable():
         draw(subjects, choice, settings.output, settings.format, settings.measure)
 
 
@@ -458,16 +330,11 @@ def _refusals_of_lightning_are_mendable(run: "Run | None" = None) -> Iterator[No
     except (RuntimeError, MemoryError) as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise UserError(f"trainer.callbacks: {error}") from error
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise no_memory from error
         raise
     finally:
         threading.excepthook = hook
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def _without(options: list[str], name: str) -> list[str]:

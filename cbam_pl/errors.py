@@ -1,6 +1,9 @@
 """What ends a command early: a mistake of the user's, or a signal."""
 
+import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -22,3 +25,26 @@ class Interrupted(Exception):
     def __init__(self, number: int, epoch: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} in epoch {epoch} after step {step}")
         self.number = number
+
+
+@contextmanager
+def refusals_are_mendable() -> Iterator[None]:
+    """Turn what a constructor refuses into a UserError; its message names the parameter, its value and the rule."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "this network does not fit into memory; check model.attention.kernel_size and data.image_size"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))

@@ -13,8 +13,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbam_pl.cli import COMMANDS, _parse, _parser
+from cbam_pl.commands import COMMANDS, command_parser
 from cbam_pl.compare.plan import make_plan, option_parser
+from cbam_pl.options import parse
 from tests.conftest import COLOURS, TEST_PER_CLASS
 from tests.data.test_folder import png_bomb
 
@@ -370,7 +371,7 @@ RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_its_header_names_itself(path):
-    settings = _parse(_parser("fit"), ["--config", str(path)])
+    settings = parse(command_parser("fit"), ["--config", str(path)])
     written = yaml.safe_load(path.read_text())
     assert settings.trainer.max_epochs == written["trainer"]["max_epochs"]
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -394,4 +395,4 @@ def test_commands_of_the_readme_parse(line, monkeypatch):
     if command == "compare":
         make_plan(*option_parser().parse_known_args(options))
     else:
-        _parse(_parser(command), options)
+        parse(command_parser(command), options)

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbam_pl.cli import _parser
+from cbam_pl.commands import command_parser
 from tests.conftest import FUZZ_CASES, Outcome
 from tests.data.test_cifar import Official, md5
 from tests.data.test_folder import png_bomb
@@ -197,7 +197,7 @@ ANYTHING = st.one_of(
 
 
 def keys_of_fit() -> list[str]:
-    return sorted({action.dest for action in _parser("fit")._actions} - {"help", "print_config"})
+    return sorted({action.dest for action in command_parser("fit")._actions} - {"help", "print_config"})
 
 
 @st.composite

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from cbam_pl.cli import _parse, _parser
+from cbam_pl.commands import command_parser
 from cbam_pl.errors import UserError
+from cbam_pl.options import parse
 
 
 def refusal(*options: str) -> str:
     """The one line that a fit's options are refused with."""
     with pytest.raises(UserError) as caught:
-        _parse(_parser("fit"), list(options))
+        parse(command_parser("fit"), list(options))
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for jargon in ("Parser key", "Namespace", "typing.", "<class", "subtypes", "NoneType"):
@@ -132,7 +133,7 @@ def test_the_ends_of_the_ranges_are_taken() -> None:
         "--trainer.devices", "auto", "--trainer.limit_train_batches", "1.0", "--trainer.limit_val_batches", "0",
         "--trainer.log_every_n_steps", "0", "--trainer.fast_dev_run", "true",
     ]  # fmt: skip
-    settings = _parse(_parser("fit"), options)
+    settings = parse(command_parser("fit"), options)
     assert (settings.seed, settings.trainer.max_epochs, settings.trainer.limit_val_batches) == (2**32 - 1, -1, 0)
 
 
@@ -201,13 +202,13 @@ def test_anchors_and_a_second_recipe_are_fine(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("model: {attention: &both {kind: se, reduction: &r 8}}\ndata: {batch_size: *r}\nseed: 5")
     second.write_text("seed: 6")
-    settings = _parse(_parser("fit"), ["--config", str(first), "--config", str(second)])
+    settings = parse(command_parser("fit"), ["--config", str(first), "--config", str(second)])
     assert (settings.data.batch_size, settings.model.attention.reduction, settings.seed) == (8, 8, 6)
 
 
 def test_a_number_of_batches_is_an_integer_however_it_was_read() -> None:
     def read(text: str) -> object:
-        return _parse(_parser("fit"), ["--trainer.limit_train_batches", text]).trainer.limit_train_batches
+        return parse(command_parser("fit"), ["--trainer.limit_train_batches", text]).trainer.limit_train_batches
 
     values = [read(text) for text in ("40", "40.0", "0.5", "1.0")]
     assert values == [40, 40, 0.5, 1.0]
@@ -225,4 +226,4 @@ def test_clipping_a_fused_optimizer_in_mixed_precision_is_refused_with_the_mend(
         [*clipped, "--trainer.precision", "bf16-true"],
         [*fused, "--trainer.precision", "bf16-mixed"],
     ):
-        _parse(_parser("fit"), fine)
+        parse(command_parser("fit"), fine)

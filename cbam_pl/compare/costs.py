@@ -14,7 +14,7 @@ from lightning import Fabric
 from torch import Tensor
 
 from cbam_pl.classifier import Classifier
-from cbam_pl.cli import _parser
+from cbam_pl.commands import command_parser
 from cbam_pl.compare.plan import nest
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
@@ -55,7 +55,7 @@ class Subject:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        parser = _parser("fit")
+        parser = command_parser("fit")
         values = parser.instantiate(parser.parse_object(nest(settings)))
         data = ImageDataModule(**values.data)
         fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)

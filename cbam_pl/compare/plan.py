@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import yaml
 
 from cbam_pl.attention import AttentionConfig, options_of
-from cbam_pl.cli import _parse, _parser, _refusals_are_mendable
-from cbam_pl.errors import UserError
-from cbam_pl.options import load_yaml
+from cbam_pl.commands import command_parser
+from cbam_pl.errors import UserError, refusals_are_mendable
+from cbam_pl.options import load_yaml, parse
 
 # What decides how much a network sees; data.* is compared as a whole.
 _BUDGET = (
@@ -180,7 +180,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
                 name, "nothing: runs are resumed by themselves"
             )
             raise UserError(f"compare takes no {name}; give {instead}")
-    parser = _parser("fit")
+    parser = command_parser("fit")
     defaults = _as_saved(parser, parser.get_defaults())
     grid = _read_grid(options.grid, parser)
     configs: dict[str, dict[str, Any]] = {}
@@ -272,14 +272,14 @@ def _read_grid_of(file: str, parser: Any) -> dict[str, list[Any]]:
 def _parse_recipe(parser: Any, file: str, has_grid: bool, options: list[str]) -> Any:
     """What `fit --config FILE OPTIONS` would train, but for the grid in the file, which `fit` does not know."""
     if not has_grid:
-        return _parse(parser, ["--config", file, *options])
+        return parse(parser, ["--config", file, *options])
     content = load_yaml(Path(file).read_text())
     del content["grid"]
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / Path(file).name
         recipe.write_text(json.dumps(content))  # which is YAML, too
         try:
-            return _parse(parser, ["--config", str(recipe), *options])
+            return parse(parser, ["--config", str(recipe), *options])
         except UserError as error:
             raise UserError(str(error).replace(str(recipe), file)) from error
 
@@ -370,7 +370,7 @@ def _check(name: str, parser: Any, settings: Any) -> None:
     from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
 
-    with _refusals_are_mendable():
+    with refusals_are_mendable():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)
         Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cbam_pl.cli import _parser
+from cbam_pl.commands import command_parser
 from cbam_pl.compare.plan import (
     _full_key,
     _labels,
@@ -99,7 +99,7 @@ def test_a_grid_may_stand_in_the_recipe(recipes, tmp_path):
 
 
 def test_grid_values_are_yaml():
-    parser = _parser("fit")
+    parser = command_parser("fit")
     assert _read_grid(["kernel_size=3,7"], _Keys("model.kernel_size")) == {"model.kernel_size": [3, 7]}
     assert _full_key("max_epochs", parser) == "trainer.max_epochs"
     assert _full_key("attention.kind", parser) == "model.attention.kind"
