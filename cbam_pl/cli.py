@@ -189,7 +189,9 @@ def evaluate(command: str, options: list[str]) -> None:
         data = ImageDataModule(**values.data, seed=saved["seed"])
         model = Classifier.of_checkpoint(checkpoint, settings.model.test_time_flip)
         run = run_of(path) if command == "test" else None
-        trainer = _trainer(values.trainer, run, tested_epoch=checkpoint["epoch"] + 1)
+        epoch = checkpoint["epoch"] + 1
+        earlier = [] if run is None else list(run.logs.glob(f"events*{_test_suffix(epoch)}"))
+        trainer = _trainer(values.trainer, run, tested_epoch=epoch)
     data.load_state_dict(checkpoint["ImageDataModule"])
     with _refusals_of_lightning_are_mendable(run):
         measure = trainer.test if command == "test" else trainer.validate
@@ -197,6 +199,8 @@ def evaluate(command: str, options: list[str]) -> None:
     counts = model.test_confusion.compute().tolist() if command == "test" else []  # all processes take part
     if run is not None and run.logs.is_dir() and trainer.is_global_zero:
         write_test(run, checkpoint, data.classes, trainer, counts, _without(options, "--ckpt_path"))
+        for events in earlier:
+            events.unlink(missing_ok=True)  # testing again replaces the point
     if trainer.is_global_zero:
         split: Literal["test", "val"] = "test" if command == "test" else "val"
         count = len(data.images(split))
@@ -420,6 +424,11 @@ def _print_differences(
             print(f"differs      {name}: {there[name]} there, {value} here{notes.get(name, '')}")
 
 
+def _test_suffix(epoch: int) -> str:
+    """Of the event file that holds the test of an epoch's checkpoint."""
+    return f".test-epoch{epoch}"
+
+
 def _trainer(
     settings: "Namespace",
     run: "Run | None",
@@ -459,10 +468,7 @@ def _trainer(
     if options["logger"] is None or options["logger"] is True:
         options["logger"] = False
         if run is not None:
-            suffix = "" if tested_epoch is None else f".test-epoch{tested_epoch}"
-            if suffix:
-                for earlier in run.logs.glob(f"events*{suffix}"):
-                    earlier.unlink()  # testing again replaces the point
+            suffix = "" if tested_epoch is None else _test_suffix(tested_epoch)
             options["logger"] = RunLogger(run.logs, suffix, resumed)
     if tested_epoch is not None or options["enable_checkpointing"] is False:
         options["enable_checkpointing"] = False

@@ -68,6 +68,8 @@ class Run:
         if not (self.logs / "config.yaml").exists() and not any(self.checkpoints.glob("*")):
             for folder in (self.checkpoints, self.logs):
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # the recipe's other runs stand there
+                    folder.parent.rmdir()
 
 
 def new_run(root: Path, recipe: str) -> Run:
@@ -87,8 +89,8 @@ def new_run(root: Path, recipe: str) -> Run:
         while True:
             run = Run(root, recipe, version)
             with suppress(FileExistsError):  # another run took it in this moment
-                run.checkpoints.mkdir()
-                run.logs.mkdir()
+                run.checkpoints.mkdir(parents=True)  # the recipe's folder, too: a refused run may just have removed it
+                run.logs.mkdir(parents=True)
                 return run
             version += 1
     except OSError as error:

@@ -155,6 +155,22 @@ def test_a_saved_configuration_trains_the_same_again(trained, command, tmp_path)
     assert torch.equal(*weights)
 
 
+def test_testing_again_replaces_the_point_and_a_refused_test_keeps_it(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    test = ("test", "--trainer.default_root_dir", root)
+
+    def points():
+        return list((root / "logs/tiny/version_0").glob("events*.test-epoch*"))
+
+    assert command(*test).status == 0
+    (first,) = points()
+    assert command(*test, "--data.root", tmp_path / "nowhere").status == 2
+    assert points() == [first]
+    assert command(*test).status == 0
+    (second,) = points()
+    assert second != first
+
+
 def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder, tmp_path):
     root, _ = trained
     images = [image_folder / "test/red/0.png", image_folder / "test/blue"]
@@ -324,7 +340,8 @@ def test_bad_input_ends_with_one_line_and_status_two(name, trained, command, rec
     assert last[-1].startswith("error: ")
     assert re.search(message, last[-1]), last[-1]
     assert "Traceback" not in outcome.err
-    assert not list(tmp_path.rglob("version_*")), "a refused run leaves nothing behind"
+    for kind in ("checkpoints", "logs"):
+        assert not list((tmp_path / kind).glob("*")), "a refused run leaves nothing behind"
 
 
 def test_a_callback_that_waits_for_a_metric_that_never_comes_is_refused(command, recipe, tmp_path):
