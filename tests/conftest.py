@@ -88,7 +88,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
 model:
   arch: cnn
   attention: {{kind: cbam}}
-  optimizer: {{class_path: torch.optim.Adam, init_args: {{lr: 0.002}}}}
+  optimizer: {{class_path: torch.optim.Adam, init_args: {{lr: 0.002, fused: true}}}}
   lr_scheduler:
     class_path: torch.optim.lr_scheduler.ReduceLROnPlateau
     init_args: {{factor: 0.5, patience: 0}}

@@ -102,7 +102,7 @@ SCHEDULES = {
 NETWORKS = {
     "cnn": [],
     "resnet18": ["--model.arch", "resnet18", "--data.image_size", 8, "--model.optimizer", "SGD",
-                 "--model.optimizer.lr", 0.01, "--model.optimizer.momentum", 0.9],
+                 "--model.optimizer.lr", 0.01, "--model.optimizer.momentum", 0.9, "--model.optimizer.fused", "true"],
 }  # fmt: skip
 
 
