@@ -1,16 +1,20 @@
 """Attention CNNs on CIFAR: `from cbam_pl import CBAM`, or `python train.py fit --config configs/cbam_cnn.yaml`."""
 
-from cbam_pl.attention import (
-    BAM,
-    CBAM,
-    AttentionConfig,
-    ChannelAttention,
-    EfficientChannelAttention,
-    SpatialAttention,
-    SqueezeExcitation,
-)
-from cbam_pl.inspection import AttentionMaps, attention_maps
-from cbam_pl.models import build_network, insert_attention, load_official_state_dict
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cbam_pl.attention import (
+        BAM,
+        CBAM,
+        AttentionConfig,
+        ChannelAttention,
+        EfficientChannelAttention,
+        SpatialAttention,
+        SqueezeExcitation,
+    )
+    from cbam_pl.inspection import AttentionMaps, attention_maps
+    from cbam_pl.models import build_network, insert_attention, load_official_state_dict
 
 __all__ = [
     "BAM",
@@ -26,3 +30,17 @@ __all__ = [
     "insert_attention",
     "load_official_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, since torch takes seconds to import, for which `train.py --help` need not wait.
+    if name in __all__:
+        for module in ("attention", "inspection", "models"):
+            home = import_module(f"cbam_pl.{module}")
+            if hasattr(home, name):
+                return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -375,6 +375,7 @@ def test_help_needs_no_torch(command):
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "python train.py COMMAND" in done.stdout
     assert all(name in done.stdout for name in COMMANDS)
+    assert done.stdout.endswith("False\n")
 
 
 def test_the_help_of_a_class_stands_beside_other_options(command):
