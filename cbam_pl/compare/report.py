@@ -307,8 +307,9 @@ def how_measured(content: dict[str, Any]) -> list[str]:
     settings = content["settings"]["common"]
     first = content["runs"][0]
     dates = sorted({run["date"] for run in content["runs"]})
+    data = settings.get("data.dataset")
     known = {
-        "data": settings.get("data.dataset"),
+        "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
         "epochs": settings.get("trainer.max_epochs"),
         "seeds": " ".join(map(str, content["seeds"])),
         "device": first["device"],
