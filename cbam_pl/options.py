@@ -182,7 +182,7 @@ def parse(parser: ArgumentParser, options: list[str], base: dict[str, Any] | Non
         # jsonargparse takes null for any type.
         if settings.get(key) is None and defaults.get(key) is not None and NoneType not in _flat(hint):
             raise UserError(f"{key}=null must be {_words(hint)}; leave it out for its default")
-    check_ranges(settings)
+    check_values(settings)
     return settings
 
 
@@ -382,7 +382,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _FUSED = "model.optimizer.init_args.fused"
 
 
-def check_ranges(settings: Namespace) -> None:
+def check_values(settings: Namespace) -> None:
     """Refuse numbers out of their range, and what does not go together, before anything is built or loaded.
 
     A whole number of batches becomes an integer.
