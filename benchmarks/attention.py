@@ -97,6 +97,8 @@ def layers(options: argparse.Namespace) -> list[Table]:
         best: dict[tuple[int, int], dict[str, float]] = {}
         for arch in options.archs:
             for channels, size in _SHAPES[arch]:
+                # Every shape is compiled for itself; of one function dynamo compiles eight at most, then none.
+                torch.compiler.reset()
                 x = torch.randn(options.batch_size, channels, size, size, device=device, dtype=_DTYPES[name])
                 x = x.to(memory_format=torch.channels_last)
                 y = torch.empty_like(x)
