@@ -47,7 +47,8 @@ def _build(kind: str, channels: int) -> nn.Module:
 
 
 def _compiled(layer: Callable[[Tensor], Tensor], mode: str) -> Callable[[Tensor], Tensor]:
-    return torch.compile(layer, dynamic=False) if mode == "compiled" else layer
+    # As one graph or with an error, so that no figure called compiled is an eager one.
+    return torch.compile(layer, dynamic=False, fullgraph=True) if mode == "compiled" else layer
 
 
 def _layer_calls(
