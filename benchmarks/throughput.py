@@ -1,6 +1,6 @@
 """Images per second of a notebook's loop, of this program and of its parts: python -m benchmarks.throughput
 
-By default configs/cbam_cnn.yaml on generated shapes, about four minutes on two cores. On CIFAR-10, and for a GPU:
+By default configs/cbam_cnn.yaml on generated shapes, about six minutes on two cores. On CIFAR-10, and for a GPU:
 
     python -m benchmarks.throughput --data.dataset cifar10 --data.root data
     python -m benchmarks.throughput --device cuda --seconds 8

@@ -125,7 +125,8 @@ class Classifier(LightningModule):
         channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
             faster on; results differ by rounding alone. By default on for CPU and CUDA.
         compile: let torch.compile write kernels for the training steps; results differ by rounding alone. By default
-            on for CUDA with Triton, and off elsewhere: on a CPU it takes a minute and gains a few per cent.
+            on for CUDA with Triton, and off elsewhere: on a CPU it needs a C++ compiler and half a minute, after which
+            a step of the cnn with CBAM takes a seventh less time, and one without attention as long as before.
         test_time_flip: classify by the mean of the logits of each image and of its mirror image, in validation, test
             and prediction.
         seed: what the dropout of each epoch depends on; the initial weights are drawn before, from torch's own state.
