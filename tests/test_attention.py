@@ -541,6 +541,16 @@ def test_gradient_at_ties_is_shared_out_once(config):
     assert rise.item() > 0.1
 
 
+def test_gradient_among_tied_channels_is_that_of_amax():
+    spatial = build(AttentionConfig("spatial", kernel_size=1), channels=4).double()
+    x = maps(2, 4, 3, 3).double().round().requires_grad_()  # of small whole numbers, some tie and some do not
+    (gradient,) = torch.autograd.grad(spatial.logits(x).sum(), x)
+    of_mean, of_maximum = spatial.conv.weight.flatten()
+    (expected,) = torch.autograd.grad((of_mean * x.mean(1) + of_maximum * x.amax(1)).sum(), x)
+    torch.testing.assert_close(gradient, expected)
+    assert len(gradient.unique()) > 2  # the mean's share alone, and more where there is one maximum or a tie
+
+
 @variants
 def test_gradients_that_come_in_another_layout(config):
     attention = build(config)
