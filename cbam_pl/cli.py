@@ -306,6 +306,7 @@ def _refusals_of_lightning_are_mendable(run: "Run | None" = None) -> Iterator[No
     import threading
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from torch.jit import TracingCheckError
 
     from cbam_pl.runs import cannot_write
 
@@ -331,7 +332,7 @@ def _refusals_of_lightning_are_mendable(run: "Run | None" = None) -> Iterator[No
         if run is None or error.errno not in of_the_disk:
             raise
         raise cannot_write(Path(error.filename or run.logs), str(error.strerror)) from error
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, TracingCheckError) as error:  # the last one from the graph's second tracing
         if str(error).startswith("Early stopping conditioned on metric"):
             raise UserError(f"trainer.callbacks: {error}") from error
         if is_out_of_memory(error):

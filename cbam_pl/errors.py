@@ -46,5 +46,7 @@ def refusals_are_mendable() -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
-    # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
+    # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one, and so does oneDNN, whose
+    # convolutions leave the reason out: what else they would refuse, torch never asks of them.
+    words = "out of memory|can't allocate memory|bad_alloc|could not (create|execute) a (primitive|memory)"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))

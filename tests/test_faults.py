@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from cbam_pl.errors import UserError
+from cbam_pl.errors import UserError, is_out_of_memory
 from cbam_pl.runs import AtomicCheckpointIO, read_checkpoint
 from tests.test_cli import checkpoint
 from tests.test_resume import assert_equal, assert_same_run, fit
@@ -129,16 +129,32 @@ def test_two_runs_started_at_once_share_nothing(launch, recipe, tmp_path):
 
 
 def test_too_little_memory_says_what_to_lower(launch, recipe, tmp_path):
+    # Enough for all but activations, of which one layer's take 268 MB: what meets the limit is one of them, not, by
+    # chance, the start of a thread.
     output = tmp_path / "output"
     process = launch(
         output, *fit(recipe, tmp_path, "--model.arch", "resnet18", "--data.image_size", 128, "--data.batch_size", 64),
-        limits={resource.RLIMIT_AS: 300_000_000},
+        limits={resource.RLIMIT_AS: 700_000_000},
     )  # fmt: skip
     process.join(300)
     text = output.read_text()
     assert process.exitcode == 2, text
     assert "Traceback" not in text
     assert "error: out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches" in text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes.",
+        "CUDA out of memory. Tried to allocate 20.00 GiB.",
+        "could not create a primitive",  # oneDNN's convolution
+        "std::bad_alloc",
+    ],
+)
+def test_every_library_s_word_for_too_little_memory_is_known(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 class Poison(Callback):
