@@ -129,9 +129,10 @@ def fit(options: list[str]) -> None:
             return
     if first and run is None and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
+    lock = None
     try:
         if first and run is not None:
-            run.make_writable()
+            lock = run.take()
         with refusals_are_mendable():
             trainer = _trainer(values.trainer, run, checkpoint, minutes=settings.checkpoint_minutes)
             trainer.callbacks.insert(0, monitor)  # type: ignore[attr-defined]
@@ -167,6 +168,8 @@ def fit(options: list[str]) -> None:
     finally:
         if run is not None:
             run.discard_if_unused()
+        if lock is not None:
+            lock.release()
     if trainer.is_global_zero and run is not None:
         _print_outcome(run)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
@@ -44,24 +45,35 @@ class Run:
         """Folder of the TensorBoard events, config.yaml and metrics.csv."""
         return self.root / "logs" / self.recipe / f"version_{self.version}"
 
-    def make_writable(self) -> None:
+    def take(self) -> FileLock:
         """See that both folders take a file, and remove what a killed process left half written.
 
+        Returns:
+            What keeps other processes from training this run, until it is released or this process ends.
+
         Raises:
-            UserError: a folder cannot be made or written.
+            UserError: a folder cannot be made or written, or another process trains this run.
         """
-        for folder in (self.checkpoints, self.logs):
+        lock = FileLock(self.logs / ".lock", timeout=0)
+        for folder in (self.logs, self.checkpoints):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if not lock.is_locked:
+                    lock.acquire()
                 for leftover in folder.glob(".*.[0-9]*"):
                     leftover.unlink()
                 with tempfile.TemporaryFile(dir=folder) as probe:
                     probe.write(b"probe")
+            except Timeout:
+                raise UserError(
+                    f"another process is training {self.checkpoints}; wait until it ends, or stop it"
+                ) from None
             except OSError as error:
                 raise UserError(
                     f"cannot write into the run's folder {folder} ({error.strerror}); make it writable, or name "
                     "another with --trainer.default_root_dir"
                 ) from error
+        return lock
 
     def discard_if_unused(self) -> None:
         """Remove the run's folders where training never began: no config.yaml, no checkpoint."""

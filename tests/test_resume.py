@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,22 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_double_point(command, rec
         assert outcome.status == 0, outcome.err
     assert scalars(back / "logs" / RUN) == scalars(whole / "logs" / RUN)
     assert (back / "logs" / RUN / "metrics.csv").read_text() == (whole / "logs" / RUN / "metrics.csv").read_text()
+
+
+def test_a_run_in_training_is_not_resumed_by_another_process(launch, command, recipe, tmp_path):
+    options = fit(recipe, tmp_path, "--trainer.max_epochs", 1000)
+    process = launch(tmp_path / "output", *options)
+    last = tmp_path / "checkpoints" / RUN / "last.ckpt"
+    while not last.exists():
+        assert process.is_alive(), (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    outcome = command(*options, "--ckpt_path", "last")
+    assert outcome.status == 2
+    assert f"error: another process is training {last.parent}; wait until it ends, or stop it" in outcome.err
+    assert process.is_alive()
+    process.kill()  # as nothing could announce
+    process.join()
+    done = epochs_of(checkpoint(tmp_path))
+    outcome = command(*options, "--ckpt_path", "last", "--trainer.max_epochs", done + 1)
+    assert outcome.status == 0, outcome.err
+    assert epochs_of(checkpoint(tmp_path)) == done + 1
