@@ -38,7 +38,7 @@ def test_fit_writes_the_files_of_a_run(trained):
     logs = root / "logs/tiny/version_0"
     assert sorted(path.name for path in run.iterdir()) == ["best.ckpt", "last.ckpt"]
     names = sorted(path.name for path in logs.iterdir() if not path.name.startswith("events"))
-    assert names == ["config.yaml", "metrics.csv"]
+    assert names == [".lock", "config.yaml", "metrics.csv"]
     assert f"test it      python train.py test --ckpt_path {run}/best.ckpt" in outcome.out
     assert "1,147,305 parameters" in outcome.out  # three classes: 7 · 513 fewer than 1,150,896
     assert "84 training and 9 validation images" in outcome.out

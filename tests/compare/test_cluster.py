@@ -54,7 +54,7 @@ def test_the_jobs_of_a_lost_machine_go_on_elsewhere_from_their_last_checkpoint(r
             script = [sys.executable, "train.py", "compare", *map(str, words), "--ray", address]
             with subprocess.Popen(script, cwd=REPOSITORY, stderr=subprocess.PIPE, **pipes) as process:
                 begun = [tmp_path / f"checkpoints/{kind}/version_0/last.ckpt" for kind in ("none", "cbam")]
-                limit = time.monotonic() + 240
+                limit = time.monotonic() + 600
                 while not all(path.exists() for path in begun):  # one on each node
                     assert process.poll() is None, process.stderr.read()
                     assert time.monotonic() < limit
@@ -62,7 +62,7 @@ def test_the_jobs_of_a_lost_machine_go_on_elsewhere_from_their_last_checkpoint(r
                 cluster.stdin.write("kill\n")
                 cluster.stdin.flush()
                 assert cluster.stdout.readline() == "killed\n"
-                _, errors = process.communicate(timeout=400)
+                _, errors = process.communicate(timeout=800)
                 assert process.returncode == 0, errors
         finally:
             cluster.stdin.close()
