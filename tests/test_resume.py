@@ -156,6 +156,26 @@ def test_mixed_precision_resumes_exactly(options, command, recipe, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_averaged_weights_resume_exactly(command, recipe, tmp_path):
+    averaging = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}"
+    outcome = command(*fit(recipe, tmp_path / "whole", "--trainer.callbacks", f"[{averaging}]"))
+    assert outcome.status == 0, outcome.err
+    for break_off in (broken(step=STEPS + 2), broken(step=3 * STEPS)):
+        words = [
+            f"[{averaging}, {break_off[1][1:]}",
+            *(["--ckpt_path", "last"] if (tmp_path / "parts").exists() else []),
+        ]
+        assert command(*fit(recipe, tmp_path / "parts", "--trainer.callbacks", *words)).status == 143
+    outcome = command(*fit(recipe, tmp_path / "parts", "--trainer.callbacks", f"[{averaging}]", "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    saved = checkpoint(tmp_path / "whole")
+    assert_equal(saved["averaging_state"]["n_averaged"].item(), EPOCHS * STEPS)
+    assert not torch.equal(
+        *(saved[key]["network.blocks.0.conv.weight"] for key in ("state_dict", "current_model_state"))
+    )
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_accumulated_gradients_resume_exactly(command, recipe, tmp_path):
     options = ["--trainer.accumulate_grad_batches", 2, *SCHEDULES["one cycle"]]
     outcome = command(*fit(recipe, tmp_path / "whole", *options))
