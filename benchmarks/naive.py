@@ -86,7 +86,7 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
 
     Args:
         images: in memory.
-        augmentation: none, basic or rich.
+        augmentation: none, basic, alternating (whose flips are random here) or rich.
         mean: of each channel.
         std: of each channel.
     """
@@ -97,7 +97,8 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
         size = images.pixels.shape[2]
         steps: list[Any] = []
         if augmentation != "none":
-            steps += [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()]
+            border = "symmetric" if augmentation == "alternating" else "constant"
+            steps += [transforms.RandomCrop(size, 4, padding_mode=border), transforms.RandomHorizontalFlip()]
         if augmentation == "rich":
             steps += [transforms.ColorJitter(0.2, 0.2, 0.2, 0.1), transforms.RandomRotation(15)]
         self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])

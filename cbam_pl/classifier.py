@@ -117,6 +117,7 @@ class Classifier(LightningModule):
         attention: the attention of each of its blocks.
         image_size: height and width of the images in pixels.
         stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
+        dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
         optimizer: any of torch.optim, without its parameters.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
             by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
@@ -145,6 +146,7 @@ class Classifier(LightningModule):
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008 - frozen
         image_size: int = 32,
         stem: Stem = "cifar",
+        dropout: float | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -167,11 +169,12 @@ class Classifier(LightningModule):
                 "attention": asdict(attention),
                 "image_size": image_size,
                 "stem": stem,
+                "dropout": dropout,
                 "label_smoothing": label_smoothing,
                 "test_time_flip": test_time_flip,
             }
         )
-        self.network = build_network(arch, num_classes, attention, image_size, stem)
+        self.network = build_network(arch, num_classes, attention, image_size, stem, dropout)
         self.channels_last = channels_last
         self.compile_training = compile
         self.test_time_flip = test_time_flip

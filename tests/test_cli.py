@@ -273,6 +273,10 @@ BAD = {
     ),
     "stages of the cnn": (["fit", "--model.attention.stages", "[3, 4]"], "stages=.* has no effect in the cnn"),
     "stem of the cnn": (["fit", "--model.stem", "imagenet"], "stem='imagenet' has no effect with arch='cnn'"),
+    "dropout of a ResNet": (
+        ["fit", "--model.arch", "resnet18", "--model.dropout", "0.2"],
+        "dropout=0.2 has no effect with arch='resnet18'",
+    ),
     "reduction of zero": (["fit", "--model.attention.reduction", "0"], "reduction=0 must be at least 1"),
     "even kernel": (["fit", "--model.attention.kernel_size", "4"], "kernel_size=4 must be odd"),
     "image size of CIFAR": (["fit", "--data.image_size", "64"], "image_size=64 does not fit dataset=cifar10"),

@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Augmentation = Literal["none", "basic", "rich"]
+Augmentation = Literal["none", "basic", "alternating", "rich"]
+Border = Literal["zeros", "reflection"]
 
-PADDING = 4  # pixels of zeros on each side before the crop
+PADDING = 4  # pixels on each side before the crop
 JITTER = 0.2  # brightness, contrast and saturation factors lie in 1 ± JITTER
 HUE = 0.1  # largest hue shift, in turns of the colour circle
 DEGREES = 15.0  # largest rotation, either way
 GREY = (0.2989, 0.587, 0.114)  # torchvision's luma weights, which sum to 0.9999
 
-_NUM_DRAWS = {"none": 0, "basic": 3, "rich": 12}
+_NUM_DRAWS = {"none": 0, "basic": 3, "alternating": 3, "rich": 12}
 
 
 class CropFlip(NamedTuple):
@@ -75,11 +76,13 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     """Augment each image by its own draws.
 
     `none` only scales to [0, 1]; `basic` adds a zero-padded random crop and a mirror; `rich` adds colour
-    jitter in a random order per image, then a rotation.
+    jitter in a random order per image, then a rotation. `alternating` is `basic` with the image's own border,
+    mirrored, in place of the zeros; its draws mirror each image in every other epoch (`alternate_flips`).
 
     Source: the distributions and the arithmetic are those of torchvision's RandomCrop(size, padding=4),
     RandomHorizontalFlip(), ColorJitter(0.2, 0.2, 0.2, 0.1) and RandomRotation(15) on float images. A rotated
-    pixel whose source lies exactly between two pixels may take the other one.
+    pixel whose source lies exactly between two pixels may take the other one. The mirrored
+    border is that of padding_mode="symmetric".
 
     Args:
         pixels: images.
@@ -99,8 +102,9 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if augmentation == "none":
         return images
-    images = crop_and_flip(images, crop_and_flip_parameters(draws[:, :3]))
-    if augmentation == "basic":
+    border: Border = "reflection" if augmentation == "alternating" else "zeros"
+    images = crop_and_flip(images, crop_and_flip_parameters(draws[:, :3]), border)
+    if augmentation != "rich":
         return images
     images = _color_jitter_(images, jitter_parameters(draws[:, 3:11]))
     return rotate(images, rotation_parameters(draws[:, 11]))
@@ -110,6 +114,19 @@ def crop_and_flip_parameters(draws: Tensor) -> CropFlip:
     """Draws (B, 3) to where to crop and whether to mirror."""
     offsets = (draws[:, :2] * (2 * PADDING + 1)).long()  # (B, 2); in float32 the product stays below 9
     return CropFlip(offsets[:, 0], offsets[:, 1], draws[:, 2] < 0.5)
+
+
+def alternate_flips(draws: Tensor, first: Tensor, epoch: int) -> None:
+    """Have each image mirrored in every other epoch, so that it is seen either way equally often.
+
+    Source: the alternating flip of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
+
+    Args:
+        draws: (N, 3), a row for each image, changed in place.
+        first: (N,) uniform draws, the same in every epoch, which decide who is mirrored in the even ones.
+        epoch: from 0.
+    """
+    draws[:, 2] = ((first < 0.5).long() + epoch) % 2
 
 
 def jitter_parameters(draws: Tensor) -> Jitter:
@@ -125,8 +142,13 @@ def rotation_parameters(draws: Tensor) -> Tensor:
     return draws * (2 * DEGREES) - DEGREES
 
 
-def crop_and_flip(images: Tensor, parameters: CropFlip) -> Tensor:
-    """Pad with PADDING zeros, crop back to the images' own size, mirror where asked.
+def crop_and_flip(images: Tensor, parameters: CropFlip, border: Border = "zeros") -> Tensor:
+    """Pad with PADDING pixels, crop back to the images' own size, mirror where asked.
+
+    Args:
+        images: images.
+        parameters: where to crop, and whether to mirror.
+        border: what the padding holds: zeros, or the image mirrored at its edge.
 
     Shape:
         images (B, 3, H, W) float32; output the same.
@@ -135,7 +157,7 @@ def crop_and_flip(images: Tensor, parameters: CropFlip) -> Tensor:
     zero = torch.zeros_like(top)
     across = torch.stack((1 - 2 * flip.long(), zero, left - PADDING), 1)
     down = torch.stack((zero, zero + 1, top - PADDING), 1)
-    return _sample(images, torch.stack((across, down)).to(images.dtype))
+    return _sample(images, torch.stack((across, down)).to(images.dtype), border)
 
 
 def rotate(images: Tensor, angle: Tensor) -> Tensor:
@@ -156,7 +178,7 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
     return _sample(images, torch.stack((across, down)))
 
 
-def _sample(images: Tensor, matrix: Tensor) -> Tensor:
+def _sample(images: Tensor, matrix: Tensor, border: Border = "zeros") -> Tensor:
     """Read each output pixel at matrix · (x, y, 1), in pixels from the image's centre.
 
     Shape:
@@ -172,7 +194,7 @@ def _sample(images: Tensor, matrix: Tensor) -> Tensor:
     columns = torch.stack((across[:, 0] * x, down[:, 0] * x))  # (2, B, W)
     grid = rows.unsqueeze(3) + columns.unsqueeze(2)  # (2, B, H, W)
     # any layout of the grid is allowed, and coordinate planes are quicker to compute than pairs
-    return F.grid_sample(images, grid.permute(1, 2, 3, 0), mode="nearest", align_corners=False)
+    return F.grid_sample(images, grid.permute(1, 2, 3, 0), "nearest", border, align_corners=False)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:

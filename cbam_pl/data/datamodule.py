@@ -78,7 +78,8 @@ class ImageDataModule(LightningDataModule):
         batch_size: images per step and device.
         val_size: images held out of training for validation, the same share of every class; by default a tenth of
             them, or the folder's own val; 0 validates on the test split, so that the best epoch is chosen on it.
-        augmentation: none, basic (crop, flip) or rich (crop, flip, colour jitter, rotation).
+        augmentation: none, basic (crop, flip), alternating (the same, but a mirrored border around the crop, and a flip
+            in every other epoch) or rich (crop, flip, colour jitter, rotation).
         image_size: height and width of the images in pixels; folder resizes to it, shapes draws at it.
         seed: what the validation split, the order, the augmentation and the shapes depend on.
 
@@ -101,7 +102,8 @@ class ImageDataModule(LightningDataModule):
         if dataset not in get_args(Dataset):
             raise ValueError(f"dataset={dataset!r} is unknown; use one of {', '.join(get_args(Dataset))}")
         if augmentation not in get_args(Augmentation):
-            raise ValueError(f"augmentation={augmentation!r} is unknown; use none, basic or rich")
+            known = ", ".join(get_args(Augmentation))
+            raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {known}")
         if not 1 <= batch_size <= _MAX_BATCH_SIZE:
             raise ValueError(f"batch_size={batch_size} must be at least 1 and at most {_MAX_BATCH_SIZE:,}")
         if val_size is not None and val_size < 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbam_pl.data.augmentation import Augmentation, augment, num_draws
+from cbam_pl.data.augmentation import Augmentation, alternate_flips, augment, num_draws
 from cbam_pl.data.images import Images
 from cbam_pl.seeds import derive_seed
 
@@ -72,7 +72,7 @@ class TrainingLoader:
     Args:
         images: training images, on the CPU.
         batch_size: images per batch of this process; the last batch may be smaller.
-        augmentation: none, basic or rich.
+        augmentation: none, basic, alternating or rich.
         normalise: what turns images in [0, 1] into the network's input.
         device: where the batches go.
         seed: what the order and the draws depend on.
@@ -118,6 +118,9 @@ class TrainingLoader:
         order = torch.randperm(count, generator=generator)  # (N,)
         # Row i belongs to image i, wherever it stands in the order.
         draws = torch.rand(count, num_draws(self.augmentation), generator=generator)  # (N, K)
+        if self.augmentation == "alternating":
+            first = torch.rand(count, generator=torch.Generator().manual_seed(derive_seed("flip", self.seed, 0)))
+            alternate_flips(draws, first, self.current_epoch())
         dealt = order[self.share.rank : count - count % self.share.world_size : self.share.world_size]
         draws = draws[dealt].to(self.device)
         dealt = dealt.to(self.images.labels.device)

@@ -29,6 +29,7 @@ def build_network(
     attention: AttentionKind | AttentionConfig = "cbam",
     image_size: int = 32,
     stem: Stem = "cifar",
+    dropout: float | None = None,
 ) -> nn.Module:
     """The network `arch` with `attention` in every block, or where its `place` and `stages` say.
 
@@ -38,6 +39,7 @@ def build_network(
         attention: a kind, or an AttentionConfig with its options.
         image_size: height and width of the images in pixels; only the cnn's linear layer depends on it.
         stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
+        dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
 
     Shape:
         images (B, 3, image_size, image_size) → logits (B, num_classes).
@@ -52,8 +54,10 @@ def build_network(
     if arch == "cnn":
         if stem != "cifar":
             raise ValueError(f"stem={stem!r} has no effect with arch='cnn', whose stem is fixed; leave it out")
-        return CNN(num_classes, attention, image_size)
+        return CNN(num_classes, attention, image_size, 0.5 if dropout is None else dropout)
     if arch in _RESNETS:
+        if dropout is not None:
+            raise ValueError(f"dropout={dropout} has no effect with arch={arch!r}, which has none; leave it out")
         depths, bottleneck = _RESNETS[arch]
         return ResNet(depths, bottleneck, num_classes, attention, stem)
     raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(get_args(Architecture))}")

@@ -35,17 +35,22 @@ class CNN(nn.Module):
         num_classes: classes to tell apart.
         attention: the attention of each block; its place is before_pool or after_pool.
         image_size: height and width of the images in pixels, at least 8.
+        dropout: share of the hidden units that each training step leaves out, from 0 to below 1.
 
     Shape:
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
-        ValueError: image_size is below 8, so that nothing is left after three poolings; or the attention's place is
-            one in the ResNets, or stages are chosen, which the cnn has not.
+        ValueError: image_size is below 8, so that nothing is left after three poolings; dropout is out of its range;
+            or the attention's place is one in the ResNets, or stages are chosen, which the cnn has not.
     """
 
-    def __init__(self, num_classes: int, attention: AttentionConfig, image_size: int = 32) -> None:
+    def __init__(
+        self, num_classes: int, attention: AttentionConfig, image_size: int = 32, dropout: float = 0.5
+    ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
         if image_size < 8:
             raise ValueError(f"image_size={image_size} leaves nothing after three poolings; use at least 8")
         if attention.place not in (None, "before_pool", "after_pool"):
@@ -63,7 +68,7 @@ class CNN(nn.Module):
             nn.Flatten(),
             he_linear(widths[-1] * (image_size // 8) ** 2, 512),
             nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
+            nn.Dropout(dropout),
             nn.Linear(512, num_classes),
         )
 

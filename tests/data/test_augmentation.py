@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cbam_pl.data.augmentation import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
+    alternate_flips,
     augment,
     color_jitter,
     crop_and_flip,
@@ -43,9 +45,9 @@ def random_draws(count: int, augmentation: Augmentation, seed: int = 0) -> Tenso
     return torch.rand(count, num_draws(augmentation), generator=torch.Generator().manual_seed(seed))
 
 
-def crop_and_flip_one(image: Tensor, top: int, left: int, flip: bool) -> Tensor:
+def crop_and_flip_one(image: Tensor, top: int, left: int, flip: bool, border: str = "constant") -> Tensor:
     height, width = image.shape[-2:]
-    image = tv.crop(tv.pad(image, [4, 4, 4, 4]), top, left, height, width)
+    image = tv.crop(tv.pad(image, [4, 4, 4, 4], padding_mode=border), top, left, height, width)
     return tv.horizontal_flip(image) if flip else image
 
 
@@ -69,16 +71,17 @@ def off_ties(angle: Tensor, height: int, width: int) -> Tensor:
     return ~(ties[0] | ties[1]).unsqueeze(1)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (33, 33), (20, 27)])
-def test_crop_and_flip_equals_torchvision(height, width):
+@pytest.mark.parametrize(("border", "theirs"), [("zeros", "constant"), ("reflection", "symmetric")])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (33, 33), (20, 27), (8, 8)])
+def test_crop_and_flip_equals_torchvision(height, width, border, theirs):
     images = random_pixels(162, height, width) / 255
     cell = torch.arange(162)  # all 9 × 9 offsets, each with and without a flip
     parameters = CropFlip(cell % 9, cell // 9 % 9, cell >= 81)
     expected = [
-        crop_and_flip_one(image, int(top), int(left), bool(flip))
+        crop_and_flip_one(image, int(top), int(left), bool(flip), theirs)
         for image, top, left, flip in zip(images, *parameters, strict=True)
     ]
-    assert torch.equal(crop_and_flip(images, parameters), torch.stack(expected))
+    assert torch.equal(crop_and_flip(images, parameters, border), torch.stack(expected))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +156,26 @@ def test_rich_equals_torchvision_composition(size):
     torch.testing.assert_close(result * clear, torch.stack(expected) * clear, rtol=0, atol=COLOR_TOLERANCE)
 
 
-def test_basic_equals_torchvision_composition():
-    pixels, draws = random_pixels(48, 32), random_draws(48, "basic")
+@pytest.mark.parametrize(("augmentation", "border"), [("basic", "constant"), ("alternating", "symmetric")])
+def test_crop_and_flip_alone_equal_torchvision_composition(augmentation, border):
+    pixels, draws = random_pixels(48, 32), random_draws(48, augmentation)
     where = crop_and_flip_parameters(draws)
-    expected = [crop_and_flip_one(pixels[i], *(p[i].item() for p in where)) for i in range(48)]
-    assert torch.equal(augment(pixels, draws, "basic"), torch.stack(expected) / 255)
+    expected = [crop_and_flip_one(pixels[i], *(p[i].item() for p in where), border) for i in range(48)]
+    assert torch.equal(augment(pixels, draws, augmentation), torch.stack(expected) / 255)
+
+
+def test_alternate_flips_mirror_each_image_in_every_other_epoch():
+    draws, first = random_draws(1000, "alternating"), torch.rand(1000, generator=torch.Generator().manual_seed(1))
+    offsets = draws[:, :2].clone()
+    flips = []
+    for epoch in range(4):
+        alternate_flips(draws, first, epoch)
+        flips.append(crop_and_flip_parameters(draws).flip)
+    assert torch.equal(flips[0], flips[2])
+    assert torch.equal(flips[1], flips[3])
+    assert torch.equal(flips[0], ~flips[1])
+    assert 400 < flips[0].sum() < 600
+    assert torch.equal(draws[:, :2], offsets)
 
 
 def test_none_only_scales():
@@ -165,7 +183,7 @@ def test_none_only_scales():
     assert torch.equal(augment(pixels, torch.rand(4, 0), "none"), pixels / 255)
 
 
-@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+@pytest.mark.parametrize("augmentation", get_args(Augmentation))
 @pytest.mark.parametrize("size", [32, 33])
 def test_result_does_not_depend_on_the_rest_of_the_batch(augmentation, size):
     pixels, draws = random_pixels(37, size), random_draws(37, augmentation)
@@ -180,7 +198,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(augmentation, size):
         assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+@pytest.mark.parametrize("augmentation", get_args(Augmentation))
 def test_any_memory_format(augmentation):
     pixels, draws = random_pixels(8, 32), random_draws(8, augmentation)
     expected = augment(pixels, draws, augmentation)
@@ -201,7 +219,7 @@ def test_repeatable_and_without_gradient_state():
     assert not first.requires_grad
 
 
-@pytest.mark.parametrize("augmentation", ["none", "basic", "rich"])
+@pytest.mark.parametrize("augmentation", get_args(Augmentation))
 def test_nothing_is_read_on_the_host(augmentation):
     # meta tensors have no values, so a read of one, which would stop a GPU's queue, is an error
     pixels, draws = random_pixels(8, 32).to("meta"), random_draws(8, augmentation).to("meta")
@@ -249,9 +267,9 @@ def test_the_largest_draw_stays_in_range():
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'rich'"):
+    with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'alternating', 'rich'"):
         num_draws("heavy")
-    with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'rich'"):
+    with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'alternating', 'rich'"):
         augment(random_pixels(1, 32), torch.rand(1, 0), "heavy")
 
 

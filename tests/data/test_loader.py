@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +102,25 @@ def test_the_draws_are_those_of_the_image_index():
     draws = torch.rand(5, num_draws("rich"), generator=generator)
     expected = Normalise(MEAN, STD, CPU)(augment(images.pixels, draws, "rich"))
     assert torch.allclose(x, expected[labels], atol=1e-6)
+
+
+def test_alternating_epochs_show_an_image_and_its_mirror_image():
+    images = numbered(10)
+    seen = []
+    for epoch in range(4):
+        x, labels = collect(training(images, augmentation="alternating", epoch=epoch))
+        seen.append(x[labels.argsort()])
+    plain = Normalise(MEAN, STD, CPU)(images.pixels / 255)
+    for image in range(10):
+        crops = {flip: all_crops(plain[image], flip) for flip in (False, True)}
+
+        def shows(epoch, flip, image=image, crops=crops):
+            return any(torch.allclose(seen[epoch][image], crop) for crop in crops[flip])
+
+        assert any(all(shows(epoch, first ^ (epoch % 2 == 1)) for epoch in range(4)) for first in (False, True))
+
+
+def all_crops(image, flip):
+    padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), "symmetric"))
+    crops = [padded[:, top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+    return [crop.flip(2) for crop in crops] if flip else crops

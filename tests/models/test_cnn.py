@@ -43,6 +43,21 @@ def test_forward_pass_written_out(config, before_pool):
     torch.testing.assert_close(network(images), network.classifier[4](hidden))
 
 
+@pytest.mark.parametrize(("given", "share"), [({}, 0.5), ({"dropout": 0.25}, 0.25), ({"dropout": 0.0}, 0.0)])
+def test_training_leaves_out_that_share_of_the_hidden_units(given, share):
+    network = build_network("cnn", 10, "none", **given)
+    seen = []  # by the last layer
+    network.classifier[-1].register_forward_pre_hook(lambda _, inputs: seen.append(*inputs))
+    images = torch.rand(64, 3, 32, 32)
+    torch.nn.init.ones_(network.classifier[1].bias)  # the ReLU's output is 1 everywhere
+    torch.nn.init.zeros_(network.classifier[1].weight)
+    network(images)
+    network.eval()(images)
+    trained, evaluated = seen
+    assert (trained == 0).float().mean() == pytest.approx(share, abs=0.02)
+    torch.testing.assert_close(trained[trained != 0] * (1 - share), evaluated[trained != 0])
+
+
 def test_none_is_the_network_without_attention():
     network = build_network("cnn", 10, "none")
     assert all(isinstance(block.attention, nn.Identity) for block in network.blocks)
@@ -60,6 +75,8 @@ def test_none_is_the_network_without_attention():
         ({"attention": AttentionConfig(kernel_size=4)}, r"^kernel_size=4 must be odd"),
         ({"stem": "imagenet"}, r"^stem='imagenet' has no effect with arch='cnn'"),
         ({"image_size": 7}, r"^image_size=7 leaves nothing after three poolings; use at least 8$"),
+        ({"dropout": 1.0}, r"^dropout=1\.0 must be at least 0 and below 1$"),
+        ({"dropout": -0.1}, r"^dropout=-0\.1 must be at least 0 and below 1$"),
         ({"num_classes": 0}, r"^num_classes=0 must be at least 1$"),
     ],
 )
