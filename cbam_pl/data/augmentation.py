@@ -81,8 +81,8 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
 
     Source: the distributions and the arithmetic are those of torchvision's RandomCrop(size, padding=4),
     RandomHorizontalFlip(), ColorJitter(0.2, 0.2, 0.2, 0.1) and RandomRotation(15) on float images. A rotated
-    pixel whose source lies exactly between two pixels may take the other one. The mirrored
-    border is that of padding_mode="symmetric".
+    pixel whose source lies exactly between two pixels may take the other one. The border
+    of `alternating` is that of padding_mode="symmetric".
 
     Args:
         pixels: images.

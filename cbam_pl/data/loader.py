@@ -118,7 +118,7 @@ class TrainingLoader:
         order = torch.randperm(count, generator=generator)  # (N,)
         # Row i belongs to image i, wherever it stands in the order.
         draws = torch.rand(count, num_draws(self.augmentation), generator=generator)  # (N, K)
-        if self.augmentation == "alternating":
+        if self.augmentation == "alternating":  # the first draw is the image's, whatever the epoch
             first = torch.rand(count, generator=torch.Generator().manual_seed(derive_seed("flip", self.seed, 0)))
             alternate_flips(draws, first, self.current_epoch())
         dealt = order[self.share.rank : count - count % self.share.world_size : self.share.world_size]
