@@ -185,13 +185,17 @@ class TrainingProgress(ProgressBar):
         self._console.print(f"{line}  lr {measured['lr']:.2g}  {seconds:.1f} s", highlight=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the figures of the lines are."""
+        """Say what the figures of the lines are, and begin the bar."""
         if self._enabled:
             self._console.print("figures of an epoch: mean loss, accuracy", style="dim")
+        self._begin_epoch(trainer)  # which Lightning does not announce where an epoch was broken off and goes on
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the last epoch, whose figures are complete only now, and begin the bar."""
         self._print_finished_epoch(trainer)
+        self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: Trainer) -> None:
         self._epoch_started = time.monotonic()
         self._begin(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
 

@@ -239,6 +239,17 @@ def test_epochs_of_a_single_batch_stop_and_resume_too(command, recipe, tmp_path)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_an_epoch_that_goes_on_is_timed_from_there(command, recipe, tmp_path, monkeypatch):
+    assert command(*fit(recipe, tmp_path, *broken(step=STEPS + 2))).status == 143
+    clock = time.monotonic
+    monkeypatch.setattr("cbam_pl.callbacks.time.monotonic", lambda: clock() + 1e6)
+    outcome = command(*fit(recipe, tmp_path, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    seconds = [float(found) for found in re.findall(r"^epoch .* ([\d.]+) s$", outcome.err, re.MULTILINE)]
+    assert len(seconds) == EPOCHS - 1
+    assert max(seconds) < 1e6
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe, tmp_path):
     options = SCHEDULES[schedule]
