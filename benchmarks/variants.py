@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from benchmarks.measure import RoundClock
 from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
 from cbam_pl import cli
-from cbam_pl.classifier import Classifier
-from cbam_pl.commands import command_parser
+from cbam_pl.command_options import command_parser
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Share, TrainingLoader
 from cbam_pl.memory import keep_freed_memory
-from cbam_pl.options import parse
+from cbam_pl.settings import parse
+from cbam_pl.training.classifier import Classifier
 
 _clock: RoundClock  # of `fit`, whose callback Lightning makes
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         SpatialAttention,
         SqueezeExcitation,
     )
-    from cbam_pl.inspection import AttentionMaps, attention_maps
+    from cbam_pl.inspect.gates import AttentionMaps, attention_maps
     from cbam_pl.models import build_network, insert_attention, load_official_state_dict
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # On first use, since torch takes seconds to import, for which `train.py --help` need not wait.
     if name in __all__:
-        for module in ("attention", "inspection", "models"):
+        for module in ("attention", "inspect.gates", "models"):
             home = import_module(f"cbam_pl.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

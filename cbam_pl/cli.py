@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cbam_pl.commands import COMMANDS, command_parser
+from cbam_pl.command_options import COMMANDS, command_parser
 from cbam_pl.errors import Interrupted, UserError, is_out_of_memory, refusals_are_mendable
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
     from lightning import Trainer
 
-    from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
-    from cbam_pl.runs import Run
+    from cbam_pl.training.classifier import Classifier
+    from cbam_pl.training.run import Run
 
 # Imports that take seconds stand inside the functions that need them, so that help and mistakes answer at once.
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif command == "visualize":
             visualize(options)
         elif command == "compare":
-            from cbam_pl.compare.command import compare
+            from cbam_pl.commands.compare.command import compare
 
             compare(options)
         else:
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def fit(options: list[str]) -> None:
     """Train a network, or resume its training."""
-    from cbam_pl.options import parse
+    from cbam_pl.settings import parse
 
     parser = command_parser("fit")
     settings = parse(parser, options)
@@ -100,11 +100,11 @@ def fit(options: list[str]) -> None:
     from lightning.fabric.utilities.rank_zero import _get_rank
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
-    from cbam_pl.logger import RunLogger
-    from cbam_pl.monitor import NetworkMonitor
-    from cbam_pl.runs import epochs_of, find_checkpoint, new_run, run_of, written_whole
+    from cbam_pl.training.classifier import Classifier
+    from cbam_pl.training.logger import RunLogger
+    from cbam_pl.training.monitor import NetworkMonitor
+    from cbam_pl.training.run import epochs_of, find_checkpoint, new_run, run_of, written_whole
 
     root, recipe = Path(settings.trainer.default_root_dir), _recipe(settings)
     with refusals_are_mendable():
@@ -176,16 +176,16 @@ def fit(options: list[str]) -> None:
 
 def evaluate(command: str, options: list[str]) -> None:
     """Measure a checkpoint on the test or the validation images."""
-    from cbam_pl.options import parse
+    from cbam_pl.settings import parse
 
     parser = command_parser(command)
     path, checkpoint = _chosen_checkpoint(parse(parser, options))
     saved = checkpoint["datamodule_hyper_parameters"]
     settings = parse(parser, options, {f"data.{name}": saved[name] for name in saved if name != "seed"})
 
-    from cbam_pl.classifier import Classifier
     from cbam_pl.data.datamodule import ImageDataModule
-    from cbam_pl.runs import run_of, write_test
+    from cbam_pl.training.classifier import Classifier
+    from cbam_pl.training.run import run_of, write_test
 
     with refusals_are_mendable():
         values = parser.instantiate(settings)
@@ -214,7 +214,7 @@ def evaluate(command: str, options: list[str]) -> None:
 
 def predict(options: list[str]) -> None:
     """Classify the user's own images with a checkpoint, as a table and a CSV file."""
-    from cbam_pl.options import parse
+    from cbam_pl.settings import parse
 
     parser = command_parser("predict")
     settings = parse(parser, options)
@@ -227,10 +227,10 @@ def predict(options: list[str]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from cbam_pl.classifier import Classifier
     from cbam_pl.data.folder import decode, find_images, show
     from cbam_pl.data.images import Images
     from cbam_pl.data.loader import EvaluationLoader, Normalise, Share
+    from cbam_pl.training.classifier import Classifier
 
     data = checkpoint["ImageDataModule"]
     top = min(settings.top, len(data["classes"]))
@@ -274,13 +274,13 @@ def visualize(options: list[str]) -> None:
     """Draw what one checkpoint or several see, and print the pictures' paths."""
     from dataclasses import fields
 
-    from cbam_pl.options import parse
+    from cbam_pl.settings import parse
 
     parser = command_parser("visualize")
     settings = parse(parser, options)
 
-    from cbam_pl.runs import find_checkpoint
-    from cbam_pl.visualize import Choice, Subject, draw
+    from cbam_pl.commands.visualize import Choice, Subject, draw
+    from cbam_pl.training.run import find_checkpoint
 
     root = Path(settings.trainer.default_root_dir)
     subjects = []
@@ -311,7 +311,7 @@ def _refusals_of_lightning_are_mendable(run: "Run | None" = None) -> Iterator[No
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from torch.jit import TracingCheckError
 
-    from cbam_pl.runs import cannot_write
+    from cbam_pl.training.run import cannot_write
 
     no_memory = UserError(
         "out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches to keep the number of images "
@@ -369,7 +369,7 @@ def _recipe(settings: "Namespace") -> str:
 
 def _chosen_checkpoint(settings: "Namespace") -> "tuple[Path, dict[str, Any]]":
     """The checkpoint that --ckpt_path names, and what it holds."""
-    from cbam_pl.runs import find_checkpoint
+    from cbam_pl.training.run import find_checkpoint
 
     return find_checkpoint(Path(settings.trainer.default_root_dir), settings.ckpt_path)
 
@@ -401,7 +401,7 @@ def _refuse_other_settings(
 
 def _is_complete(checkpoint: dict[str, Any], settings: "Namespace") -> bool:
     """Whether the trainer's settings leave nothing to train."""
-    from cbam_pl.runs import epochs_of
+    from cbam_pl.training.run import epochs_of
 
     limits = ((settings.max_epochs, epochs_of(checkpoint)), (settings.max_steps, checkpoint["global_step"]))
     return any(limit is not None and 0 <= limit <= done for limit, done in limits)
@@ -411,8 +411,8 @@ def _print_differences(
     checkpoint: dict[str, Any], model: "Classifier", data: "ImageDataModule", trainer: "Trainer"
 ) -> None:
     """Where the training goes on, and what is allowed to differ from before."""
-    from cbam_pl.classifier import trained_with
-    from cbam_pl.runs import epochs_of
+    from cbam_pl.training.classifier import trained_with
+    from cbam_pl.training.run import epochs_of
 
     print(f"resumed      after {epochs_of(checkpoint)} epochs, {checkpoint['global_step']} steps")
     here = trained_with(trainer)
@@ -448,10 +448,10 @@ def _trainer(
     import torch
     from lightning import Trainer
 
-    from cbam_pl.callbacks import RunCheckpoint, Safeguard, TrainingProgress
-    from cbam_pl.logger import RunLogger
     from cbam_pl.memory import keep_freed_memory
-    from cbam_pl.runs import AtomicCheckpointIO
+    from cbam_pl.training.callbacks import RunCheckpoint, Safeguard, TrainingProgress
+    from cbam_pl.training.logger import RunLogger
+    from cbam_pl.training.run import AtomicCheckpointIO
 
     # Its tips and device lists; the summary says what matters. Warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -514,7 +514,7 @@ def _print_summary(model: "Classifier", data: "ImageDataModule", trainer: "Train
 
 def _print_outcome(run: "Run") -> None:
     """The best epoch, its figures, and the command that tests it."""
-    from cbam_pl.runs import read_checkpoint
+    from cbam_pl.training.run import read_checkpoint
 
     best = run.checkpoints / "best.ckpt"
     if not best.exists():

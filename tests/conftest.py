@@ -132,9 +132,19 @@ def launch() -> Iterator[Callable[..., BaseProcess]]:
     """
     # One process imports everything, before it has threads, and forks those that train.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cbam_pl.cli", "cbam_pl.classifier", "cbam_pl.data.datamodule", "cbam_pl.monitor",
-                                    "cbam_pl.callbacks", "cbam_pl.logger", "jsonargparse", "torch.utils.tensorboard",
-                                    "tests.conftest"])  # fmt: skip
+    context.set_forkserver_preload(
+        [
+            "cbam_pl.cli",
+            "cbam_pl.training.classifier",
+            "cbam_pl.data.datamodule",
+            "cbam_pl.training.monitor",
+            "cbam_pl.training.callbacks",
+            "cbam_pl.training.logger",
+            "jsonargparse",
+            "torch.utils.tensorboard",
+            "tests.conftest",
+        ]
+    )
     started: list[BaseProcess] = []
 
     def start(

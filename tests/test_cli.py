@@ -13,9 +13,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbam_pl.commands import COMMANDS, command_parser
-from cbam_pl.compare.plan import make_plan, option_parser
-from cbam_pl.options import parse
+from cbam_pl.command_options import COMMANDS, command_parser
+from cbam_pl.commands.compare.plan import make_plan, option_parser
+from cbam_pl.settings import parse
 from tests.conftest import COLOURS, TEST_PER_CLASS
 from tests.data.test_folder import png_bomb
 
@@ -90,8 +90,8 @@ def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, co
         assert float(printed[tag]) == pytest.approx(value, abs=1e-4)
 
     # By hand: every test image through the network of best.ckpt.
-    from cbam_pl.classifier import Classifier
     from cbam_pl.data.folder import load_folder
+    from cbam_pl.training.classifier import Classifier
 
     model = Classifier.load_from_checkpoint(root / "checkpoints/tiny/version_0/best.ckpt").eval()
     images = load_folder(str(image_folder)).test

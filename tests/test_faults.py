@@ -17,9 +17,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.errors import UserError, is_out_of_memory
-from cbam_pl.runs import AtomicCheckpointIO, read_checkpoint
+from cbam_pl.training.run import AtomicCheckpointIO, read_checkpoint
 from tests.test_cli import checkpoint
-from tests.test_resume import assert_equal, assert_same_run, fit
+from tests.training.test_resume import assert_equal, assert_same_run, fit
 
 RUN = "tiny/version_0"
 KILLS = 50
@@ -100,7 +100,7 @@ def test_at_most_checkpoint_minutes_are_lost(command, recipe, tmp_path, monkeypa
         save(self, content, path, storage_options)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", spy)
-    monkeypatch.setattr("cbam_pl.callbacks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cbam_pl.training.callbacks.time.monotonic", lambda: now[0])
     monkeypatch.setattr("tests.test_faults.Tick", Tick, raising=False)
     outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", tmp_path, "--checkpoint_minutes", 1,
                       "--trainer.callbacks", "[tests.test_faults.Tick]")  # fmt: skip

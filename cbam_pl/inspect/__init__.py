@@ -1,0 +1,1 @@
+"""Looking into a network: its gates, scores of its maps, and drawings."""

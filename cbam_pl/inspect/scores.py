@@ -1,0 +1,151 @@
+"""Does attention fall on the object, and does the network need what it attends to? Numbers beside the pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam, upsample
+
+DELETED = tuple(range(10, 100, 10))  # percent of the pixels
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over images, and its standard error."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Mean":
+        """The mean of values (N,)."""
+        values = values.double()
+        return cls(float(values.mean()), float(values.std(correction=0)) / sqrt(max(1, len(values) - 1)))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one map of importance does.
+
+    Args:
+        name: the block whose spatial gate it is, or Grad-CAM, or uniform.
+        inside: share of the map's excess mass inside the object; None where the object's place is unknown.
+        pointing: how often the map's maximum is inside the object; likewise.
+        accuracy: percent of pixels deleted, the most important first → accuracy; 0 for the whole image.
+    """
+
+    name: str
+    inside: Mean | None
+    pointing: Mean | None
+    accuracy: dict[int, float]
+
+
+def mass_inside(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of a map's excess mass inside the object; the excess is over the lowest value of the image's map.
+
+    Where the map is the same everywhere there is no excess, and the share is that of the object in the image: what a
+    map that knows nothing would have.
+
+    Shape:
+        maps (N, H, W), masks (N, H, W) bool → (N,) in [0, 1].
+    """
+    excess = (maps - maps.amin((1, 2), keepdim=True)).double()
+    excess = torch.where(excess.sum((1, 2), keepdim=True) > 0, excess, 1.0)
+    return (excess * masks).sum((1, 2)) / excess.sum((1, 2))
+
+
+def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """Whether a map's maximum is inside the object; with several equal maxima, the share of them.
+
+    Source: Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, arXiv:1608.00507, section 4.2,
+    without its tolerance of 15 pixels.
+
+    Shape:
+        maps (N, H, W), masks (N, H, W) bool → (N,) in [0, 1].
+    """
+    highest = maps == maps.amax((1, 2), keepdim=True)
+    return (highest & masks).sum((1, 2)) / highest.sum((1, 2))
+
+
+def deletion_order(maps: Tensor, seed: int = 0) -> Tensor:
+    """The pixels of each image, most important first; equal ones in random order, so that uniform maps give any.
+
+    Shape:
+        maps (N, H, W) → (N, H · W) int64, indices into the flattened image.
+    """
+    flat = maps.flatten(1).cpu()
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.rand(flat.shape, generator=generator).argsort(1)
+    ranked = flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
+    return shuffled.gather(1, ranked)
+
+
+def deletion_curve(
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor, deleted: Sequence[int] = DELETED
+) -> dict[int, float]:
+    """Accuracy after the most important pixels are replaced by the data's mean colour.
+
+    Source: Petsiuk, Das, Saenko, "RISE", BMVC 2018, arXiv:1806.07421, section 4.2, with accuracy for probability.
+
+    Args:
+        classify: images (B, 3, H, W) → classes (B,).
+        images: (N, 3, H, W), normalised, so that 0 is the data's mean.
+        labels: (N,).
+        maps: (N, H, W), importance of each pixel.
+        deleted: percent of the pixels to delete.
+
+    Returns:
+        Percent deleted → accuracy.
+    """
+    order = deletion_order(maps).to(images.device)
+    accuracy = {}
+    for percent in deleted:
+        removed = order[:, : round(order.shape[1] * percent / 100)]
+        kept = torch.ones_like(order, dtype=images.dtype).scatter_(1, removed, 0.0).view(-1, 1, *images.shape[2:])
+        accuracy[percent] = float((classify(images * kept) == labels).double().mean())
+    return accuracy
+
+
+def measure(
+    network: nn.Module, images: Tensor, labels: Tensor, masks: Tensor | None, batch_size: int = 250
+) -> list[Measure]:
+    """Measure every spatial gate, Grad-CAM of the predicted class, and the uniform map, whose deletion is random.
+
+    Args:
+        network: a cnn or ResNet of this program.
+        images: (N, 3, H, W), normalised, on any device.
+        labels: (N,).
+        masks: (N, 1, H, W) bool, True on the object; None where it is unknown.
+        batch_size: images per forward pass.
+    """
+    size = images.shape[2:]
+
+    def classify(images: Tensor) -> Tensor:
+        return torch.cat([feature_maps(network, batch).logits.argmax(1).cpu() for batch in images.split(batch_size)])
+
+    labels = labels.cpu()
+    predicted = classify(images)
+    parts: dict[str, list[Tensor]] = {}
+    for batch, classes in zip(images.split(batch_size), predicted.split(batch_size), strict=True):
+        for name, gates in attention_maps(network, batch).items():
+            if gates.spatial is not None:
+                parts.setdefault(name, []).append(upsample(gates.spatial, size).cpu())
+        parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
+    maps = {name: torch.cat(part) for name, part in parts.items()}
+    maps["Grad-CAM"] = maps.pop("Grad-CAM")  # after the gates
+    maps[UNIFORM] = torch.ones(len(images), *size)
+    whole = {0: float((predicted == labels).double().mean())}
+    objects = None if masks is None else masks[:, 0].cpu()
+    return [
+        Measure(
+            name,
+            None if objects is None else Mean.of(mass_inside(values, objects)),
+            None if objects is None else Mean.of(pointing_game(values, objects)),
+            whole | deletion_curve(classify, images, labels, values),
+        )
+        for name, values in maps.items()
+    ]

@@ -1,0 +1,128 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cbam_pl.commands.compare import jobs as jobs_module
+from cbam_pl.models import build_network
+from cbam_pl.models.cost import count_flops
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def test_it_trains_tests_and_reports(compared):
+    root, _, outcome, content, _ = compared
+    assert outcome.out.startswith("6 runs: 3 recipes with 2 seeds; 0 are done\n")
+    assert outcome.out.rstrip().endswith(str(root / "report/report.html"))
+    names = sorted(path.name for path in (root / "report").iterdir())
+    assert names == ["comparison.json", "configs", "report.csv", "report.html", "report.json", "report.md"]
+    assert [content["runs"][index]["recipe"] for index in range(3)] == ["none", "se", "cbam"]
+
+
+def again(root, recipes, *more):
+    words = ["--configs", *recipes.values(), "--seeds", 0, 1, "--jobs", 1, "--trainer.default_root_dir", root]
+    return ["compare", *words, *more]
+
+
+def test_runs_that_are_done_are_not_done_again(compared, recipes, command, quick, tmp_path):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    quick.clear()
+    outcome = command(*again(root, recipes, "--output", root / "other"))
+    assert outcome.status == 0, outcome.err
+    assert "6 are done" in outcome.out
+    assert not quick
+    assert (root / "other/report.html").exists()
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(compared, recipes, command, quick, tmp_path, monkeypatch):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    for kind in ("se", "cbam"):
+        shutil.rmtree(root / f"logs/{kind}/version_1")
+    ordinary = jobs_module._call
+
+    def call(job, *arguments):
+        return jobs_module.Failure("out of luck") if job.name == "se" else ordinary(job, *arguments)
+
+    monkeypatch.setattr(jobs_module, "_call", call)
+    quick.clear()
+    outcome = command(*again(root, recipes, "--output", root / "report"))
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].startswith("error: 1 of 6 runs failed: se seed 1: out of luck; ")
+    assert quick == [["cbam", 1, "fit"], ["cbam", 1, "test"]]
+    content = json.loads((root / "report/report.json").read_text())
+    assert "se seed 1" in content["notes"][0]
+    assert content["recipes"]["cbam"]["difference"]["n"] == 2
+
+
+def test_a_dry_run_trains_and_writes_nothing(recipes, command, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "cbam_pl.commands.compare.costs.measure_rates", lambda configs, *_: dict.fromkeys(configs, 84.0)
+    )
+    monkeypatch.setattr(jobs_module, "num_cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    quick.clear()
+    words = ["--configs", *recipes.values(), "--seeds", 5, 6, "--output", tmp_path / "report", "--dry-run"]
+    outcome = command("compare", *words, "--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 3600)
+    assert outcome.status == 0, outcome.err
+    assert not quick
+    assert not list(tmp_path.iterdir())
+    # 84 images a second, 84 training images and 9 for validation at a third: 87 / 84 s an epoch, six jobs.
+    assert f"about {6 * 87 / 84:.2f} core hours" in outcome.out
+    flops = sum(count_flops(build_network("cnn", 3, kind), (3, 32, 32)) for kind in recipes)
+    # A training step takes three times the operations of a forward pass.
+    assert f"{2 * 3600 * (3 * 84 + 9) * flops / 1e12:,.1f} TFLOP" in outcome.out
+    assert f"2 at once: {3 * 87 / 84:.2f} hours" in outcome.out
+    assert outcome.out.count(" new ") == 6
+
+
+def test_sigterm_lets_the_runs_save_their_state_and_the_same_command_goes_on(recipes, quick, command, tmp_path):
+    words = ["--configs", recipes["none"], recipes["cbam"], "--seeds", "0", "--output", tmp_path / "report"]
+    words += ["--jobs", "2", "--trainer.max_epochs", "2000", "--trainer.default_root_dir", tmp_path]
+    script = [sys.executable, "train.py", "compare", *map(str, words)]
+    with subprocess.Popen(script, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        begun = [tmp_path / f"checkpoints/{kind}/version_0/last.ckpt" for kind in ("none", "cbam")]
+        limit = time.monotonic() + 240
+        while not all(path.exists() for path in begun):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < limit
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert errors.rstrip().endswith("stopped; the same command goes on from there")
+    for kind in ("none", "cbam"):
+        (log,) = (tmp_path / f"logs/{kind}").glob("job-seed0-*.log")
+        assert "stopped by SIGTERM in epoch" in log.read_text()
+
+
+def test_help_names_the_settings(command):
+    outcome = command("compare", "--help")
+    assert outcome.status == 0
+    assert "python train.py fit --help" in " ".join(outcome.out.split())
+
+
+@pytest.mark.parametrize("name", ["pooling", "spatial", "order"])
+def test_the_ablations_are_ready_and_their_headers_name_them(name, tmp_path, monkeypatch):
+    from tests.commands.compare.test_plan import plan_of
+
+    monkeypatch.chdir(REPOSITORY)
+    path = Path(f"configs/ablations/{name}.yaml")
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    (line,) = [line for line in header if line.startswith("# Run: python train.py compare ")]
+    assert any(line.startswith("# Expect: ") and len(line) > 30 for line in header)
+    plan = plan_of(*line.removeprefix("# Run: python train.py compare ").split())
+    assert len(plan.seeds) == 5
+    labels = {
+        "pooling": ["kind=none", "kind=channel-pools=avg", "kind=channel-pools=max", "kind=channel-pools=avg+max"],
+        "spatial": [
+            "kind=channel",
+            *(f"kind=cbam-descriptor={d}-kernel_size={k}" for d in ("learned", "mean_max") for k in (3, 7)),
+        ],
+        "order": ["kind=none", *(f"kind=cbam-order={o}" for o in ("channel_spatial", "spatial_channel", "parallel"))],
+    }
+    assert list(plan.configs) == [f"{name}-{label}" for label in labels[name]]

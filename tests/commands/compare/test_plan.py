@@ -1,0 +1,192 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cbam_pl.command_options import command_parser
+from cbam_pl.commands.compare.plan import (
+    _full_key,
+    _labels,
+    _read_grid,
+    _title,
+    _variations,
+    flatten,
+    make_plan,
+    nest,
+    option_parser,
+    same_settings,
+)
+from cbam_pl.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def plan_of(*words):
+    options, settings = option_parser().parse_known_args([str(word) for word in words])
+    return make_plan(options, settings)
+
+
+def test_settings_apply_to_every_recipe_and_the_first_is_the_baseline(recipes, tmp_path):
+    plan = plan_of(
+        "--configs", recipes["se"], recipes["cbam"], "--seeds", 4, 2, "--output", tmp_path, "--trainer.max_epochs", 7
+    )
+    assert list(plan.configs) == ["se", "cbam"]
+    assert plan.seeds == [4, 2]
+    assert [one["trainer.max_epochs"] for one in plan.configs.values()] == [7, 7]
+    assert [one["model.attention.kind"] for one in plan.configs.values()] == ["se", "cbam"]
+    assert "seed" not in plan.configs["se"]
+    assert not plan.unequal
+    assert list(plan.labels.values()) == ["se", "cbam"]
+
+
+def test_the_recipes_written_are_read_as_the_same_settings(recipes, tmp_path):
+    output = tmp_path / "report"
+    plan = plan_of("--configs", recipes["cbam"], "--grid", "model.optimizer.lr=0.1,1e-3", "--output", output)
+    plan.claim_output()
+    files = sorted((output / "configs").glob("*.yaml"))
+    assert [file.stem for file in files] == ["cbam-lr=0.001", "cbam-lr=0.1"]
+    again = plan_of("--configs", *files, "--output", tmp_path / "other")
+    assert again.configs == plan.configs
+    assert again.configs["cbam-lr=0.1"]["model.optimizer.init_args.lr"] == 0.1
+
+
+def test_schedules_and_optimizers_keep_their_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    files = ("configs/resnet18.yaml", "configs/cbam_resnet18.yaml")
+    plan = plan_of("--configs", *files, "--output", tmp_path / "report")
+    plan.claim_output()
+    again = plan_of("--configs", *(plan.config_file(name) for name in plan.configs), "--output", tmp_path / "other")
+    assert again.configs == plan.configs
+    assert again.configs["resnet18"]["model.lr_scheduler.init_args.rates.60"] == 0.02
+
+
+def test_a_grid_makes_every_combination_with_a_name_of_its_own(recipes, tmp_path):
+    grid = ("--grid", "attention.pools=[avg],[avg,max]", "model.attention.reduction=4,8")
+    plan = plan_of("--configs", recipes["cbam"], *grid, "--output", tmp_path)
+    keys = ("model.attention.pools", "model.attention.reduction")
+    assert {name: tuple(one[key] for key in keys) for name, one in plan.configs.items()} == {
+        "cbam-pools=avg-reduction=4": (["avg"], 4),
+        "cbam-pools=avg-reduction=8": (["avg"], 8),
+        "cbam-pools=avg+max-reduction=4": (["avg", "max"], 4),
+        "cbam-pools=avg+max-reduction=8": (["avg", "max"], 8),
+    }  # fmt: skip
+    assert list(plan.labels.values())[1] == "pools=avg reduction=8"
+
+
+def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run():
+    grid = {"model.attention.kind": ["none", "se", "cbam"], "model.attention.kernel_size": [3, 7]}
+    variations = _variations(grid)
+    assert [_labels(one) for one in variations] == [
+        ["kind=none"],
+        ["kind=se"],
+        ["kind=cbam", "kernel_size=3"],
+        ["kind=cbam", "kernel_size=7"],
+    ]
+    assert [_title(one) for one in variations] == ["none", "se", "cbam kernel_size=3", "cbam kernel_size=7"]
+    assert _variations({}) == [{}]
+
+
+def test_labels_are_clear_and_fit_for_a_folder():
+    assert _labels({"model.a.lr": 0.1, "trainer.a.lr": "x/y z"}) == ["model.a.lr=0.1", "trainer.a.lr=x_y_z"]
+
+
+def test_a_grid_may_stand_in_the_recipe(recipes, tmp_path):
+    path = tmp_path / "order.yaml"
+    path.write_text(recipes["cbam"].read_text() + "grid: {attention.order: [channel_spatial, parallel]}\n")
+    plan = plan_of("--configs", path, "--output", tmp_path)
+    assert list(plan.configs) == ["order-order=channel_spatial", "order-order=parallel"]
+
+
+def test_grid_values_are_yaml():
+    parser = command_parser("fit")
+    assert _read_grid(["kernel_size=3,7"], _Keys("model.kernel_size")) == {"model.kernel_size": [3, 7]}
+    assert _full_key("max_epochs", parser) == "trainer.max_epochs"
+    assert _full_key("attention.kind", parser) == "model.attention.kind"
+    assert _full_key("model.optimizer.lr", parser) == "model.optimizer.lr"
+    with pytest.raises(UserError, match=r"attention.knd is no setting .* did you mean attention.kind"):
+        _full_key("attention.knd", parser)
+
+
+class _Keys:
+    def __init__(self, *keys):
+        self._option_string_actions = [f"--{key}" for key in keys]
+
+
+def test_flatten_and_nest():
+    nested = {"a": 1, "b": {"c": [2], "d": {"e": None}}}
+    assert flatten(nested) == {"a": 1, "b.c": [2], "b.d.e": None}
+    assert nest(flatten(nested)) == nested
+
+
+def test_the_same_settings_have_the_same_result():
+    asked = {"seed": 1, "model.lr": 0.1, "data.new": 3, "trainer.default_root_dir": "here"}
+    saved = {"seed": 1, "model.lr": 0.1, "trainer.default_root_dir": "there", "pictures_every": 2}
+    assert same_settings(saved, asked, {"data.new": 3})  # a setting newer than the run has its default there
+    assert not same_settings(saved, asked, {"data.new": 4})
+    assert not same_settings(saved, asked, {})
+    assert not same_settings(saved | {"seed": 2}, asked, {"data.new": 3})
+    assert not same_settings(saved | {"model.more": 2}, asked, {"data.new": 3})
+
+
+BAD = {
+    "one recipe": (["--configs", "{cbam}"], "there is one recipe, cbam"),
+    "two of one name": (["--configs", "{cbam}", "{cbam}"], "two recipes are called cbam"),
+    "a missing file": (["--configs", "{cbam}", "missing.yaml"], "missing.yaml"),
+    "a mistyped setting": (["--configs", "{none}", "{cbam}", "--trainer.max_epoch", "3"], "max_epoch"),
+    "a mistyped option": (["--configs", "{none}", "{cbam}", "--sedes", "3"], "sedes"),
+    "a seed twice": (["--configs", "{none}", "{cbam}", "--seeds", "1", "1"], "names a seed twice"),
+    "no number": (["--configs", "{none}", "{cbam}", "--seeds", "a"], "invalid int value: 'a'"),
+    "no jobs": (["--configs", "{none}", "{cbam}", "--jobs", "0"], "--jobs 0 must be at least 1"),
+    "jobs and Ray": (["--configs", "{none}", "{cbam}", "--jobs", "2", "--ray", "auto"], "--jobs has no effect"),
+    "a seed": (["--configs", "{none}", "{cbam}", "--seed", "3"], "takes no --seed; give --seeds"),
+    "a checkpoint": (["--configs", "{none}", "{cbam}", "--ckpt_path=last"], "takes no --ckpt_path"),
+    "an unknown key": (["--configs", "{cbam}", "--grid", "attention.ordr=parallel"], "did you mean attention.order"),
+    "a grid without values": (["--configs", "{cbam}", "--grid", "attention.kind="], "must have the form KEY=VALUE"),
+    "a bad grid value": (["--configs", "{cbam}", "--grid", "attention.kind=none,sem"], "sem"),
+    "a key without its group": (["--configs", "{cbam}", "--grid", "kernel_size=3"], "attention.kernel_size"),
+    "an option without use": (["--configs", "{none}", "{se}", "--model.attention.kernel_size", "3"], "kernel_size"),
+    "the clock as budget": (["--configs", "{none}", "{se}", "--trainer.max_time", "00:00:01:00"], "trainer.max_time"),
+    "no epochs": (["--configs", "{none}", "{se}", "--trainer.max_epochs", "0"], "max_epochs=0 must be at least 1"),
+    "chosen on test images": (["--configs", "{none}", "{se}", "--data.val_size", "0"], "data.val_size=0"),
+    "another budget": (["--configs", "{cbam}", "--grid", "max_epochs=1,2"], r"max_epochs is 1 in .*, 2 in .*--unequal"),
+    "other data": (["--configs", "{cbam}", "--grid", "augmentation=none,rich"], "data.augmentation is none in"),
+    "nothing done": (["--configs", "{none}", "{se}", "--recompute"], "no run with these settings is done yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_line_and_status_two(name, recipes, command, tmp_path):
+    words, message = BAD[name]
+    words = [word.format(**recipes) for word in words]
+    outcome = command("compare", *words, "--output", tmp_path / "report", "--trainer.default_root_dir", tmp_path)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("error: ")
+
+    assert re.search(message, outcome.err), outcome.err
+    assert not list(tmp_path.iterdir()), "a refused comparison leaves nothing behind"
+
+
+def test_an_output_with_other_settings_is_refused(recipes, command, tmp_path):
+    words = ("--configs", recipes["none"], recipes["se"], "--output", tmp_path / "report")
+    words += ("--trainer.default_root_dir", tmp_path)
+    plan = plan_of(*words)
+    plan.claim_output()
+    plan.check_output()
+    for other, differing in (
+        (["--seeds", 0, 1], r"other seeds \(0 1 2 3 4\)"),
+        (["--trainer.max_epochs", 3], "other settings of none"),
+        (["--grid", "attention.kind=none,se"], r"other configs \(none, se\)"),
+    ):
+        with pytest.raises(UserError, match=f"{differing}; name another folder"):
+            plan_of(*words, *other).check_output()
+    plan_of(*words, "--pictures_every", 3).check_output()
+    (tmp_path / "report/comparison.json").write_text(json.dumps({"seeds": [0]})[:-3])
+    with pytest.raises(UserError, match=r"cannot use .*report"):
+        plan.check_output()
+
+
+def test_unequal_recipes_may_be_allowed(recipes, tmp_path):
+    plan = plan_of("--configs", recipes["se"], "--grid", "max_epochs=1,2", "--unequal", "--output", tmp_path)
+    assert plan.unequal == ["trainer.max_epochs is 1 in se-max_epochs=1, 2 in se-max_epochs=2"]

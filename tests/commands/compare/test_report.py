@@ -1,0 +1,205 @@
+import csv
+import json
+import re
+import shutil
+from base64 import b64decode
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbam_pl.commands.compare.report import Result, accuracy_table, analyse, markdown, signed
+from cbam_pl.commands.compare.statistics import compare_pairs, holm, seeds_needed
+
+COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
+COSTS |= {"latency_256": 80.0, "memory": None}
+ACCURACIES = {
+    "net-kind=none": [0.80, 0.81, 0.79, 0.80, 0.82],
+    "net-kind=se": [0.81, 0.80, 0.80, 0.79, 0.83],
+    "net-kind=cbam": [0.83, 0.845, 0.82, 0.83, 0.85],
+}
+
+
+def result(name, seed, accuracy, classes=("a", "b")):
+    """A run with 100 test images of each of two classes; all mistakes are made in the first."""
+    right = round(200 * accuracy) - 100
+    epochs = [{"epoch": 1.0, "val/acc": accuracy - 0.1}, {"epoch": 2.0, "val/acc": accuracy + 0.01}]
+    environment = {"device": "cpu: abacus", "versions": "torch 0", "commit": "c0ffee", "date": "2024-05-06"}
+    confusion = [[right, 100 - right], [0, 100]]
+    return Result(
+        name, seed, Path("best.ckpt"), 2, accuracy + 0.01, accuracy, 0.5, epochs, list(classes), confusion, environment
+    )
+
+
+def plan_for(accuracies, unequal=()):
+    count = max(map(len, accuracies.values()))
+    configs = {name: {"model.attention.kind": name.split("=")[1], "data.dataset": "shapes"} for name in accuracies}
+    labels = {name: name.removeprefix("net-") for name in accuracies}
+    return SimpleNamespace(configs=configs, labels=labels, seeds=list(range(count)), unequal=list(unequal), output=None)
+
+
+def content_of(accuracies, missing=(), unequal=()):
+    results = [
+        result(name, seed, value)
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+        if (name, seed) not in missing
+    ]
+    return analyse(plan_for(accuracies, unequal), results, dict.fromkeys(accuracies, COSTS))
+
+
+def test_the_differences_are_those_of_the_pairs():
+    content = content_of(ACCURACIES)
+    none, se, cbam = (100 * np.array(values) for values in ACCURACIES.values())
+    found = content["recipes"]["net-kind=cbam"]["difference"]
+    expected = compare_pairs(cbam, none)
+    assert found["mean"] == pytest.approx((cbam - none).mean())
+    assert found["interval"] == pytest.approx(expected.interval)
+    assert found["images"] == pytest.approx((cbam - none).mean() / 100 * 200)
+    assert found["seeds_needed"] == seeds_needed(0.2, expected.sd)
+    adjusted = holm([compare_pairs(se, none).p, expected.p])
+    assert found["p_holm"] == pytest.approx(adjusted[1])
+    assert content["recipes"]["net-kind=none"]["difference"] is None
+    # All mistakes are in class a, of which there are half as many images.
+    a, b = content["recipes"]["net-kind=cbam"]["per_class"]
+    assert (a["class"], a["mean"]) == ("a", pytest.approx(2 * found["mean"]))
+    assert (b["mean"], b["interval"]) == (0, (0, 0))
+    curve = content["recipes"]["net-kind=none"]["curve"]
+    assert curve["epoch"] == [1, 2]
+    assert curve["mean"] == pytest.approx([none.mean() - 10, none.mean() + 1])
+    assert curve["sd"] == pytest.approx([none.std(ddof=1)] * 2)
+
+
+def test_the_sentences():
+    sentences = content_of(ACCURACIES)["sentences"]
+    assert sentences[0] == (
+        "kind=se − kind=none: +0.20 points, 95 % interval −1.16 to +1.56, n = 5: no difference shown"
+    )
+    assert re.fullmatch(
+        r"kind=cbam − kind=none: \+3\.10 points, 95 % interval \+2\.\d\d to \+3\.\d\d, n = 5: kind=cbam is better",
+        sentences[1],
+    )
+    worse = content_of({"a=none": [0.9, 0.91, 0.9], "a=se": [0.8, 0.81, 0.801]})["sentences"]
+    assert worse[0].endswith("n = 3: a=se is worse")
+
+
+def test_a_difference_that_is_lost_by_the_correction_says_so():
+    base = [0.80, 0.81, 0.79, 0.80]
+    close = [a + d for a, d in zip(base, [0.01, 0.02, 0.005, 0.018], strict=True)]
+    alone = content_of({"k=none": base, "k=se": close})
+    assert alone["sentences"][0].endswith("n = 4: k=se is better")
+    crowd = {f"k={index}": [a + d for a, d in zip(base, [0.01, -0.01, 0, 0], strict=True)] for index in range(4)}
+    among = content_of({"k=none": base, "k=se": close} | crowd)
+    assert among["sentences"][0].endswith("no difference shown, once corrected for 5 comparisons")
+
+
+def test_one_seed_is_allowed_and_said():
+    content = content_of({"k=none": [0.8], "k=se": [0.9]})
+    assert content["sentences"] == [
+        "k=se − k=none: +10.00 points, n = 1: one pair has no interval, so no difference is shown"
+    ]
+    assert content["notes"][0].startswith("One seed: there are no intervals")
+    _, rows = accuracy_table(content)
+    assert rows[1] == ["k=se", "90.00", "1", "+10.00", "", "", "", "+20", ""]
+
+
+def test_what_is_missing_or_unequal_is_said():
+    content = content_of(
+        ACCURACIES, missing=[("net-kind=se", 1), ("net-kind=none", 4)], unequal=["x is 1 in a, 2 in b"]
+    )
+    assert content["recipes"]["net-kind=se"]["difference"]["n"] == 3
+    assert content["recipes"]["net-kind=cbam"]["difference"]["n"] == 4
+    assert content["recipes"]["net-kind=cbam"]["test_acc"]["n"] == 5
+    assert "x is 1 in a, 2 in b" in content["notes"][0]
+    assert "net-kind=se seed 1, net-kind=none seed 4" in content["notes"][1]
+
+
+def test_a_recipe_without_runs_is_left_out_and_named():
+    gone = [("net-kind=none", seed) for seed in range(5)]
+    content = content_of(ACCURACIES, missing=gone)
+    assert list(content["recipes"]) == ["net-kind=se", "net-kind=cbam"]
+    assert content["sentences"] == []
+    assert "net-kind=none seed 0" in content["notes"][0]
+    markdown(content)
+
+
+def test_signs():
+    assert [signed(value) for value in (0.311, -0.1, -0.001, 0.0)] == ["+0.31", "−0.10", "0.00", "0.00"]
+
+
+# The files of a real comparison
+
+
+def test_the_files_agree_with_the_tests_of_the_runs(compared):
+    root, _, outcome, content, _ = compared
+    with (root / "report/report.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["recipe"], row["seed"]) for row in rows] == [(k, s) for s in "01" for k in ("none", "se", "cbam")]
+    for row in rows:
+        tested = json.loads((root / f"logs/{row['recipe']}/version_{row['seed']}/test.json").read_text())
+        assert float(row["test_acc"]) == pytest.approx(100 * tested["test/acc"])
+        right = sum(tested["confusion"][label][label] for label in range(3))
+        assert float(row["test_acc"]) == pytest.approx(100 * right / 21)
+        assert row["commit"]
+    accuracies = [[float(row["test_acc"]) for row in rows if row["recipe"] == kind] for kind in ("none", "cbam")]
+    mean = np.subtract(*accuracies[::-1]).mean()
+    text = (root / "report/report.md").read_text()
+    for shown in (text, outcome.out):
+        assert f"cbam − none: {signed(mean)} points" in shown
+    assert "| cbam |" in text
+    assert content["recipes"]["se"]["cost"]["parameters"] == 1_147_011  # 3,591 fewer than with ten classes
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside, self.images, self.tags, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:")):
+                self.outside.append(value)
+            if name == "src" and tag == "img":
+                self.images.append(value)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_no_other_file_and_shows_everything(compared):
+    root, _, _, content, _ = compared
+    text = (root / "report/report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert not page.outside
+    assert "url(" not in re.sub(r"url\(#", "(", text)
+    assert page.tags.count("svg") == 9  # differences, epochs, six costs, classes
+    assert len(page.images) == 5  # Grad-CAM of three recipes, gates of two
+    for image in page.images:
+        pixels = np.asarray(Image.open(BytesIO(b64decode(image.split(",")[1]))).convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    words = " ".join(" ".join(page.text).split())
+    assert content["sentences"][1] in words
+    for expected in ("trainer.max_epochs: 2", "model.attention.kind", content["runs"][0]["commit"], "torch"):
+        assert expected in words
+    assert len(set(re.findall(r"seed (\d), epoch", words))) == 1
+
+
+def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, tmp_path):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report"]
+    options += ["--trainer.default_root_dir", root]
+    before = json.loads((root / "report/report.json").read_text())
+    (root / "report/report.html").unlink()
+    quick.clear()
+    outcome = command("compare", *options, "--recompute")
+    assert outcome.status == 0, outcome.err
+    assert not quick, "nothing is trained or tested"
+    after = json.loads((root / "report/report.json").read_text())
+    assert after["recipes"] == before["recipes"]  # the costs, too
+    assert (root / "report/report.html").exists()

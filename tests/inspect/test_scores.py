@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam, upsample
+from cbam_pl.inspect.scores import DELETED, deletion_curve, deletion_order, mass_inside, measure, pointing_game
+from cbam_pl.models import build_network
+
+
+def masks_of(*rows):
+    return torch.tensor(rows).bool()
+
+
+def test_mass_inside_counts_what_exceeds_the_lowest_value():
+    maps = torch.tensor([[[0.5, 0.5], [0.8, 0.6]], [[0.2, 0.2], [0.2, 0.2]]])
+    masks = masks_of([[0, 0], [1, 0]], [[0, 1], [1, 1]])
+    # 0.3 of 0.4; and a map without excess has what chance has, the object's share of the image
+    assert mass_inside(maps, masks).tolist() == pytest.approx([0.75, 0.75])
+
+
+def test_pointing_game_asks_for_the_maximum_and_shares_ties():
+    maps = torch.tensor([[[0.1, 0.9], [0.3, 0.2]], [[0.1, 0.2], [0.9, 0.2]], [[0.4, 0.4], [0.4, 0.4]]])
+    masks = masks_of([[0, 1], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 0]])
+    assert pointing_game(maps, masks).tolist() == [1.0, 0.0, 0.25]
+
+
+def test_deletion_order_is_by_importance_and_equal_pixels_come_in_any_order():
+    maps = torch.arange(9.0).flip(0).view(1, 3, 3)
+    assert deletion_order(maps)[0].tolist() == list(range(9))
+    order = deletion_order(torch.ones(200, 4, 4))  # (200, 16)
+    assert (order.sort(1).values == torch.arange(16)).all()
+    first = torch.bincount(order[:, 0], minlength=16)
+    assert first.max() < 40  # of 200: no corner is preferred
+    assert (first > 0).all()
+
+
+def test_deletion_removes_the_most_important_pixels_first():
+    # The class is whether the left upper pixel is bright: a map that knows it loses all at once, the reverse nothing.
+    images = torch.zeros(10, 1, 10, 10)
+    labels = torch.arange(10) % 2
+    images[:, 0, 0, 0] = 2.0 * labels - 1
+
+    def classify(batch):
+        corner = batch[:, 0, 0, 0]
+        return torch.where(corner == 0, -1, (corner > 0).long())
+
+    knowing = torch.zeros(10, 10, 10)
+    knowing[:, 0, 0] = 1
+    assert set(deletion_curve(classify, images, labels, knowing).values()) == {0.0}
+    assert set(deletion_curve(classify, images, labels, -knowing).values()) == {1.0}
+    at_random = deletion_curve(classify, images.repeat(100, 1, 1, 1), labels.repeat(100), torch.ones(1000, 10, 10))
+    assert list(at_random) == list(DELETED)
+    assert at_random[30] == pytest.approx(0.7, abs=0.06)  # four standard errors
+    assert at_random[90] == pytest.approx(0.1, abs=0.04)
+
+
+def test_measure_has_every_gate_grad_cam_and_the_uniform_map():
+    torch.manual_seed(0)
+    network = build_network("cnn", 10).eval()
+    images, labels = torch.randn(30, 3, 32, 32), torch.arange(30) % 10
+    masks = torch.zeros(30, 1, 32, 32, dtype=torch.bool)
+    masks[:, :, 8:16, 8:24] = True
+    measures = {row.name: row for row in measure(network, images, labels, masks, batch_size=7)}
+    assert list(measures) == ["blocks.0", "blocks.1", "blocks.2", "Grad-CAM", "uniform"]
+    logits = feature_maps(network, images).logits
+    assert measures["uniform"].inside.value == pytest.approx(1 / 8)
+    assert measures["uniform"].pointing.value == pytest.approx(1 / 8)
+    gates = upsample(attention_maps(network, images)["blocks.1"].spatial, (32, 32))
+    inside = mass_inside(gates, masks[:, 0])
+    assert measures["blocks.1"].inside.value == pytest.approx(inside.mean().item())
+    assert measures["blocks.1"].inside.error == pytest.approx(inside.std().item() / 30**0.5)
+    cams = grad_cam(network, images, logits.argmax(1))
+    assert measures["Grad-CAM"].pointing.value == pytest.approx(pointing_game(cams, masks[:, 0]).mean().item())
+    for row in measures.values():
+        assert list(row.accuracy) == [0, *DELETED]
+        assert row.accuracy[0] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_measure_without_gates_or_masks():
+    network = build_network("cnn", 10, "se").eval()
+    measures = measure(network, torch.randn(5, 3, 32, 32), torch.arange(5), None)
+    assert [row.name for row in measures] == ["Grad-CAM", "uniform"]
+    assert all(row.inside is None and row.pointing is None for row in measures)

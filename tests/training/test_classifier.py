@@ -1,0 +1,203 @@
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Trainer
+
+from cbam_pl.attention import AttentionConfig
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.errors import UserError
+from cbam_pl.training.classifier import Classifier, EpochMeans
+
+
+@pytest.fixture
+def data(image_folder):
+    return ImageDataModule("folder", str(image_folder), batch_size=16)
+
+
+def trainer(tmp_path, **options):
+    return Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+
+
+def test_means_are_over_images_not_over_batches():
+    means = EpochMeans()
+    means.to(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(23, 4, generator=generator), torch.randint(4, (23,), generator=generator)
+    for part in (slice(0, 8), slice(8, 16), slice(16, 23)):
+        means.note(torch.nn.functional.cross_entropy(logits[part], labels[part]), logits[part], labels[part])
+    loss, acc = means.finish()
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
+    assert acc == (logits.argmax(1) == labels).double().mean()
+
+
+def test_means_start_anew_after_each_epoch():
+    means = EpochMeans()
+    means.to(torch.device("cpu"))
+    for value in (1.0, 3.0):
+        means.note(torch.tensor(value), torch.eye(2), torch.tensor([0, 0]))
+        assert means.finish() == (value, 0.5)
+
+
+def test_label_smoothing_changes_the_loss_as_defined():
+    model = Classifier(3, label_smoothing=0.3)
+    logits, labels = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0])
+    target = torch.tensor([0.7 + 0.1, 0.1, 0.1])
+    assert float(model._loss(logits, labels)) == pytest.approx(float(-(target * logits.log_softmax(1)).sum()))
+    with pytest.raises(ValueError, match=r"label_smoothing=1\.0 must be at least 0 and below 1"):
+        Classifier(3, label_smoothing=1.0)
+
+
+def test_memory_layout_changes_nothing_but_rounding():
+    torch.manual_seed(0)
+    fast = Classifier(10).eval()
+    plain = Classifier(10, channels_last=False).eval()
+    plain.load_state_dict(fast.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(fast(images), plain(images), atol=1e-5)
+
+
+def learning_rates(model, data, tmp_path, **options):
+    seen = []
+    original = model.training_step
+
+    def step(batch, batch_idx):
+        seen.append(model.trainer.optimizers[0].param_groups[0]["lr"])
+        return original(batch, batch_idx)
+
+    model.training_step = step
+    trainer(tmp_path, **options).fit(model, data)
+    return seen
+
+
+def test_one_cycle_gets_the_trainings_steps_and_moves_at_each(data, tmp_path):
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=None)
+    model = Classifier(3, lr_scheduler=cycle, lr_interval="step")
+    seen = learning_rates(model, data, tmp_path, max_epochs=2)
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=12)
+    expected = []
+    for _ in range(12):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert seen == pytest.approx(expected)
+
+
+def test_an_epoch_schedule_moves_once_an_epoch(data, tmp_path):
+    model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1))
+    seen = learning_rates(model, data, tmp_path, max_epochs=3)
+    assert seen == pytest.approx([1e-3] * 6 + [1e-4] * 6 + [1e-5] * 6)
+
+
+def test_a_plateau_is_judged_by_the_validation_loss_once_an_epoch(data, tmp_path):
+    # A threshold that no loss can pass: every epoch but the first is a bad one.
+    plateau = partial(
+        torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, threshold=1e9, threshold_mode="abs"
+    )
+    model = Classifier(3, lr_scheduler=plateau)
+    seen = learning_rates(model, data, tmp_path, max_epochs=4)
+    assert seen[::6] == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4])
+
+
+def test_dropout_is_a_function_of_seed_and_epoch(data, tmp_path):
+    weights = []
+    for disturbance in (1, 2):
+        torch.manual_seed(0)
+        model = Classifier(3)
+        torch.manual_seed(disturbance)
+        trainer(tmp_path, max_epochs=1).fit(model, data)
+        weights.append(model.state_dict()["network.classifier.1.weight"])
+    assert torch.equal(*weights)
+
+
+def test_an_optimizer_that_refuses_its_settings_is_a_mistake_of_the_user(data, tmp_path):
+    model = Classifier(3, optimizer=partial(torch.optim.SGD, lr=-1.0))
+    with pytest.raises(UserError, match=r"model\.optimizer: Invalid learning rate"):
+        trainer(tmp_path, max_epochs=1).fit(model, data)
+
+
+def test_gradient_accumulation_logs_one_loss_per_optimizer_step(data, tmp_path):
+    logged = []
+
+    model = Classifier(3)
+    model._log = lambda values, step: logged.append((step, values))
+    trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=1).fit(model, data)
+    steps = [step for step, values in logged if "train/loss_step" in values]
+    assert steps == [1, 2, 3]
+
+
+def test_a_checkpoint_rebuilds_the_network(data, tmp_path):
+    model = Classifier(3, arch="resnet18", attention=AttentionConfig(kind="spatial", kernel_size=3))
+    fitted = trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fitted.fit(model, data)
+    fitted.save_checkpoint(tmp_path / "x.ckpt")
+    again = Classifier.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert again.hparams["attention"]["kernel_size"] == 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(image_folder, tmp_path):
+    # 20 training images: a compiled step, dropout included, and one on a smaller batch.
+    data = ImageDataModule("folder", str(image_folder), batch_size=16, val_size=73)
+    checkpoints = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(3, optimizer=partial(torch.optim.SGD, lr=0.01), compile=compiled)
+        fitted = trainer(tmp_path, max_epochs=1)
+        fitted.fit(model, data)
+        assert (model._compiled is not None) == compiled
+        path = tmp_path / f"{compiled}.ckpt"
+        fitted.save_checkpoint(path)
+        checkpoints.append(torch.load(path))
+    eager, compiled = (checkpoint["state_dict"] for checkpoint in checkpoints)
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        assert torch.allclose(value.float(), compiled[name].float(), atol=1e-5), name
+    # The network itself is not replaced: its gates can be read as before.
+    images = torch.randn(2, 3, 32, 32)
+    seen = []
+    for network in (Classifier.load_from_checkpoint(tmp_path / "False.ckpt").network, model.network):
+        attention = network.eval().blocks[0].attention
+        attention.register_forward_hook(lambda module, inputs, output: seen.append(module.gates(inputs[0])))
+        with torch.no_grad():
+            network(images)
+    assert seen[0].keys() == seen[1].keys() == {"channel", "spatial"}
+    for name in seen[0]:
+        assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "expected"), [("cuda", "fit", True), ("cuda", "test", False), ("cpu", "fit", False)]
+)
+def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected):
+    model = Classifier(3)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    model._trainer = SimpleNamespace(strategy=strategy, is_global_zero=True)
+    model.train_means.to = model.evaluation_means.to = lambda device: None  # there may be no such device here
+    model.setup(stage)
+    assert (model._compiled is not None) == expected
+    assert model.memory_format == torch.channels_last
+
+
+def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
+    torch.manual_seed(0)
+    flipping, plain = Classifier(3, test_time_flip=True).eval(), Classifier(3).eval()
+    plain.load_state_dict(flipping.state_dict())
+    images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+    mirrored = torch.stack([images[..., 31 - column] for column in range(32)], 3)
+    with torch.no_grad():
+        straight, back = plain.network(images), plain.network(mirrored)
+        assert not torch.allclose(straight, back, atol=1e-3)
+        assert torch.allclose(flipping.predict_step((images, labels), 0), ((straight + back) / 2).softmax(1), atol=1e-6)
+        assert torch.allclose(plain.predict_step((images, labels), 0), straight.softmax(1), atol=1e-6)
+    flipping.evaluation_means.to(torch.device("cpu"))
+    flipping.validation_step((images, labels), 0)
+    expected = float(torch.nn.functional.cross_entropy((straight + back) / 2, labels))
+    assert flipping.evaluation_means.finish()[0] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,188 @@
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.inspect.gates import attention_maps, gate_health
+from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.monitor import NetworkMonitor
+
+
+def events_of(root, version=0):
+    events = EventAccumulator(str(root / f"logs/tiny/version_{version}"), {"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def fit(command, recipe, root, *options):
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root, *options)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def checkpoint(root, name="last", version=0):
+    return torch.load(root / f"checkpoints/tiny/version_{version}/{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, command, recipe):
+    """A run of four epochs with pictures every third."""
+    root = tmp_path_factory.mktemp("four")
+    fit(command, recipe, root, "--trainer.max_epochs", 4, "--pictures_every", 3)
+    return root
+
+
+def picture(event):
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+
+
+def test_pictures_are_of_the_first_each_third_and_the_last_epoch(four):
+    events = events_of(four)
+    assert set(events.Tags()["images"]) == {"pictures/attention", "pictures/features", "pictures/confusion"}
+    for tag in events.Tags()["images"]:
+        assert [event.step for event in events.Images(tag)] == [1, 3, 4]
+        pictures = [picture(event) for event in events.Images(tag)]
+        assert not np.array_equal(pictures[0], pictures[1])  # the network has changed
+        for pixels in pictures:
+            assert len(np.unique(pixels.astype(int) @ [65536, 256, 1])) > 100
+
+
+def test_pictures_show_eight_fixed_validation_images(four, image_folder):
+    data = ImageDataModule("folder", str(image_folder), seed=3)
+    data.setup()
+    images = data.images("val")  # nine
+    for event in events_of(four).Images("pictures/attention"):
+        pixels = picture(event)
+        tops = [104 + 198 * row for row in range(8)]
+        for index, top in enumerate(tops):
+            shown = pixels[top : top + 128, 20:148].reshape(32, 4, 32, 4, 3)[:, 1, :, 1]  # each pixel is 4×4
+            assert np.array_equal(shown, images.pixels[index].permute(1, 2, 0).numpy())
+
+
+def test_health_is_that_of_the_networks_gates(four, image_folder):
+    events = events_of(four)
+    last = checkpoint(four)
+    classifier = Classifier.of_checkpoint(last)
+    data = ImageDataModule("folder", str(image_folder), seed=3)
+    data.setup()
+    pixels = data.images("val").pixels / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    for block, maps in attention_maps(classifier.network, (pixels - mean) / std).items():
+        for name, value in gate_health(maps).items():
+            logged = events.Scalars(f"val_gates/{block}/{name}")
+            assert [event.step for event in logged] == [1, 2, 3, 4]
+            assert logged[-1].value == pytest.approx(value, abs=1e-5)
+
+
+def test_confusion_adds_up_to_the_validation_accuracy(tmp_path, command, recipe, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "cbam_pl.training.monitor.draw_confusion",
+        lambda counts, classes, title: drawn.append((counts, classes)) or 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):  # which ends the run after the first epoch
+        fit(command, recipe, tmp_path)
+    ((counts, classes),) = drawn
+    assert classes == ["blue", "green", "red"]
+    assert counts.sum(1).tolist() == [3, 3, 3]  # nine validation images, the same share of each class
+    assert counts.dtype == torch.int64
+
+
+def test_hyperparameters_stand_beside_the_final_figures(four):
+    folder = four / "logs/tiny/version_0"
+    assert [path for path in folder.iterdir() if path.is_dir()] == []  # no second run in TensorBoard's list
+    events = events_of(four)
+    plugin = events.PluginTagToContent("hparams")
+    start = plugin_data_pb2.HParamsPluginData.FromString(plugin["_hparams_/session_start_info"]).session_start_info
+    values = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
+    assert values["model.arch"] == "cnn"
+    assert values["model.attention.kind"] == "cbam"
+    assert values["optimizer"] == "Adam"
+    assert values["lr"] == pytest.approx(0.002)
+    assert values["data.batch_size"] == 16
+    assert values["max_epochs"] == 4
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(plugin["_hparams_/experiment"]).experiment
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert metrics == {"train/loss", "train/acc", "val/loss", "val/acc"}
+    for tag in metrics:  # measured once an epoch, and not once more for the table
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4]
+
+
+def test_the_graph_is_there(four):
+    names = [node.name for node in events_of(four).Graph().node]
+    assert any("attention" in name and "blocks" in name for name in names)
+
+
+def test_training_with_pictures_is_training_without_them_bit_for_bit(four, tmp_path, command, recipe, monkeypatch):
+    for hook in ("on_train_start", "on_validation_batch_end", "on_train_epoch_end", "on_train_end"):
+        monkeypatch.setattr(NetworkMonitor, hook, lambda *_: None)
+    fit(command, recipe, tmp_path, "--trainer.max_epochs", 4)
+    assert events_of(tmp_path).Tags()["images"] == []
+    ours, theirs = checkpoint(four)["state_dict"], checkpoint(tmp_path)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    table = "logs/tiny/version_0/metrics.csv"
+    assert (four / table).read_text() == (tmp_path / table).read_text()
+
+
+def test_zero_switches_the_pictures_off(tmp_path, command, recipe):
+    fit(command, recipe, tmp_path, "--trainer.max_epochs", 1, "--pictures_every", 0)
+    events = events_of(tmp_path)
+    assert events.Tags()["images"] == []
+    assert len(events.Scalars("val_gates/blocks.0/spatial_std")) == 1
+
+
+def test_a_resumed_run_goes_on_with_its_pictures(four, tmp_path, command, recipe):
+    root = shutil.copytree(four, tmp_path / "run")
+    fit(command, recipe, root, "--trainer.max_epochs", 5, "--pictures_every", 3, "--ckpt_path", "last")
+    # Those of a run of five epochs at once: epoch 4 had them as the last one, which it no longer is.
+    assert [event.step for event in events_of(root).Images("pictures/features")] == [1, 3, 5]
+
+
+def test_a_constant_gate_is_warned_of_once(tmp_path, command, recipe):
+    # A gate of logits zero everywhere: the authors' form starts so, and at this learning rate it stays so.
+    options = ("--model.attention.preset", "official", "--model.optimizer.init_args.lr", "1e-12")
+    with pytest.warns(UserWarning, match="the spatial gate of blocks") as caught:
+        fit(command, recipe, tmp_path, *options)
+    messages = [str(warning.message) for warning in caught if "spatial gate of" in str(warning.message)]
+    constant = [message for message in messages if "is constant in epoch 1" in message]
+    assert len(constant) == 3  # each block once, though there are two epochs
+    assert "0.500 everywhere, with a standard deviation below 0.001 in each of 9 validation images" in constant[0]
+    assert "scales all places alike, so the block attends to no place" in constant[0]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, command, recipe, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("the output of blocks.0 holds NaN or infinity")
+
+    monkeypatch.setattr("cbam_pl.training.monitor.draw_features", refuse)
+    with pytest.warns(UserWarning, match="no pictures/features in epoch 1: the output of blocks.0 holds NaN") as caught:
+        fit(command, recipe, tmp_path)
+    assert sum("no pictures/features" in str(warning.message) for warning in caught) == 1
+    assert set(events_of(tmp_path).Tags()["images"]) == {"pictures/attention", "pictures/confusion"}
+
+
+@pytest.mark.parametrize("kind", ["none", "se"])
+def test_networks_without_spatial_gates_are_monitored_too(tmp_path, command, recipe, kind):
+    fit(command, recipe, tmp_path, "--model.attention.kind", kind, "--trainer.max_epochs", 1)
+    events = events_of(tmp_path)
+    assert ("pictures/attention" in events.Tags()["images"]) == (kind == "se")
+    assert "pictures/features" in events.Tags()["images"]
+    assert any("val_gates" in tag for tag in events.Tags()["scalars"]) == (kind == "se")
+
+
+def test_a_negative_interval_is_refused(tmp_path, command, recipe):
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", tmp_path, "--pictures_every", -1)
+    assert outcome.status == 2
+    assert outcome.err == "error: pictures_every=-1 must be at least 0, which means no pictures\n"
+
+
+def test_the_default_is_every_fifth_epoch():
+    assert NetworkMonitor().pictures_every == 5

@@ -1,0 +1,332 @@
+"""A training that was broken off and resumed equals one that was never stopped, bit for bit."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
+
+from cbam_pl.schedules import WarmupCosineLR
+from cbam_pl.training.run import epochs_of
+from tests.test_cli import checkpoint, scalars
+
+EPOCHS, STEPS = 4, 3  # 84 training images of which 20 are held out, in batches of 24
+RUN = "tiny/version_0"
+
+
+class PowerCut(Exception):
+    pass
+
+
+class Break(Callback):
+    """Ends the training: with a signal after an optimizer step, or at once where an epoch begins."""
+
+    def __init__(self, step: int = -1, epoch: int = -1) -> None:
+        self.step, self.epoch = step, epoch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise PowerCut
+
+
+class ScaledPrecision(MixedPrecision):
+    """float16 with a loss scale on the CPU; Lightning's own 16-mixed needs CUDA. The scale doubles every other step."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2))
+
+
+def broken(*others: str, **at: int) -> list[str]:
+    callbacks = [*others, f"{{class_path: tests.training.test_resume.Break, init_args: {at}}}"]
+    return ["--trainer.callbacks", f"[{', '.join(callbacks)}]"]
+
+
+def without_places(saved):
+    """All of a checkpoint but where and when it was written."""
+    saved = {name: value for name, value in saved.items() if name != "saved_at"}
+    loop = saved["loops"]["fit_loop"]  # the rest of Lightning's counters depends on how often it was started
+    saved["loops"] = (loop["epoch_loop.batch_progress"]["current"], loop["state_dict"], epochs_of(saved))
+    saved["callbacks"] = {
+        name: {key: value for key, value in state.items() if "path" not in key and key != "best_k_models"}
+        for name, state in saved["callbacks"].items()
+    }
+    return saved
+
+
+def assert_equal(ours, theirs, place="checkpoint"):
+    """Equality to the bit, through dictionaries and lists."""
+    assert type(ours) is type(theirs), place
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), place
+        for key in ours:
+            assert_equal(ours[key], theirs[key], f"{place}[{key!r}]")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), place
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(*pair, f"{place}[{index}]")
+    elif isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype, place
+        assert torch.equal(ours, theirs), place
+    else:
+        assert ours == theirs, place
+
+
+def assert_same_run(ours: Path, theirs: Path):
+    """Both checkpoints, every point of TensorBoard and every row of metrics.csv."""
+    for name in ("best", "last"):
+        assert_equal(*(without_places(checkpoint(root, name)) for root in (ours, theirs)), name)
+    logged = [scalars(root / "logs" / RUN) for root in (ours, theirs)]
+    assert logged[0] == logged[1]
+    assert [step for step, _ in logged[0]["train/loss_step"]] == list(range(1, len(logged[0]["train/loss_step"]) + 1))
+    rows = [(root / "logs" / RUN / "metrics.csv").read_text() for root in (ours, theirs)]
+    assert rows[0] == rows[1]
+    assert [path.name for path in (ours / "logs/tiny").iterdir()] == ["version_0"]
+
+
+SCHEDULES = {
+    "plateau": ["--model.lr_scheduler.init_args.patience", 0],
+    "cosine": ["--model.lr_scheduler", "cbam_pl.schedules.WarmupCosineLR", "--model.lr_interval", "step",
+               "--model.lr_scheduler.init_args.warmup", 0.25],
+    "one cycle": ["--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_interval", "step",
+                  "--model.lr_scheduler.init_args.max_lr", 0.004],
+}  # fmt: skip
+NETWORKS = {
+    "cnn": [],
+    "resnet18": ["--model.arch", "resnet18", "--data.image_size", 8, "--model.optimizer", "SGD",
+                 "--model.optimizer.lr", 0.01, "--model.optimizer.momentum", 0.9, "--model.optimizer.fused", "true"],
+}  # fmt: skip
+
+
+def fit(recipe, root, *options):
+    return (
+        "fit", "--config", recipe, "--trainer.default_root_dir", root, "--trainer.max_epochs", EPOCHS,
+        "--data.val_size", 29, "--data.batch_size", 24, "--pictures_every", 0, *options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_path):
+    options = [*NETWORKS[network], *SCHEDULES[schedule]]
+    whole = command(*fit(recipe, tmp_path / "whole", *options))
+    assert whole.status == 0, whole.err
+    # Once in the middle of the second epoch, and once between the second and the third.
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, *broken(step=STEPS + 2)))
+    assert outcome.status == 143, outcome.err
+    assert checkpoint(tmp_path / "parts")["global_step"] == STEPS + 2
+    with pytest.raises(PowerCut):
+        command(*fit(recipe, tmp_path / "parts", *options, *broken(epoch=2), "--ckpt_path", "last"))
+    assert checkpoint(tmp_path / "parts")["global_step"] == 2 * STEPS
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert "resumed      after 2 epochs, 6 steps" in outcome.out
+    assert "differs" not in outcome.out
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.precision", "bf16-mixed"],
+        # Small images, since convolutions of float16 take a CPU many times as long.
+        ["--trainer.plugins", "[tests.training.test_resume.ScaledPrecision]", "--data.image_size", 8],
+    ],
+    ids=["bfloat16", "float16 with a loss scale"],
+)
+def test_mixed_precision_resumes_exactly(options, command, recipe, tmp_path):
+    outcome = command(*fit(recipe, tmp_path / "whole", *options))
+    assert outcome.status == 0, outcome.err
+    assert command(*fit(recipe, tmp_path / "parts", *options, *broken(step=5))).status == 143
+    if "--trainer.plugins" in options:
+        # Two doublings in five steps, and half of the way to the third.
+        scaler = checkpoint(tmp_path / "parts")["ScaledPrecision"]
+        assert (scaler["scale"], scaler["_growth_tracker"]) == (4096.0, 1)
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_averaged_weights_resume_exactly(command, recipe, tmp_path):
+    averaging = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}"
+    outcome = command(*fit(recipe, tmp_path / "whole", "--trainer.callbacks", f"[{averaging}]"))
+    assert outcome.status == 0, outcome.err
+    # In the middle of the second epoch, and at the end of the third.
+    assert command(*fit(recipe, tmp_path / "parts", *broken(averaging, step=STEPS + 2))).status == 143
+    options = [*broken(averaging, step=3 * STEPS), "--ckpt_path", "last"]
+    assert command(*fit(recipe, tmp_path / "parts", *options)).status == 143
+    outcome = command(*fit(recipe, tmp_path / "parts", "--trainer.callbacks", f"[{averaging}]", "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    saved = checkpoint(tmp_path / "whole")
+    assert_equal(saved["averaging_state"]["n_averaged"].item(), EPOCHS * STEPS)
+    assert not torch.equal(
+        *(saved[key]["network.blocks.0.conv.weight"] for key in ("state_dict", "current_model_state"))
+    )
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_accumulated_gradients_resume_exactly(command, recipe, tmp_path):
+    options = ["--trainer.accumulate_grad_batches", 2, *SCHEDULES["one cycle"]]
+    outcome = command(*fit(recipe, tmp_path / "whole", *options))
+    assert outcome.status == 0, outcome.err
+    assert command(*fit(recipe, tmp_path / "parts", *options, *broken(step=3))).status == 143
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe, tmp_path):
+    small = ["--data.batch_size", 2, "--trainer.max_epochs", 3, *SCHEDULES["one cycle"]]
+
+    def both(root, *options):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        arguments = fit(recipe, tmp_path / root, "--trainer.strategy", "ddp", "--trainer.devices", 2,
+                        *small, *options)  # fmt: skip
+        outputs = [tmp_path / f"{root}.{rank}" for rank in range(2)]
+        processes = [
+            launch(output, *arguments, variables=common | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"})
+            for rank, output in enumerate(outputs)
+        ]
+        for process, output in zip(processes, outputs, strict=True):
+            process.join(300)
+            yield process.exitcode, output.read_text()
+
+    for status, output in both("whole"):
+        assert status == 0, output
+    # 64 images are 16 steps; the processes agree at every tenth.
+    for status, output in both("parts", *broken(step=16 + 5)):
+        assert status == 143, output
+    assert checkpoint(tmp_path / "parts")["global_step"] == 16 + 10
+    shutil.copytree(tmp_path / "parts", tmp_path / "alone")
+    for status, output in both("parts", "--ckpt_path", "last"):
+        assert status == 0, output
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+    outcome = command(*fit(recipe, tmp_path / "alone", *small, "--trainer.precision", "bf16-mixed",
+                           "--ckpt_path", "last"))  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    differing = [line.split(maxsplit=1)[1] for line in outcome.out.splitlines() if line.startswith("differs")]
+    assert differing == [
+        "processes: 2 there, 1 here; a step takes 4 images there, 2 here",
+        "precision: 32-true there, bf16-mixed here",
+    ]
+    # Of the second epoch's 64 images 40 are behind, so that 12 steps are left, and 32 in the third epoch.
+    saved = checkpoint(tmp_path / "alone")
+    assert saved["global_step"] == 16 + 10 + 12 + 32
+    assert saved["lr_schedulers"][0]["total_steps"] == saved["global_step"]
+
+
+def test_epochs_of_a_single_batch_stop_and_resume_too(command, recipe, tmp_path):
+    options = ["--data.batch_size", 64]
+    assert command(*fit(recipe, tmp_path / "whole", *options)).status == 0
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, *broken(step=2)))
+    assert outcome.status == 143, outcome.err
+    assert checkpoint(tmp_path / "parts")["global_step"] == 2
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_an_epoch_that_goes_on_is_timed_from_there(command, recipe, tmp_path, monkeypatch):
+    assert command(*fit(recipe, tmp_path, *broken(step=STEPS + 2))).status == 143
+    clock = time.monotonic
+    monkeypatch.setattr("cbam_pl.training.callbacks.time.monotonic", lambda: clock() + 1e6)
+    outcome = command(*fit(recipe, tmp_path, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    seconds = [float(found) for found in re.findall(r"^epoch .* ([\d.]+) s$", outcome.err, re.MULTILINE)]
+    assert len(seconds) == EPOCHS - 1
+    assert max(seconds) < 1e6
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe, tmp_path):
+    options = SCHEDULES[schedule]
+    assert command(*fit(recipe, tmp_path, *options, "--trainer.max_epochs", 2)).status == 0
+    outcome = command(*fit(recipe, tmp_path, *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    said = "max_epochs: 2 there, 4 here" + ("" if schedule == "plateau" else "; the schedule is stretched to its end")
+    assert f"differs      {said}\n" in outcome.out
+    assert checkpoint(tmp_path)["global_step"] == 4 * STEPS
+    if schedule != "plateau":
+        # By hand: the schedule as it is when laid out over twelve steps from the start.
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.002)
+        if schedule == "cosine":
+            by_hand = WarmupCosineLR(optimizer, 0.25, total_steps=12)
+        else:
+            by_hand = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.004, total_steps=12)
+        for _ in range(12):
+            optimizer.step()
+            by_hand.step()
+        assert checkpoint(tmp_path)["lr_schedulers"][0]["_last_lr"] == pytest.approx(by_hand.get_last_lr(), abs=1e-12)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_finished_run_says_that_nothing_is_left(epochs, trained, command, recipe):
+    before = (trained[0] / "checkpoints" / RUN / "last.ckpt").stat().st_mtime_ns
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", trained[0], "--ckpt_path", "last",
+                      "--trainer.max_epochs", epochs)  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert "nothing left to do: " in outcome.out
+    assert "has done 2 epochs and 12 steps; train further with --trainer.max_epochs" in outcome.out
+    assert (trained[0] / "checkpoints" / RUN / "last.ckpt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "differing"),
+    [
+        (["--model.optimizer.lr", 0.01], r"model.optimizer.lr \(0.002 there, 0.01 here\)"),
+        (["--model.optimizer", "SGD"], r"model.optimizer \(Adam there, SGD here\)"),
+        (["--model.lr_scheduler.init_args.factor", 0.1], r"model.lr_scheduler.factor \(0.5 there, 0.1 here\)"),
+        (["--model.lr_interval", "step"], r"model.lr_interval \(epoch there, step here\)"),
+        (["--data.augmentation", "none"], r"data.augmentation \(rich there, none here\)"),
+        (["--seed", 4], r"data.seed \(3 there, 4 here\)"),
+    ],
+)
+def test_what_the_checkpoint_would_override_is_refused(options, differing, trained, command, recipe):
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", trained[0], "--ckpt_path", "last",
+                      "--trainer.max_epochs", 9, *options)  # fmt: skip
+    assert outcome.status == 2
+
+    assert re.search(f"^error: .*trained with other settings: .*{differing}", outcome.err.splitlines()[-1]), outcome.err
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_no_double_point(command, recipe, tmp_path):
+    whole, back = tmp_path / "whole", tmp_path / "back"
+    assert command(*fit(recipe, back, "--trainer.max_epochs", 2)).status == 0
+    early = shutil.copy(back / "checkpoints" / RUN / "last.ckpt", back / "checkpoints" / RUN / "early.ckpt")
+    for root, options in ((back, ["--ckpt_path", "last"]), (back, ["--ckpt_path", early]), (whole, [])):
+        outcome = command(*fit(recipe, root, *options))
+        assert outcome.status == 0, outcome.err
+    assert scalars(back / "logs" / RUN) == scalars(whole / "logs" / RUN)
+    assert (back / "logs" / RUN / "metrics.csv").read_text() == (whole / "logs" / RUN / "metrics.csv").read_text()
+
+
+def test_a_run_in_training_is_not_resumed_by_another_process(launch, command, recipe, tmp_path):
+    options = fit(recipe, tmp_path, "--trainer.max_epochs", 1000)
+    process = launch(tmp_path / "output", *options)
+    last = tmp_path / "checkpoints" / RUN / "last.ckpt"
+    while not last.exists():
+        assert process.is_alive(), (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    outcome = command(*options, "--ckpt_path", "last")
+    assert outcome.status == 2
+    assert f"error: another process is training {last.parent}; wait until it ends, or stop it" in outcome.err
+    assert process.is_alive()
+    process.kill()  # as nothing could announce
+    process.join()
+    done = epochs_of(checkpoint(tmp_path))
+    outcome = command(*options, "--ckpt_path", "last", "--trainer.max_epochs", done + 1)
+    assert outcome.status == 0, outcome.err
+    assert epochs_of(checkpoint(tmp_path)) == done + 1

@@ -1,0 +1,71 @@
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbam_pl.errors import UserError
+from cbam_pl.training.run import Run, new_run, newest_checkpoint, read_checkpoint, run_of
+
+
+def test_versions_count_up_from_zero_past_either_folder(tmp_path):
+    assert new_run(tmp_path, "a").version == 0
+    (tmp_path / "logs/a/version_7").mkdir(parents=True)
+    assert new_run(tmp_path, "a").version == 8
+    assert new_run(tmp_path, "b").version == 0
+
+
+def test_runs_started_at_once_take_different_versions(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        versions = [run.version for run in pool.map(lambda _: new_run(tmp_path, "a"), range(32))]
+    assert sorted(versions) == list(range(32))
+
+
+def test_an_unusable_folder_is_named(tmp_path):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot make the run's folder .*logs.*default_root_dir"):
+        new_run(tmp_path, "a")
+
+
+def test_a_checkpoint_tells_its_run():
+    assert run_of(Path("/x/checkpoints/a/version_3/best.ckpt")) == Run(Path("/x"), "a", 3)
+    assert run_of(Path("/x/best.ckpt")) is None
+    assert run_of(Path("/x/elsewhere/a/version_3/best.ckpt")) is None
+
+
+def test_the_newest_checkpoint_is_the_last_written(tmp_path):
+    for index, name in enumerate(["a/version_1", "a/version_0", "b/version_0"]):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "best.ckpt").touch()
+        os.utime(folder / "best.ckpt", (index, index))
+    assert newest_checkpoint(tmp_path, "best").parent.parent.name == "b"
+    assert newest_checkpoint(tmp_path, "best", "a").parent.name == "version_0"
+    with pytest.raises(UserError, match=re.escape("no last.ckpt of a under")):
+        newest_checkpoint(tmp_path, "last", "a")
+
+
+def test_only_an_unused_run_is_discarded(tmp_path):
+    unused, begun, saved = (new_run(tmp_path, "a") for _ in range(3))
+    (unused.logs / "events").touch()
+    (begun.logs / "config.yaml").touch()
+    (saved.checkpoints / "last.ckpt").touch()
+    for run in (unused, begun, saved):
+        run.discard_if_unused()
+    assert [run.logs.exists() for run in (unused, begun, saved)] == [False, True, True]
+    assert [run.checkpoints.exists() for run in (unused, begun, saved)] == [False, True, True]
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, "bad.ckpt")
+    with pytest.raises(UserError, match="could run code"):
+        read_checkpoint(Path("bad.ckpt"))
+    assert not Path("executed").exists()
