@@ -1,37 +1,36 @@
-"""What ends a command early: a mistake of the user's, or a signal."""
+"""What ends a command early: a mistake of the user's, or an interruption."""
 
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line turns it into one line and exit status 2.
+    """A mistake that the user can fix; the command line turns it into one line and exit status 2.
 
-    Its message is one line that names the thing and the mend.
+    Its message is one line that names the thing and the fix.
     """
 
 
 class Interrupted(Exception):
-    """A signal stopped the training, after its state was saved.
+    """The training was stopped in the middle of an epoch, after its state was saved.
 
     Args:
-        number: the signal's number; the exit status is 128 more.
-        epoch: the epoch that was broken off, from 1.
-        step: optimizer steps done.
+        reason: what stopped it, and where.
+        number: the signal's number, if it was a signal; the exit status is then 128 more.
     """
 
-    def __init__(self, number: int, epoch: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} in epoch {epoch} after step {step}")
+    def __init__(self, reason: str, number: int = 0) -> None:
+        super().__init__(reason)
         self.number = number
 
 
 @contextmanager
-def refusals_are_mendable() -> Iterator[None]:
-    """Turn what a constructor refuses into a UserError; its message names the parameter, its value and the rule."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+def as_user_error() -> Iterator[None]:
+    """Turn an invalid argument, which a constructor rejects, and a lack of memory into a UserError."""
     try:
         yield
     except (ValueError, MisconfigurationException) as error:
@@ -40,13 +39,25 @@ def refusals_are_mendable() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "this network does not fit into memory; check model.attention.kernel_size and data.image_size"
+            "out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches to keep the number of "
+            "images per step), data.image_size or model.attention.kernel_size"
         ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
-    # torch.cuda.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one, and so does oneDNN, whose
-    # convolutions leave the reason out: what else they would refuse, torch never asks of them.
+    # torch.cuda.OutOfMemoryError is a RuntimeError. On the CPU there is no type for it: torch's allocator and oneDNN,
+    # whose convolutions leave the reason out, raise a plain RuntimeError.
     words = "out of memory|can't allocate memory|bad_alloc|could not (create|execute) a (primitive|memory)"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def cannot_write(path: str | Path, error: OSError, fix: str) -> UserError:
+    """That a file cannot be written, with the system's reason.
+
+    Args:
+        path: the file or folder.
+        error: what the system raised.
+        fix: what the user can do.
+    """
+    return UserError(f"cannot write {path} ({error.strerror}); {fix}")

@@ -3,7 +3,7 @@
 import csv
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.folder import decode, find_images
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
-from cbam_pl.errors import UserError
+from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.inspect.curves import draw_curves, read_history
 from cbam_pl.inspect.drawing import Pictured, describe, draw_attention, draw_features, draw_grad_cam, draw_heat_maps
 from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam
 from cbam_pl.inspect.page import save
 from cbam_pl.inspect.scores import DELETED, Measure, measure
+from cbam_pl.settings import command_parser, parse
+from cbam_pl.training.checkpoint import find_checkpoint
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import run_of
 
@@ -289,3 +291,25 @@ def _write_measures(measures: Sequence[Measure], path: Path) -> None:
                 writer.writerow([row.name, *means, *row.accuracy.values()])
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def visualize(options: list[str]) -> None:
+    """Draw what one checkpoint or several see, and print the pictures' paths.
+
+    Args:
+        options: words of the command line after `visualize`.
+    """
+    parser = command_parser("visualize")
+    settings = parse(parser, options)
+    root = Path(settings.trainer.default_root_dir)
+    subjects = []
+    for name in settings.ckpt_path:
+        path, checkpoint = find_checkpoint(root, name)
+        # What is not given here is as the checkpoint was trained with.
+        saved = dict(checkpoint["datamodule_hyper_parameters"])
+        seed = saved.pop("seed")
+        data = parse(parser, options, {"data": saved}).data
+        subjects.append(Subject(path, checkpoint, {**data, "seed": seed}))
+    choice = Choice(**{field.name: settings[field.name] for field in fields(Choice)})
+    with as_user_error():
+        draw(subjects, choice, settings.output, settings.format, settings.measure)

@@ -1,19 +1,113 @@
-"""What Lightning's callbacks lack: checkpoints that can move and that signals leave, and a bar that never waits."""
+"""What Lightning's callbacks lack: step losses, checkpoints that can move and that interruptions leave, a quiet bar."""
 
+import math
 import signal
 import threading
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, stack, tensor
 
-from cbam_pl.errors import Interrupted
+from cbam_pl.errors import Interrupted, UserError
 from cbam_pl.training.classifier import Classifier
+
+
+class StepLosses(Callback):
+    """Log train/loss_step, and stop a training whose loss is not finite.
+
+    The losses stay on the device until some are fetched together, so that no step waits for it.
+
+    Raises:
+        UserError: the loss is not finite, with the step and the last good checkpoint.
+    """
+
+    FETCH_EVERY = 50  # batches
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}  # for the progress bar: of the batches that were fetched last
+        self._pending: list[tuple[int, Tensor, int]] = []  # optimizer step, mean loss, images
+        self._last_step = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin where the training begins or resumes."""
+        self._last_step = trainer.global_step
+        self._since = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the speed of training alone, without the validation before."""
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the loss, and fetch those of the last batches now and then."""
+        step = max(trainer.global_step, self._last_step + 1)  # more batches follow until an accumulated step is taken
+        # Lightning has divided the loss by the number of batches that are accumulated.
+        self._pending.append((step, outputs["loss"] * trainer.accumulate_grad_batches, len(batch[1])))
+        if trainer.global_step > self._last_step:
+            self._last_step = trainer.global_step
+            if len(self._pending) >= self.FETCH_EVERY:
+                self._fetch(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch the epoch's last losses before the validation, whose time is not theirs."""
+        self._fetch(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where the validation loss is not finite."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.state.fn == "fit" and loss is not None and not math.isfinite(loss):
+            raise not_finite(trainer, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch what is left where there was no validation."""
+        self._fetch(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Fetch: all steps up to a checkpoint are in the logs, since a resumed run logs only those after it."""
+        self._fetch(trainer, pl_module)
+
+    def _fetch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._pending:
+            return
+        steps, losses, sizes = zip(*self._pending, strict=True)
+        self._pending.clear()
+        counts = tensor(sizes, device=losses[0].device)
+        sums = stack([stack(losses) * counts, counts])  # (2, batches)
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        by_step: dict[int, list[float]] = {}
+        for step, loss_sum, count in zip(steps, *sums.tolist(), strict=True):
+            total = by_step.setdefault(step, [0.0, 0.0])
+            total[0] += loss_sum
+            total[1] += count
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        for step, (loss_sum, count) in by_step.items():
+            if not math.isfinite(loss_sum):
+                raise not_finite(trainer, step)
+            if every and step % every == 0:
+                for logger in trainer.loggers:
+                    logger.log_metrics({"train/loss_step": loss_sum / count}, step)
+        now, (loss_sum, count) = time.monotonic(), sums.sum(1).tolist()
+        self.figures = {"loss": loss_sum / count, "images/s": count / (now - self._since)}
+        self._since = now
+
+
+def not_finite(trainer: Trainer, step: int) -> UserError:
+    """What to report when the loss is not finite."""
+    lr = trainer.optimizers[0].param_groups[0]["lr"]
+    saved = [str(getattr(callback, "best_model_path", "")) for callback in trainer.checkpoint_callbacks]
+    saved = [path for path in saved if path and Path(path).is_file()]
+    rescue = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+    return UserError(
+        f"the loss is not finite at step {step} (learning rate {lr:.3g}); {rescue}; lower the learning rate, or clip "
+        "gradients (--trainer.gradient_clip_val 1)"
+    )
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -22,33 +116,33 @@ class RunCheckpoint(ModelCheckpoint):
     Lightning forgets the best so far when the folder's path has changed; a worse epoch would then replace best.ckpt.
     """
 
-    # Lightning asks for it at every hook of every step, and puts it together anew each time.
-    state_key = cached_property(ModelCheckpoint.state_key.fget)  # type: ignore[attr-defined]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state, with the paths that its files have now."""
+        """Restore the state, with the paths that its files have now; files that are gone are forgotten."""
 
         def here(path: str) -> str:
             return str(Path(self.dirpath or ".") / Path(path).name) if path else path
 
         moved = {name: here(state_dict[name]) for name in state_dict if name.endswith("_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items() if Path(here(path)).is_file()}
+        if not best:
+            moved |= {"best_model_path": "", "kth_best_model_path": ""}
+            state_dict = {**state_dict, "best_model_score": None, "kth_value": self.kth_value, "current_score": None}
         super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
         self.current_score = state_dict["current_score"]  # Lightning leaves it out
 
 
-class Safeguard(Callback):
-    """Write last.ckpt in the middle of an epoch: every few minutes, and when a signal asks the process to stop.
+class InterruptCheckpoint(Callback):
+    """Write last.ckpt in the middle of an epoch: every few minutes, and when the training is to stop there.
 
-    SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (which SLURM sends before the time is up) end the training at the next
-    optimizer step; Lightning ends it without a checkpoint.
+    It is to stop on SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (which SLURM sends before the time is up), and where max_steps
+    or max_time are used up. Lightning would take the epoch for a complete one, or leave no checkpoint.
 
     Args:
         last: the callback that writes last.ckpt.
         minutes: longest time between two writes.
 
     Raises:
-        Interrupted: after the state was saved on a signal.
+        Interrupted: after the state was saved.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -61,11 +155,13 @@ class Safeguard(Callback):
         self._saved_at = 0.0
         self._received: int | None = None
         self._epoch_ended = False
+        self._last_step = 0
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals; only now, as Lightning took them when it began."""
+        """Handle the signals; only now, as Lightning set its own handlers when it began."""
         self._saved_at = time.monotonic()
+        self._last_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
@@ -77,21 +173,37 @@ class Safeguard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where it is time, between two optimizer steps."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return  # a checkpoint does not hold half a step's gradients
+        if trainer.global_step == self._last_step:
+            return  # a checkpoint does not hold the gradients of a step that is still accumulating
+        self._last_step = trainer.global_step
+        if trainer.is_last_batch:
+            return  # validation and the ordinary checkpoint follow
+        budget = self._used_up(trainer)
         stop, due = self._received is not None, time.monotonic() - self._saved_at > self._seconds
         if trainer.world_size > 1:
-            if (batch_idx + 1) % self.AGREE_EVERY:
-                return
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-            due = trainer.strategy.reduce_boolean_decision(due, all=False)
-        # The last batch of an epoch is followed by validation and the ordinary checkpoint.
-        if (stop or due) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            agree = (batch_idx + 1) % self.AGREE_EVERY == 0
+            stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
+            due = agree and trainer.strategy.reduce_boolean_decision(due, all=False)
+        if stop or due or budget:
             trainer.save_checkpoint(self._last.format_checkpoint_name({}))
             self._saved_at = time.monotonic()
-            if stop:
-                number = self._received or signal.SIGTERM
-                raise Interrupted(number, trainer.current_epoch + 1, trainer.global_step)
+        if stop or budget:
+            raise self._interrupted(trainer, budget if not stop else "")
+
+    @staticmethod
+    def _used_up(trainer: Trainer) -> str:
+        """The setting that ends the training at this step, or nothing."""
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            return "trainer.max_steps"
+        enough = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
+        return "trainer.max_time" if trainer.should_stop and enough else ""
+
+    def _interrupted(self, trainer: Trainer, budget: str = "") -> Interrupted:
+        place = f"in epoch {trainer.current_epoch + 1} after step {trainer.global_step}"
+        if budget:
+            return Interrupted(f"stopped by {budget} {place}")
+        number = self._received or signal.SIGTERM
+        return Interrupted(f"stopped by {signal.Signals(number).name} {place}", number)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's own checkpoint is about to be written."""
@@ -101,164 +213,88 @@ class Safeguard(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop between two epochs, too; an epoch may be a single batch, or too few for the processes to agree."""
         if self._epoch_ended and trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
-            raise Interrupted(self._received or signal.SIGTERM, trainer.current_epoch + 1, trainer.global_step)
+            raise self._interrupted(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back; not in `teardown`, which comes after Lightning has given its own back."""
+        """Restore the handlers; not in `teardown`, which comes after Lightning has restored its own."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the handlers."""
         self.on_train_end(trainer, pl_module)
 
 
-class TrainingProgress(ProgressBar):
-    """A bar with loss, accuracy and images/s of the last steps, and a line for each finished epoch.
+class TrainingProgress(RichProgressBar):
+    """Lightning's bar with figures that were fetched from the device already, and a line for each finished epoch.
 
-    Lightning's RichProgressBar fetches every metric from the device at every step; this one shows the figures that
-    the classifier has fetched already.
+    Lightning's own fetches every metric at every step. Where standard error is no terminal, there are only the lines.
+
+    Args:
+        losses: the callback that has the figures.
     """
 
-    _SECONDS_PER_MOVE = 0.5
+    def __init__(self, losses: StepLosses | None = None) -> None:
+        # Each drawing takes the interpreter 2 ms, of which training gets nothing.
+        super().__init__(refresh_rate=2, console_kwargs={"stderr": True})
+        self._losses = losses
+        self._own_console = Console(stderr=True)
+        self._started = 0.0
+        self._finished: tuple[int, float] | None = None  # epoch from 1, seconds
+        if not self._own_console.is_terminal:
+            self.disable()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._moved = 0.0
-        self._console = Console(stderr=True)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._enabled = True
-        self._epoch_started = 0.0
-        self._finished_epoch: tuple[int, float] | None = None  # number from 1, seconds
-
-    def disable(self) -> None:
-        """Show nothing; Lightning calls it on every process but the first."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        """Show the bar again."""
-        self._enabled = True
-
-    def _begin(self, description: str, total: int | float) -> None:
-        if not self._enabled:
-            return
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[figures]}"),
-                console=self._console,
-                refresh_per_second=2,  # each drawing takes the interpreter 2 ms, of which training gets nothing
-                transient=True,
-                expand=True,
-            )
-            self._progress.start()
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        known = None if total == float("inf") else total
-        self._task = self._progress.add_task(description, total=known, figures="")
-
-    def _update(self, completed: int, figures: str = "") -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=completed, figures=figures)
-
-    def _end(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress, self._task = None, None
-
-    def _print_finished_epoch(self, trainer: Trainer) -> None:
-        if self._finished_epoch is None or not self._enabled:
-            return
-        epoch, seconds = self._finished_epoch
-        self._finished_epoch = None
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if "train/loss" not in measured:
-            return  # the epoch ended with an error
-        line = f"epoch {epoch:3}/{trainer.max_epochs}  train {measured['train/loss']:.4f} {measured['train/acc']:.4f}"
-        if "val/loss" in measured:
-            line += f"  val {measured['val/loss']:.4f} {measured['val/acc']:.4f}"
-        self._console.print(f"{line}  lr {measured['lr']:.2g}  {seconds:.1f} s", highlight=False)
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        """Loss, accuracy and images/s of the last batches."""
+        if self._losses is None or not self._losses.figures:
+            return {}
+        loss, speed = self._losses.figures["loss"], self._losses.figures["images/s"]
+        return {"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the figures of the lines are, and begin the bar."""
-        if self._enabled:
-            self._console.print("figures of an epoch: mean loss, accuracy", style="dim")
-        self._begin_epoch(trainer)  # which Lightning does not announce where an epoch was broken off and goes on
+        """Explain the lines, and begin the bar."""
+        super().on_train_start(trainer, pl_module)
+        self._started = time.monotonic()  # Lightning does not announce an epoch that was interrupted and goes on
+        self._print(trainer, "figures of an epoch: mean loss, accuracy", style="dim")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the last epoch, whose figures are complete only now, and begin the bar."""
-        self._print_finished_epoch(trainer)
-        self._begin_epoch(trainer)
-
-    def _begin_epoch(self, trainer: Trainer) -> None:
-        self._epoch_started = time.monotonic()
-        self._begin(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Move the bar, a few times a second."""
-        now = time.monotonic()
-        if now - self._moved < self._SECONDS_PER_MOVE and batch_idx + 1 < self.total_train_batches:
-            return
-        self._moved = now
-        figures = ""
-        if isinstance(pl_module, Classifier) and pl_module.recent:
-            recent = pl_module.recent
-            figures = f"loss {recent['loss']:.3f}  acc {recent['acc']:.3f}  {recent['images/s']:,.0f} images/s"
-        self._update(batch_idx + 1, figures)
+        self._print_epoch(trainer)
+        self._started = time.monotonic()
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.progress is not None and self.train_progress_bar_id is not None:  # Lightning counts epochs from 0
+            name = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self.progress.update(self.train_progress_bar_id, description=name)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note how long training and validation took."""
-        self._finished_epoch = (trainer.current_epoch + 1, time.monotonic() - self._epoch_started)
+        super().on_train_epoch_end(trainer, pl_module)
+        self._finished = (trainer.current_epoch + 1, time.monotonic() - self._started)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the last epoch."""
-        self._end()
-        self._print_finished_epoch(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a bar."""
-        self._begin("validating", sum(trainer.num_val_batches))
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Move the bar."""
-        self._update(batch_idx + 1)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a bar."""
-        self._begin("testing", sum(trainer.num_test_batches))
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Move the bar."""
-        self._update(batch_idx + 1)
+        self._print_epoch(trainer)
+        super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
-        self._end()
-        self._print_finished_epoch(trainer)
+        """Print the last epoch, and give the terminal back."""
+        if isinstance(exception, Interrupted):
+            self._print_epoch(trainer)
+        super().on_exception(trainer, pl_module, exception)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the terminal back."""
-        self._end()
+    def _print_epoch(self, trainer: Trainer) -> None:
+        if self._finished is None:
+            return
+        epoch, seconds = self._finished
+        self._finished = None
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        line = f"epoch {epoch:3}/{trainer.max_epochs}  train {measured['train/loss']:.4f} {measured['train/acc']:.4f}"
+        if isinstance(trainer.lightning_module, Classifier) and trainer.lightning_module.validated:
+            line += f"  val {measured['val/loss']:.4f} {measured['val/acc']:.4f}"
+        self._print(trainer, f"{line}  lr {measured['lr']:.2g}  {seconds:.1f} s")
+
+    def _print(self, trainer: Trainer, line: str, style: str | None = None) -> None:
+        if trainer.is_global_zero:
+            console = self._own_console if self.progress is None else self.progress.console
+            console.print(line, style=style, highlight=False)

@@ -9,15 +9,16 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event
 
-from cbam_pl.training.run import cannot_write, epochs_of, written_whole
+from cbam_pl.training.checkpoint import completed_epochs
+from cbam_pl.training.run import atomic_write, disk_error
 
 COLUMNS = ["epoch", "lr", "train/loss", "train/acc", "val/loss", "val/acc"]
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard scalars at the steps that the classifier names, and metrics.csv beside them.
+    """TensorBoard scalars at the steps that the classifier names, and metrics.csv with the same figures.
 
     Args:
         folder: logs/RECIPE/version_N.
@@ -27,58 +28,66 @@ class RunLogger(TensorBoardLogger):
 
     def __init__(self, folder: Path, suffix: str = "", resumed: dict[str, Any] | None = None) -> None:
         super().__init__(
-            folder.parent.parent, folder.parent.name, folder.name, default_hp_metric=False, filename_suffix=suffix
+            folder.parent.parent,
+            folder.parent.name,
+            folder.name,
+            default_hp_metric=False,
+            filename_suffix=suffix,
+            # A TensorBoard that has read it already forgets what was logged after the checkpoint.
+            purge_step=None if resumed is None else resumed["global_step"] + 1,
         )
         self.table = folder / "metrics.csv"
         self._resumed = resumed
         self._earlier = [path for path in folder.glob("events*") if ".test-epoch" not in path.name]
+        self._written: dict[str, int | None] = {}  # last step of each scalar
 
     @rank_zero_only
-    def go_on(self) -> None:
+    def drop_events_after_checkpoint(self) -> None:
         """Drop what was written after the checkpoint that is resumed from, since it will be written again."""
         if self._resumed is None:
             return
         if "saved_at" in self._resumed:
             for events in self._earlier:
-                _cut_off(events, self._resumed["saved_at"])
-        # So that a TensorBoard which has read it already forgets it, too.
-        start = SessionLog(status=SessionLog.START)
-        self.experiment._get_file_writer().add_event(Event(session_log=start), step=self._resumed["global_step"] + 1)
+                _truncate(events, self._resumed["saved_at"])
         if self.table.exists():
-            header = ",".join(COLUMNS) + "\n"
-            rows = self.table.read_text().splitlines(keepends=True)[1:]
-            # A row that was broken off is of an epoch that the checkpoint has not seen.
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs_of(self._resumed)]
-            with written_whole(self.table) as stream:
-                stream.write("".join([header, *kept]).encode())
+            with self.table.open(newline="") as stream:
+                rows = stream.read().splitlines(keepends=True)[1:]
+            # A row that is incomplete is of an epoch that the checkpoint has not seen.
+            epochs = completed_epochs(self._resumed)
+            kept = [row.rstrip() for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
+            with atomic_write(self.table) as file:
+                file.write("\n".join([",".join(COLUMNS), *kept, ""]).encode())
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write scalars at `step`; an epoch's figures go to metrics.csv too.
+        """Write scalars at `step`, each once; an epoch's figures go to metrics.csv too.
 
         Raises:
             UserError: metrics.csv cannot be written.
         """
-        super().log_metrics(metrics, step)
-        if "train/loss" in metrics:
-            new = not self.table.exists()
+        new = {name: value for name, value in metrics.items() if self._written.get(name) != step}
+        self._written |= dict.fromkeys(new, step)
+        super().log_metrics(new, step)
+        if "train/loss" in new:
+            is_new = not self.table.exists()
             try:
                 with self.table.open("a", newline="") as stream:
-                    writer = csv.DictWriter(stream, COLUMNS)
-                    if new:
+                    writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore", lineterminator="\n")
+                    if is_new:
                         writer.writeheader()
-                    writer.writerow({"epoch": step, **metrics})
+                    writer.writerow({"epoch": step, **new})
             except OSError as error:
-                raise cannot_write(self.table, str(error.strerror)) from error
+                raise disk_error(self.table, error) from error
             self.experiment.flush()
 
     @rank_zero_only
     def save(self) -> None:
-        """Nothing: scalars are flushed at each epoch, and config.yaml holds the settings."""
+        """Write all scalars to the disk; the settings are in config.yaml."""
+        self.experiment.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the event file; where an error ended the training, that one is told, not a full disk after it."""
+        """Close the event file; where an error ended the training, that one is reported, not a full disk after it."""
         try:
             super().finalize(status)
         except OSError:
@@ -86,8 +95,8 @@ class RunLogger(TensorBoardLogger):
                 raise
 
 
-def _cut_off(events: Path, until: float) -> None:
-    """Cut an event file off behind the last complete event of a time, and remove it where no event is left.
+def _truncate(events: Path, until: float) -> None:
+    """Cut an event file after the last complete event of a time, and remove it where no event is left.
 
     Args:
         events: a TensorBoard file.

@@ -107,7 +107,7 @@ def _run(plan: Plan, options: Any) -> dict[Any, Any]:
                 if not future.cancelled():
                     future.exception()
         print("stopped; the same command goes on from there", file=sys.stderr)
-        raise Interrupted(number, 0, 0) from interruption
+        raise Interrupted("stopped", number) from interruption
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)

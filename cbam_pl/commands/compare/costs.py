@@ -13,12 +13,12 @@ import torch
 from lightning import Fabric
 from torch import Tensor
 
-from cbam_pl.command_options import command_parser
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Share, TrainingLoader
 from cbam_pl.models.cost import count_flops, count_parameters
+from cbam_pl.settings import command_parser
 from cbam_pl.timing import peak_memory, time_in_turns
 from cbam_pl.training.classifier import Classifier
 
@@ -65,7 +65,7 @@ class Subject:
         self.classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
         self.classifier.network = self._precision.convert_module(self.classifier.network)
         self.classifier.to(self.device)
-        self.classifier.choose_fast_ways(self.device, training=True)
+        self.classifier.configure_memory_format_and_compile(self.device, training=True)
         self.batch_size = data.batch_size
         self._size = data.image_size
         self._optimizer = self.classifier.optimizer(self.classifier.parameters())

@@ -56,7 +56,7 @@ def _pictures(plan: Plan, content: dict[str, Any], results: Sequence[Result]) ->
     from cbam_pl.commands.visualize import Choice, Subject, look
     from cbam_pl.inspect.drawing import draw_attention, draw_grad_cam
     from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam
-    from cbam_pl.training.run import read_checkpoint
+    from cbam_pl.training.checkpoint import read_checkpoint
 
     recipes = content["recipes"]
     done = {(one.name, one.seed): one for one in results}

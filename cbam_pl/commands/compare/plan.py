@@ -14,9 +14,8 @@ from typing import Any, NoReturn
 import yaml
 
 from cbam_pl.attention import AttentionConfig, options_of
-from cbam_pl.command_options import command_parser
-from cbam_pl.errors import UserError, refusals_are_mendable
-from cbam_pl.settings import load_yaml, parse
+from cbam_pl.errors import UserError, as_user_error
+from cbam_pl.settings import command_parser, load_yaml, parse
 
 # What decides how much a network sees; data.* is compared as a whole.
 _BUDGET = (
@@ -370,7 +369,7 @@ def _check(name: str, parser: Any, settings: Any) -> None:
     from cbam_pl.data.datamodule import ImageDataModule
     from cbam_pl.training.classifier import Classifier
 
-    with refusals_are_mendable():
+    with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)
         Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)

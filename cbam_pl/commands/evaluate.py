@@ -1,0 +1,111 @@
+"""Measure a checkpoint on the test or the validation images: python train.py test"""
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+from lightning import Trainer
+
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.environment import describe_environment
+from cbam_pl.errors import UserError, as_user_error
+from cbam_pl.settings import command_parser, parse, split_option
+from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
+from cbam_pl.training.logger import RunLogger
+from cbam_pl.training.run import Run, atomic_write, run_of
+from cbam_pl.training.trainer import evaluating_trainer, running
+
+
+def test(options: list[str]) -> None:
+    """Measure on the test images, and keep the figures beside the run's logs.
+
+    Args:
+        options: words of the command line after `test`.
+    """
+    _evaluate("test", options)
+
+
+def validate(options: list[str]) -> None:
+    """Measure on the validation images.
+
+    Args:
+        options: words of the command line after `validate`.
+    """
+    _evaluate("validate", options)
+
+
+def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
+    parser = command_parser(command)
+    names = parse(parser, options)
+    path, checkpoint = find_checkpoint(Path(names.trainer.default_root_dir), names.ckpt_path)
+
+    # What is not given here is as the checkpoint was trained with.
+    saved = dict(checkpoint["datamodule_hyper_parameters"])
+    seed = saved.pop("seed")
+    settings = parse(parser, options, {"data": saved})
+    epoch = checkpoint["epoch"] + 1
+    run = run_of(path) if command == "test" and not settings.trainer.fast_dev_run else None
+    if run is not None and not run.logs.is_dir():
+        run = None
+    suffix = f".test-epoch{epoch}"
+    earlier = [] if run is None else list(run.logs.glob(f"events*{suffix}"))
+    with as_user_error():
+        values = parser.instantiate(settings)
+        data = ImageDataModule(**values.data, seed=seed)
+        model = load_classifier(path, checkpoint, settings.model.test_time_flip)
+        trainer = evaluating_trainer(values.trainer, None if run is None else RunLogger(run.logs, suffix))
+    data.load_state_dict(checkpoint["ImageDataModule"])
+
+    with running(run):
+        (trainer.test if command == "test" else trainer.validate)(model, datamodule=data, verbose=False)
+    counts = model.test_confusion.compute().tolist() if command == "test" else []  # all processes take part
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} of {path} is not finite: the network has diverged; choose an earlier checkpoint")
+    if not trainer.is_global_zero:
+        return
+    if run is not None:
+        write_test(run, epoch, figures, data.classes, counts, trainer, split_option(options, "--ckpt_path")[1])
+        for events in earlier:
+            events.unlink(missing_ok=True)  # testing again replaces the point
+    split: Literal["test", "val"] = "test" if command == "test" else "val"
+    count, total = model.num_evaluated, len(data.images(split))
+    part = "" if count == total else f" of {total:,}"
+    print(f"{path}, epoch {epoch}, on {count:,}{part} {split} images of {data.dataset}:")
+    for name, value in figures.items():
+        print(f"{name}  {value:.4f}")
+
+
+def write_test(
+    run: Run,
+    epoch: int,
+    figures: dict[str, float],
+    classes: list[str],
+    confusion: list[list[int]],
+    trainer: Trainer,
+    options: list[str],
+) -> None:
+    """Write the figures of a test into the run's logs, as test.json.
+
+    Args:
+        run: whose checkpoint was tested.
+        epoch: of the checkpoint, from 1.
+        figures: test/loss and test/acc.
+        classes: names of the classes.
+        confusion: images by true class (rows) and predicted class (columns).
+        trainer: what tested.
+        options: of the command line, but for the checkpoint's path.
+    """
+    record = {
+        "epoch": epoch,
+        "images": sum(map(sum, confusion)),
+        **figures,
+        "classes": classes,
+        "confusion": confusion,
+        "options": options,
+        "environment": describe_environment(trainer.strategy.root_device),
+    }
+    with atomic_write(run.logs / "test.json") as stream:
+        stream.write(f"{json.dumps(record)}\n".encode())

@@ -1,0 +1,174 @@
+"""Train a network, or resume its training: python train.py fit --config configs/cbam_cnn.yaml"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.errors import Interrupted, as_user_error
+from cbam_pl.models.cost import count_flops, count_parameters
+from cbam_pl.settings import command_parser, parse_with_recipes, split_option
+from cbam_pl.training.checkpoint import (
+    check_same_settings,
+    completed_epochs,
+    differences,
+    find_checkpoint,
+    finished,
+    read_checkpoint,
+    save_final_checkpoint,
+)
+from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.logger import RunLogger
+from cbam_pl.training.monitor import NetworkMonitor
+from cbam_pl.training.run import Run, atomic_write, new_run, run_of
+from cbam_pl.training.trainer import running, training_trainer
+
+
+def fit(options: list[str]) -> None:
+    """Train, from nothing or from a checkpoint.
+
+    Args:
+        options: words of the command line after `fit`.
+
+    Raises:
+        UserError: a mistake of the user's.
+        Interrupted: a signal stopped the training; its state is saved.
+    """
+    parser = command_parser("fit")
+    settings = parse_with_recipes(parser, options)
+    root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings)
+
+    # The data's settings, the network and its optimizer: nothing is read yet, so that mistakes are reported at once.
+    with as_user_error():
+        values = parser.instantiate(settings)
+        seed_everything(settings.seed, verbose=False)
+        data = ImageDataModule(**values.data, seed=settings.seed)
+        model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
+
+    # The run: a new one, or that of the checkpoint.
+    path, checkpoint, run = None, None, None
+    if settings.ckpt_path is not None:
+        path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
+        check_same_settings(path, checkpoint, model, data)
+        run = run_of(path)
+    is_first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # also before Lightning starts the others
+    if is_first_process and run is None and not settings.trainer.fast_dev_run:
+        run = new_run(root, recipe)
+    lock = None
+    try:
+        if is_first_process and run is not None:
+            lock = run.lock()
+        begin = _Begin(run, parser, settings)
+        own = [begin, NetworkMonitor(settings.pictures_every)]
+        trainer = training_trainer(values.trainer, run, checkpoint, settings.checkpoint_minutes, own)
+        if checkpoint is not None and (reason := finished(checkpoint, trainer)):
+            if is_first_process:
+                print(f"nothing left to do: {path} {reason}")
+            return
+        if is_first_process:
+            data.prepare_data()
+            data.setup("fit")
+        if trainer.is_global_zero:
+            _print_summary(model, data, trainer, run)
+        if trainer.is_global_zero and checkpoint is not None:
+            print(f"resumed      after {completed_epochs(checkpoint)} epochs, {checkpoint['global_step']} steps")
+            for line in differences(checkpoint, trainer, model, data.batch_size):
+                print(f"differs      {line}")
+        interruption = None
+        with running(run):
+            try:
+                trainer.fit(model, data, ckpt_path=path, weights_only=True)
+            except Interrupted as stopped:
+                interruption = stopped
+            if interruption is None or not interruption.number:
+                _ensure_best(trainer, model, data, run)
+    finally:
+        if run is not None:
+            run.discard_if_unused()
+        if lock is not None:
+            lock.release()
+    if trainer.is_global_zero and run is not None:
+        if interruption is not None:
+            again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.checkpoints / "last.ckpt")]
+            print(f"{interruption}; the state is saved", file=sys.stderr)
+            print(f"resume: python train.py fit {shlex.join(again)}", file=sys.stderr)
+        if interruption is None or not interruption.number:
+            _print_outcome(run)
+    if interruption is not None and interruption.number:
+        raise interruption
+
+
+class _Begin(Callback):
+    """Write config.yaml, and drop what a resumed run logged after its checkpoint, once nothing can fail any more."""
+
+    def __init__(self, run: Run | None, parser: ArgumentParser, settings: Namespace) -> None:
+        self._run = run
+        saved = settings.clone()
+        saved.ckpt_path = None
+        self._text = parser.dump(saved)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        if self._run is None or not trainer.loggers or not trainer.is_global_zero:
+            return
+        with atomic_write(self._run.logs / "config.yaml") as stream:
+            stream.write(self._text.encode())
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.drop_events_after_checkpoint()
+
+
+def recipe_name(settings: Namespace) -> str:
+    """Name of the configuration file without .yaml; a saved config.yaml has that of its run."""
+    if not settings.config:
+        return "default"
+    path = Path(settings.config).absolute()
+    if path.name == "config.yaml" and path.parent.name.startswith("version_"):
+        return path.parents[1].name
+    return path.stem
+
+
+def _ensure_best(trainer: Trainer, model: Classifier, data: ImageDataModule, run: Run | None) -> None:
+    """Where the training ended before its first complete epoch, validate its last state and save it as the best."""
+    checkpoints = trainer.checkpoint_callbacks
+    if run is None or not checkpoints or trainer.limit_val_batches == 0 or (run.checkpoints / "best.ckpt").exists():
+        return
+    trainer.validate(model, datamodule=data, verbose=False)
+    if trainer.is_global_zero and (run.checkpoints / "last.ckpt").exists():
+        save_final_checkpoint(trainer, run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt")
+
+
+def _print_summary(model: Classifier, data: ImageDataModule, trainer: Trainer, run: Run | None) -> None:
+    """What is trained, on what, where, and what it writes."""
+    size = data.image_size
+    megaflops = count_flops(model.network, (3, size, size)) / 1e6
+    train, val = len(data.images("train")), len(data.images("val"))
+    lines = [
+        f"network      {model.hparams['arch']}, attention {model.hparams['attention']['kind']}",
+        f"cost         {count_parameters(model.network):,} parameters; {megaflops:,.1f} MFLOPs per image, where a "
+        "multiplication and an addition are two",
+        f"data         {data.dataset}: {train:,} training and {val:,} validation images of {size}×{size}, "
+        f"{data.num_classes} classes",
+        f"device       {trainer.strategy.root_device}, precision {trainer.precision}, processes {trainer.world_size}",
+    ]
+    if run is not None:
+        lines += [f"checkpoints  {run.checkpoints}", f"logs         {run.logs}  (tensorboard --logdir logs)"]
+    print("\n".join(lines))
+
+
+def _print_outcome(run: Run) -> None:
+    """The best epoch, its figures, and the command that tests it."""
+    best = run.checkpoints / "best.ckpt"
+    if not best.exists():
+        return
+    checkpoint: dict[str, Any] = read_checkpoint(best)
+    figures = checkpoint["figures"]
+    loss, acc = figures["val/loss"], figures["val/acc"]
+    print(f"best epoch   {checkpoint['epoch'] + 1}: val/loss {loss:.4f}, val/acc {acc:.4f}")
+    print(f"test it      python train.py test --ckpt_path {shlex.quote(str(best))}")

@@ -1,0 +1,68 @@
+"""Classify your own images with a checkpoint: python train.py predict --images FILE_OR_FOLDER ..."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cbam_pl.data.folder import decode, find_images, show
+from cbam_pl.data.images import Images
+from cbam_pl.data.loader import EvaluationLoader, Normalise, Share
+from cbam_pl.errors import UserError, as_user_error, cannot_write
+from cbam_pl.settings import command_parser, parse
+from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
+from cbam_pl.training.trainer import evaluating_trainer, running
+
+_BATCH_SIZE = 256
+
+
+def predict(options: list[str]) -> None:
+    """Print the most probable classes of each image, and write them to a CSV file.
+
+    Args:
+        options: words of the command line after `predict`.
+    """
+    parser = command_parser("predict")
+    settings = parse(parser, options)
+    path, checkpoint = find_checkpoint(Path(settings.trainer.default_root_dir), settings.ckpt_path)
+    with as_user_error():
+        model = load_classifier(path, checkpoint, settings.model.test_time_flip)
+        trainer = evaluating_trainer(parser.instantiate(settings).trainer)
+
+    files = find_images(settings.images)
+    print(f"decoding {len(files):,} images")
+    pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
+    images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
+    data, device = checkpoint["ImageDataModule"], trainer.strategy.root_device
+    loader = EvaluationLoader(images, _BATCH_SIZE, Normalise(data["mean"], data["std"], device), device, Share())
+    with running():
+        batches: Any = trainer.predict(model, loader)
+    probabilities = torch.cat(batches).cpu()  # (N, classes)
+    if not probabilities.isfinite().all():
+        raise UserError(
+            f"{path} gives probabilities that are not finite: it has diverged; choose an earlier one"
+        )
+
+    classes = data["classes"]
+    top = min(settings.top, len(classes))
+    rows = []
+    for file, values, labels in zip(files, *map(torch.Tensor.tolist, probabilities.topk(top)), strict=True):
+        pairs = zip(labels, values, strict=True)
+        rows.append([str(file), *(text for label, value in pairs for text in (classes[label], f"{value:.4f}"))])
+    try:
+        with open(settings.output, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            writer = csv.writer(stream)
+            ranks = range(1, top + 1)
+            writer.writerow(["image", *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability"))])
+            writer.writerows(rows)
+    except OSError as error:
+        raise cannot_write(settings.output, error, "name another file with --output") from error
+    table = Table("image", *("class", "probability") * top)
+    for file, row in zip(files, rows, strict=True):
+        table.add_row(*map(escape, (show(file), *row[1:])))  # a name may look like rich's markup
+    Console().print(table)
+    print(f"saved {settings.output}")

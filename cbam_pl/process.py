@@ -1,0 +1,57 @@
+"""What the program changes of the process that it runs in, all of it here, each with its reason."""
+
+import ctypes
+import io
+import logging
+import os
+import platform
+import sys
+import threading
+import warnings
+
+import torch
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def configure_process() -> None:
+    """Set up messages, memory and the environment for a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    # Lightning 2.6 uses what torch 2.14 deprecates.
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
+    # The folder of a resumed run is meant to hold its checkpoints.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
+    # Lightning's tips and device lists; the summary has what matters. Warnings and errors stay.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Lightning sets it for the sake of forked processes. With it, where there is no GPU, torch 2.14 looks for
+        # NVIDIA's library at every optimizer step, which takes as long as the rest of a small network's update.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    keep_freed_memory()
+    _report_disk_errors_once()
+
+
+def keep_freed_memory() -> bool:
+    """Let freed memory stay with the process, for the next step to use again.
+
+    A training step on a CPU makes and frees the same large tensors again and again. By default glibc returns each to
+    the kernel, which must then map and clear every page anew: for the cnn with batches of 256, 25,000 page faults a
+    step, a tenth of its time; so `python -m benchmarks.throughput` shows. The price is a tenth more resident memory.
+
+    Returns:
+        Whether the C library accepted the settings; others than glibc have no such ones.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    set_option = ctypes.CDLL(None).mallopt
+    options = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 64 << 20}  # bytes
+    return all(set_option(option, value) for option, value in options.items())
+
+
+def _report_disk_errors_once() -> None:
+    # TensorBoard writes in a thread of its own, and raises its error in the main thread, too, at the next event.
+    hook = threading.excepthook
+    threading.excepthook = lambda met: None if isinstance(met.exc_value, OSError) else hook(met)

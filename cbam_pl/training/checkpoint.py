@@ -1,0 +1,424 @@
+"""What a checkpoint holds, how it is found, read and written, and exact resume.
+
+The only file that knows the keys of a checkpoint and Lightning's inside. The private names that it uses:
+
+- `fit_loop._combined_loader`: `estimated_stepping_batches` builds the training loader before its state is restored, and
+  Lightning then skips the restoring. Reset, it is built again. tests/training/test_resume.py resumes in the middle of
+  an epoch with a one-cycle schedule, and fails without it.
+"""
+
+import pickle
+import time
+import zipfile
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from torch import Tensor
+
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.errors import UserError
+from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.run import atomic_write, disk_error
+
+# Raise it when a key changes its meaning, and teach `_upgrade` the old one.
+FORMAT = 2
+
+_LISTED = {"lr_schedulers", "optimizer_states"}
+_MAPPINGS = {
+    "state_dict", "loops", "callbacks", "hyper_parameters", "datamodule_hyper_parameters", "ImageDataModule", "figures",
+    "interrupted_epoch", "run_conditions",
+}  # fmt: skip
+
+
+# Finding and reading
+
+
+def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that --ckpt_path names, and what it holds.
+
+    Args:
+        root: the folder that holds `checkpoints`.
+        name: a file; or best or last, for the most recently written best.ckpt or last.ckpt.
+        recipe: the recipe whose runs are searched; all, if empty.
+
+    Raises:
+        UserError: there is none; or it is broken, with the newest one that is complete.
+    """
+    if name not in ("best", "last"):
+        return Path(name), read_checkpoint(Path(name))
+    found = _newest_first(root, f"{name}.ckpt", recipe)
+    if not found:
+        of = f" of {recipe}" if recipe else ""
+        raise UserError(
+            f"no {name}.ckpt{of} under {root / 'checkpoints'}; train first (python train.py fit --config "
+            "configs/cbam_cnn.yaml), or name a checkpoint with --ckpt_path"
+        )
+    try:
+        return found[0], read_checkpoint(found[0])
+    except UserError as error:
+        # Named, not used: it may be hours older, or another run's.
+        others = (path for path in _newest_first(root, "*.ckpt", recipe) if path != found[0])
+        complete = next(filter(_is_readable, others), None)
+        instead = "no other one is complete" if complete is None else f"the newest complete one is {complete}"
+        raise UserError(f"{error}; {instead}") from error
+
+
+def _newest_first(root: Path, name: str, recipe: str) -> list[Path]:
+    """The checkpoints of the runs under `root`, the last written first."""
+    folders = (root / "checkpoints").glob("*/version_*")  # a recipe's name is no pattern
+    found = [path for folder in folders if recipe in ("", folder.parent.name) for path in folder.glob(name)]
+    return sorted(found, key=lambda path: path.lstat().st_mtime_ns, reverse=True)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program, on the CPU; code that it may carry is not run.
+
+    Raises:
+        UserError: it is missing, broken, of another program, or of a newer version of this one.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a checkpoint in it with --ckpt_path")
+        if not path.is_file():
+            raise UserError(f"no checkpoint at {path}; check --ckpt_path")
+        with path.open("rb") as stream:
+            _check_sums(stream)
+            checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain values and is not loaded, since that could run code; name a "
+            "checkpoint of this program"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a reader of archives and of their contents may raise
+        reason = getattr(error, "strerror", None) or "it is incomplete, damaged, or not a checkpoint at all"
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); name another with --ckpt_path") from error
+    own = {"state_dict", "loops", "hyper_parameters", "figures"}
+    if not isinstance(checkpoint, dict) or not own <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
+    _upgrade(checkpoint)
+    try:
+        _check(checkpoint)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        wrong = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} {wrong}; name a checkpoint that `train.py fit` wrote") from error
+    return checkpoint
+
+
+def _check_sums(stream: BinaryIO) -> None:
+    """Compare each part of a checkpoint with its CRC-32, which torch writes but does not check.
+
+    Raises:
+        zipfile.BadZipFile: a part is not what was written.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(damaged)
+    stream.seek(0)
+
+
+def _upgrade(checkpoint: dict[str, Any]) -> None:
+    """Give the keys of earlier formats their present names."""
+    for old, new in (("broken_off", "interrupted_epoch"), ("trained_with", "run_conditions")):
+        if old in checkpoint:
+            checkpoint[new] = checkpoint.pop(old)
+    interrupted = checkpoint.setdefault("interrupted_epoch", {})
+    if isinstance(interrupted, dict) and "means" in interrupted:  # weighted sum and weight, of loss and accuracy
+        means = interrupted.pop("means")
+        interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
+    checkpoint.setdefault("run_conditions", {})
+
+
+def _check(checkpoint: dict[str, Any]) -> None:
+    """Compare the types of what is read, since an edited or damaged file may hold anything.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: with the key.
+    """
+    version = checkpoint.get("format", 1)
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(f"was written by a newer version of this program (format {version}; this one reads {FORMAT})")
+    for keys, kind in ((_MAPPINGS, dict), (_LISTED, list), ({"epoch", "global_step"}, int)):
+        for key in sorted(keys):
+            _expect(checkpoint[key], kind, key)
+    data = checkpoint["ImageDataModule"]
+    _expect_all(data["classes"], str, "ImageDataModule.classes")
+    for key in ("mean", "std"):
+        _expect_all(data[key], float, f"ImageDataModule.{key}")
+    lengths = [len(data[key]) for key in ("mean", "std", "classes")]
+    if lengths != [3, 3, checkpoint["hyper_parameters"]["num_classes"]]:
+        raise ValueError(f"has {lengths} values of mean, std and classes, which are not those of its network")
+    for key, value in checkpoint["state_dict"].items():
+        _expect(value, Tensor, f"state_dict.{key}")
+    for key, value in checkpoint["figures"].items():
+        _expect(value, float, f"figures.{key}")
+    if checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0:
+        raise ValueError(f"has epoch {checkpoint['epoch']} and global_step {checkpoint['global_step']}, below 0")
+    _expect(completed_epochs(checkpoint), int, "loops.fit_loop.epoch_progress.current.processed")
+
+
+def _expect(value: Any, kind: type, key: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"has a {type(value).__name__} as {key}, which must be a {kind.__name__}")
+
+
+def _expect_all(values: Any, kind: type, key: str) -> None:
+    _expect(values, list, key)
+    for value in values:
+        _expect(value, kind, key)
+
+
+def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Epochs that a checkpoint has completed; its own `epoch` counts from 0 and may be interrupted."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def load_classifier(path: Path, checkpoint: dict[str, Any], test_time_flip: bool | None = None) -> Classifier:
+    """The network of a checkpoint, with its weights.
+
+    Args:
+        path: of the checkpoint, for messages.
+        checkpoint: what it holds.
+        test_time_flip: overrides the setting that it was trained with, unless None.
+
+    Raises:
+        UserError: the settings or weights are not those of a network of this program.
+    """
+    settings = dict(checkpoint["hyper_parameters"])
+    if test_time_flip is not None:
+        settings["test_time_flip"] = test_time_flip
+    try:
+        classifier = Classifier(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} has hyper_parameters that this program does not know: {error}") from error
+    ours, saved = classifier.state_dict(), checkpoint["state_dict"]
+    for key in [*ours, *saved]:
+        shapes = [tuple(weights[key].shape) if key in weights else "missing" for weights in (saved, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path} holds the weights of another network than its settings say: {key} is {shapes[0]} in it, and "
+                f"{shapes[1]} in {settings['arch']}; name another checkpoint"
+            )
+    classifier.load_state_dict(saved)
+    classifier.tested_epoch = checkpoint["epoch"] + 1
+    return classifier
+
+
+# Writing
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are complete or not there, whenever the process or the machine dies.
+
+    Lightning writes through a temporary file in another folder, which is a copy, not a rename, where that folder is
+    another file system's (lightning issue 21253).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write into the same folder, wait for the disk, then rename.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:
+            # torch's writer hides the system's error inside one of its own.
+            cause = error if isinstance(error, OSError) else error.__context__
+            raise disk_error(path, cause if isinstance(cause, OSError) else OSError(0, str(error))) from error
+
+
+def save_final_checkpoint(trainer: Trainer, last: Path, best: Path) -> None:
+    """Write best.ckpt from last.ckpt, with the figures of the validation that the trainer has just made.
+
+    For a training that ends before its first complete epoch. last.ckpt does not know of it, so that a resumed training
+    replaces it at the end of that epoch.
+    """
+    checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+    checkpoint["figures"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    with atomic_write(best) as stream:
+        torch.save(checkpoint, stream)
+
+
+# Resuming
+
+
+def run_conditions(trainer: Trainer) -> dict[str, Any]:
+    """What may differ when a training is resumed, and is printed then."""
+    names = ("max_epochs", "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
+             "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm", "check_val_every_n_epoch")  # fmt: skip
+    values = {name: getattr(trainer, name) for name in names}
+    return {"processes": trainer.world_size, **{n: str(v) if isinstance(v, Enum) else v for n, v in values.items()}}
+
+
+def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifier, data: ImageDataModule) -> None:
+    """Reject a resume with another network, optimizer, schedule or other data than the checkpoint's.
+
+    Raises:
+        UserError: with the keys that differ.
+    """
+    differing = []
+    for group, ours, saved in (
+        ("model", model.hparams, checkpoint["hyper_parameters"]),
+        # Its own state, which the checkpoint restores, would otherwise win without a word.
+        ("model", model.optimization, checkpoint.get("optimization", model.optimization)),
+        ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
+    ):
+        for name in sorted(ours.keys() | saved.keys()):
+            owner = name.partition(".")[0]
+            if owner != name and ours.get(owner) != saved.get(owner):
+                continue  # another optimizer has other options, of course
+            if name != "root" and name in saved and ours.get(name) != saved[name]:
+                differing.append(f"{group}.{name} ({saved[name]} there, {ours.get(name)} here)")
+    if differing:
+        raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
+
+
+def finished(checkpoint: dict[str, Any], trainer: Trainer) -> str:
+    """Why there is nothing left to train; empty where there is."""
+    epochs, steps = completed_epochs(checkpoint), checkpoint["global_step"]
+    done = f"has completed {epochs} epochs and {steps} steps"
+    if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs or 0 <= trainer.max_steps <= steps:
+        return f"{done}; train further with --trainer.max_epochs"
+    if checkpoint.get("stopped_early"):
+        states = [checkpoint["callbacks"].get(stop.state_key) for stop in _early_stopping(trainer)]
+        patience = [stop.patience for stop in _early_stopping(trainer)]
+        if any(state and state["wait_count"] >= least for state, least in zip(states, patience, strict=True)):
+            return f"{done}, where EarlyStopping ended it; train further without it, or with more patience"
+    return ""
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+
+
+def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier, batch_size: int) -> list[str]:
+    """A line for each condition that differs from those before, and may."""
+    here = run_conditions(trainer)
+    there = {name: checkpoint["run_conditions"].get(name, value) for name, value in here.items()}
+    notes = {
+        "processes": f"; a step takes {there['processes'] * batch_size} images there, "
+        f"{here['processes'] * batch_size} here"
+    }
+    if model.schedule_spans_training:
+        notes["max_epochs"] = "; the schedule is stretched to its end"
+    return [
+        f"{name}: {there[name]} there, {value} here{notes.get(name, '')}"
+        for name, value in here.items()
+        if there[name] != value
+    ]
+
+
+class TrainingState(Callback):
+    """Write what Lightning leaves out of a checkpoint, and resume from it exactly.
+
+    Args:
+        resumed: the checkpoint from which the training is resumed, as it was read.
+    """
+
+    def __init__(self, resumed: dict[str, Any] | None = None) -> None:
+        self._resumed = resumed
+        self._interrupted: dict[str, Any] = {}
+        self._epoch_ended = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the network's schedule how many steps there are."""
+        if isinstance(pl_module, Classifier) and stage == "fit":
+            pl_module.total_steps = partial(self._total_steps, trainer)
+
+    def _total_steps(self, trainer: Trainer) -> int | float:
+        """Optimizer steps of the whole training."""
+        total = trainer.estimated_stepping_batches
+        trainer.fit_loop._combined_loader = None  # see the head of this file
+        if self._resumed is not None and trainer.max_steps < 0:
+            # With other processes or another accumulation than before, an epoch has another number of steps.
+            batches = _loader_state(self._resumed)["batches_done"]
+            per_epoch = total // max(1, trainer.max_epochs or 1)
+            behind = completed_epochs(self._resumed) * per_epoch + batches // trainer.accumulate_grad_batches
+            total += self._resumed["global_step"] - behind
+        return max(1, total)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adapt the checkpoint to the trainer's number of processes and epochs, as far as these differ."""
+        _upgrade(checkpoint)
+        self._resumed = checkpoint
+        if not trainer.training or not isinstance(pl_module, Classifier):
+            return
+        loader = _loader_state(checkpoint)
+        processes = checkpoint["run_conditions"].get("processes", trainer.world_size)
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        if loader["batches_done"]:
+            self._interrupted = checkpoint["interrupted_epoch"]
+            if processes != trainer.world_size:
+                # One order of the images is dealt out to all processes: as many are done as before, rounded down.
+                loader["batches_done"] = min(loader["batches_done"] * processes // trainer.world_size, batches - 1)
+                completed = loader["batches_done"] + progress["completed"] - progress["ready"]
+                progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
+                progress["completed"] = completed
+        if pl_module.schedule_spans_training:
+            for state in checkpoint["lr_schedulers"]:
+                for name in ("total_steps", "_schedule_phases"):  # the schedule just built has the new ones
+                    state.pop(name, None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on in an epoch that was interrupted."""
+        if self._interrupted and isinstance(pl_module, Classifier):
+            pl_module.epoch_lr = self._interrupted["lr"]
+            if trainer.is_global_zero:  # the sums are those of all processes
+                pl_module.train_metric.add(*self._interrupted["sums"])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint is of an interrupted epoch from now on."""
+        self._epoch_ended = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint is of a complete epoch from now on."""
+        self._epoch_ended = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the epoch's figures, and in the middle of an epoch what it has summed up so far."""
+        if not isinstance(pl_module, Classifier):
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        loader = _loader_state(checkpoint)
+        if self._epoch_ended:
+            loader["batches_done"] = 0  # Lightning leaves an epoch with fewer batches than the loader has unfinished
+        checkpoint |= {
+            "format": FORMAT,
+            "saved_at": time.time(),  # all that was logged up to now is on the disk
+            "stopped_early": trainer.should_stop,
+            "run_conditions": run_conditions(trainer),
+            "optimization": pl_module.optimization,
+            "figures": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "interrupted_epoch": {"lr": pl_module.epoch_lr, "sums": pl_module.train_metric.sums()},
+        }
+
+
+def _loader_state(checkpoint: dict[str, Any]) -> dict[str, int]:
+    """Where in the epoch the training loader is; may be changed."""
+    states = checkpoint["loops"]["fit_loop"]["state_dict"].setdefault("combined_loader", [{"batches_done": 0}])
+    if "taken" in states[0]:  # before format 2
+        states[0]["batches_done"] = states[0].pop("taken")
+    return states[0]

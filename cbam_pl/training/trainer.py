@@ -1,0 +1,123 @@
+"""Lightning's Trainer with the run's logger, checkpoints and progress bar, and its errors in one line."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
+
+from cbam_pl.errors import UserError, as_user_error
+from cbam_pl.training.callbacks import InterruptCheckpoint, RunCheckpoint, StepLosses, TrainingProgress
+from cbam_pl.training.checkpoint import AtomicCheckpointIO, TrainingState
+from cbam_pl.training.logger import RunLogger
+from cbam_pl.training.run import Run, disk_error
+
+
+def training_trainer(
+    settings: Namespace, run: Run | None, resumed: dict[str, Any] | None, minutes: float, own: list[Callback]
+) -> Trainer:
+    """The Trainer of `fit`.
+
+    Args:
+        settings: those below `trainer`, instantiated.
+        run: where checkpoints and logs go; None on all processes but the first, and where nothing is to be written.
+        resumed: the checkpoint from which the training is resumed.
+        minutes: longest time between two checkpoints.
+        own: the command's callbacks, which come first.
+
+    Raises:
+        UserError: a setting that Lightning rejects, or that would give wrong figures.
+    """
+    options = dict(**settings)
+    _check(options)
+    losses = StepLosses()
+    callbacks = [*own, *_listed(options["callbacks"]), losses, TrainingState(resumed)]
+    if options["enable_progress_bar"] is not False:
+        callbacks.append(TrainingProgress(losses))
+    if options["max_time"] is not None:
+        callbacks.append(Timer(options["max_time"]))  # before InterruptCheckpoint, which acts on it
+        options["max_time"] = None
+    if options["enable_checkpointing"] is not False:
+        folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
+        checkpoint = partial(RunCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
+        # In this order last.ckpt knows of the best.
+        last = checkpoint(filename="last")
+        best = checkpoint(filename="best", monitor="val/acc", mode="max")
+        callbacks += [InterruptCheckpoint(last, minutes), best, last]
+    if options["logger"] in (None, True):
+        options["logger"] = False if run is None else RunLogger(run.logs, resumed=resumed)
+    return _trainer(options, callbacks)
+
+
+def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None) -> Trainer:
+    """The Trainer of `test`, `validate` and `predict`.
+
+    Args:
+        settings: those below `trainer`, instantiated.
+        logger: where the figures go.
+
+    Raises:
+        UserError: a setting that Lightning rejects.
+    """
+    options = dict(**settings)
+    callbacks = _listed(options["callbacks"])
+    if options["enable_progress_bar"] is not False:
+        callbacks.append(TrainingProgress())
+    if options["logger"] in (None, True):
+        options["logger"] = logger or False
+    options["enable_checkpointing"] = False
+    return _trainer(options, callbacks)
+
+
+def _trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    options["callbacks"] = callbacks
+    options["plugins"] = [*_listed(options["plugins"]), AtomicCheckpointIO()]
+    try:
+        with as_user_error():
+            return Trainer(**options)
+    except (ImportError, RuntimeError, TypeError) as error:
+        raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
+
+
+def _listed(values: Any) -> list[Any]:
+    return [] if values is None else [*values] if isinstance(values, list) else [values]
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Reject settings with which figures would not be those of the weights that are saved."""
+    interval = options["val_check_interval"]
+    if interval not in (None, 1.0) or isinstance(interval, int):
+        raise UserError(
+            f"trainer.val_check_interval={interval} must be 1.0: figures and checkpoints are those of whole "
+            "epochs; make epochs shorter with trainer.limit_train_batches, or validate less often with "
+            "trainer.check_val_every_n_epoch"
+        )
+    if options["max_epochs"] == 0 or options["max_steps"] == 0 or options["limit_train_batches"] == 0:
+        raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
+    if options["barebones"]:
+        raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
+
+
+@contextmanager
+def running(run: Run | None = None) -> Iterator[None]:
+    """Turn what fails for the user's reasons while Lightning runs - memory, the disk - into a UserError.
+
+    Args:
+        run: the run whose logs are written.
+    """
+    of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+    try:
+        with as_user_error():
+            yield
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            with as_user_error():
+                raise MemoryError from error
+        if run is None or error.errno not in of_the_disk:
+            raise
+        raise disk_error(Path(error.filename or run.logs), error) from error
