@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from inspect import signature
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -125,9 +126,7 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     """
     recipe = recipe or {}
     names = setting_names(parser)
-    words = [word.partition("=") for word in options if word.startswith("--")]
-    given = [(word[2:].removesuffix("+"), value if equals else None) for word, equals, value in words]
-    for key, value in (*_flatten(recipe, names), *given):
+    for key, value in (*_flatten(recipe, names), *_given(options)):
         _check_key(key, names)
         _check_choice(key, value)
     for place, word in enumerate(options):
@@ -201,7 +200,7 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
             yaml.constructor.ConstructorError: a duplicate key.
         """
         keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
+        for key, _ in reversed(node.value):
             if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
         return super().construct_mapping(node, deep)
@@ -254,6 +253,14 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _given(options: list[str]) -> Iterator[tuple[str, str]]:
+    """Key and value of each option; the value is empty where none follows."""
+    for word, following in zip_longest(options, options[1:], fillvalue=""):
+        key, equals, value = word.partition("=")
+        if key.startswith("--"):
+            yield key[2:].removesuffix("+"), value if equals else "" if following.startswith("--") else following
+
+
 def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Key with dots and value of each setting that is written.
 
@@ -297,7 +304,7 @@ def _choices() -> dict[str, list[str]]:
 
 def _check_choice(key: str, value: Any) -> None:
     choices = _choices().get(key)
-    if choices and isinstance(value, str) and value not in choices:
+    if choices and value and isinstance(value, str) and value not in choices:
         near = difflib.get_close_matches(value, choices, 1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
         raise UserError(f"{key}={value} is unknown; {hint}")

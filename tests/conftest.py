@@ -135,6 +135,7 @@ def launch() -> Iterator[Callable[..., BaseProcess]]:
     context.set_forkserver_preload(
         [
             "cbam_pl.cli",
+            "cbam_pl.commands.fit",
             "cbam_pl.training.classifier",
             "cbam_pl.data.datamodule",
             "cbam_pl.training.monitor",

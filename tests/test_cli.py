@@ -6,30 +6,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbam_pl.command_options import COMMANDS, command_parser
+from cbam_pl.cli import COMMANDS
 from cbam_pl.commands.compare.plan import make_plan, option_parser
-from cbam_pl.settings import parse
+from cbam_pl.settings import command_parser, parse_with_recipes
 from tests.conftest import COLOURS, TEST_PER_CLASS
 from tests.data.test_folder import png_bomb
-
-REPOSITORY = Path(__file__).parents[1]
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def checkpoint(root, name="last", version=0):
-    return torch.load(root / f"checkpoints/tiny/version_{version}/{name}.ckpt", weights_only=True)
+from tests.helpers import REPOSITORY, checkpoint, scalars
 
 
 def test_fit_writes_the_files_of_a_run(trained):
@@ -393,7 +380,7 @@ RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_its_header_names_itself(path):
-    settings = parse(command_parser("fit"), ["--config", str(path)])
+    settings = parse_with_recipes(command_parser("fit"), ["--config", str(path)])
     written = yaml.safe_load(path.read_text())
     assert settings.trainer.max_epochs == written["trainer"]["max_epochs"]
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -417,4 +404,4 @@ def test_commands_of_the_readme_parse(line, monkeypatch):
     if command == "compare":
         make_plan(*option_parser().parse_known_args(options))
     else:
-        parse(command_parser(command), options)
+        parse_with_recipes(command_parser(command), options)

@@ -18,8 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.errors import UserError, is_out_of_memory
 from cbam_pl.training.run import AtomicCheckpointIO, read_checkpoint
-from tests.test_cli import checkpoint
-from tests.training.test_resume import assert_equal, assert_same_run, fit
+from tests.helpers import assert_equal, assert_same_run, checkpoint, fit
 
 RUN = "tiny/version_0"
 KILLS = 50

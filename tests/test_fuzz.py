@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbam_pl.command_options import command_parser
+from cbam_pl.settings import command_parser
 from tests.conftest import FUZZ_CASES, Outcome
 from tests.data.test_cifar import Official, md5
 from tests.data.test_folder import png_bomb

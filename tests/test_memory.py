@@ -7,7 +7,7 @@ import pytest
 # In a process of its own, since the setting stays. Each tensor of 64 MB is mapped anew without it.
 SCRIPT = """
 import resource, sys, torch
-from cbam_pl.memory import keep_freed_memory
+from cbam_pl.process import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 for step in range(30):

@@ -72,8 +72,9 @@ def fit(options: list[str]) -> None:
                 print(f"nothing left to do: {path} {reason}")
             return
         if is_first_process:
-            data.prepare_data()
-            data.setup("fit")
+            with as_user_error():
+                data.prepare_data()
+                data.setup("fit")
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, run)
         if trainer.is_global_zero and checkpoint is not None:

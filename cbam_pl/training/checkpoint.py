@@ -53,6 +53,23 @@ def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict
     """
     if name not in ("best", "last"):
         return Path(name), read_checkpoint(Path(name))
+    newest = newest_checkpoint(root, name, recipe)
+    try:
+        return newest, read_checkpoint(newest)
+    except UserError as error:
+        # Named, not used: it may be hours older, or another run's.
+        others = (path for path in _newest_first(root, "*.ckpt", recipe) if path != newest)
+        complete = next(filter(_is_readable, others), None)
+        instead = "no other one is complete" if complete is None else f"the newest complete one is {complete}"
+        raise UserError(f"{error}; {instead}") from error
+
+
+def newest_checkpoint(root: Path, name: str, recipe: str = "") -> Path:
+    """The most recently written NAME.ckpt of a recipe, or of any.
+
+    Raises:
+        UserError: there is none.
+    """
     found = _newest_first(root, f"{name}.ckpt", recipe)
     if not found:
         of = f" of {recipe}" if recipe else ""
@@ -60,14 +77,7 @@ def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict
             f"no {name}.ckpt{of} under {root / 'checkpoints'}; train first (python train.py fit --config "
             "configs/cbam_cnn.yaml), or name a checkpoint with --ckpt_path"
         )
-    try:
-        return found[0], read_checkpoint(found[0])
-    except UserError as error:
-        # Named, not used: it may be hours older, or another run's.
-        others = (path for path in _newest_first(root, "*.ckpt", recipe) if path != found[0])
-        complete = next(filter(_is_readable, others), None)
-        instead = "no other one is complete" if complete is None else f"the newest complete one is {complete}"
-        raise UserError(f"{error}; {instead}") from error
+    return found[0]
 
 
 def _newest_first(root: Path, name: str, recipe: str) -> list[Path]:

@@ -111,11 +111,7 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Choose what is fast on the device."""
-        device = self.trainer.strategy.root_device
-        if device.type == "mps":  # which has no float64
-            self.train_metric.set_dtype(torch.float32)
-            self.eval_metric.set_dtype(torch.float32)
-        self.configure_memory_format_and_compile(device, stage == "fit")
+        self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
         """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""
@@ -256,6 +252,12 @@ class Classifier(LightningModule):
             optimizer = self.optimizer(self.parameters())
             if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
                 raise ValueError(f"lr={optimizer.param_groups[0]['lr']} must be finite")
+            fused = any(group.get("fused") for group in optimizer.param_groups)
+            if fused and self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("mixed"):
+                raise ValueError(
+                    "fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
+                    "--model.optimizer.init_args.fused false"
+                )
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"model.optimizer: {error}") from error
         if self.lr_scheduler is None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.errors import UserError
-from tests.test_cli import REPOSITORY, checkpoint, scalars
+from tests.helpers import REPOSITORY, checkpoint, scalars
 
 EPOCHS, STEPS = 12, 6
 

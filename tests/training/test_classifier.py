@@ -1,14 +1,15 @@
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
-from cbam_pl.training.classifier import Classifier, EpochMeans
+from cbam_pl.training.callbacks import StepLosses
+from cbam_pl.training.classifier import Classifier
 
 
 @pytest.fixture
@@ -17,30 +18,23 @@ def data(image_folder):
 
 
 def trainer(tmp_path, **options):
-    return Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path, **options,
-    )  # fmt: skip
+    fixed = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": tmp_path,
+    }  # fmt: skip
+    return Trainer(**fixed | options)
 
 
-def test_means_are_over_images_not_over_batches():
-    means = EpochMeans()
-    means.to(torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(23, 4, generator=generator), torch.randint(4, (23,), generator=generator)
-    for part in (slice(0, 8), slice(8, 16), slice(16, 23)):
-        means.note(torch.nn.functional.cross_entropy(logits[part], labels[part]), logits[part], labels[part])
-    loss, acc = means.finish()
-    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
-    assert acc == (logits.argmax(1) == labels).double().mean()
+class StepLossLogger(DummyLogger):
+    """Keeps train/loss_step."""
 
+    def __init__(self):
+        super().__init__()
+        self.step_losses = []
 
-def test_means_start_anew_after_each_epoch():
-    means = EpochMeans()
-    means.to(torch.device("cpu"))
-    for value in (1.0, 3.0):
-        means.note(torch.tensor(value), torch.eye(2), torch.tensor([0, 0]))
-        assert means.finish() == (value, 0.5)
+    def log_metrics(self, metrics, step=None):
+        if "train/loss_step" in metrics:
+            self.step_losses.append((step, metrics["train/loss_step"]))
 
 
 def test_label_smoothing_changes_the_loss_as_defined():
@@ -123,13 +117,16 @@ def test_an_optimizer_that_refuses_its_settings_is_a_mistake_of_the_user(data, t
 
 
 def test_gradient_accumulation_logs_one_loss_per_optimizer_step(data, tmp_path):
-    logged = []
-
+    losses, logger = [], StepLossLogger()
     model = Classifier(3)
-    model._log = lambda values, step: logged.append((step, values))
-    trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=1).fit(model, data)
-    steps = [step for step, values in logged if "train/loss_step" in values]
-    assert steps == [1, 2, 3]
+    original = model.training_step
+    model.training_step = lambda batch, index: losses.append((original(batch, index), len(batch[1]))) or losses[-1][0]
+    options = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "callbacks": StepLosses()}
+    trainer(tmp_path, max_epochs=1, **options | {"logger": logger}).fit(model, data)
+    pairs = [losses[index : index + 2] for index in range(0, len(losses), 2)]
+    means = [sum(float(loss) * size for loss, size in pair) / sum(size for _, size in pair) for pair in pairs]
+    assert [step for step, _ in logger.step_losses] == [1, 2, 3]
+    assert [loss for _, loss in logger.step_losses] == pytest.approx(means, rel=1e-6)
 
 
 def test_a_checkpoint_rebuilds_the_network(data, tmp_path):
@@ -178,12 +175,10 @@ def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(i
 )
 def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected):
     model = Classifier(3)
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    model._trainer = SimpleNamespace(strategy=strategy, is_global_zero=True)
-    model.train_means.to = model.evaluation_means.to = lambda device: None  # there may be no such device here
-    model.setup(stage)
+    model.configure_memory_format_and_compile(torch.device(device), stage == "fit")
     assert (model._compiled is not None) == expected
-    assert model.memory_format == torch.channels_last
+    weight = model.network.blocks[0].conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
@@ -197,7 +192,6 @@ def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
         assert not torch.allclose(straight, back, atol=1e-3)
         assert torch.allclose(flipping.predict_step((images, labels), 0), ((straight + back) / 2).softmax(1), atol=1e-6)
         assert torch.allclose(plain.predict_step((images, labels), 0), straight.softmax(1), atol=1e-6)
-    flipping.evaluation_means.to(torch.device("cpu"))
     flipping.validation_step((images, labels), 0)
     expected = float(torch.nn.functional.cross_entropy((straight + back) / 2, labels))
-    assert flipping.evaluation_means.finish()[0] == pytest.approx(expected, rel=1e-5)
+    assert flipping.eval_metric.compute()[0] == pytest.approx(expected, rel=1e-5)

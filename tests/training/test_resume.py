@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from cbam_pl.schedules import WarmupCosineLR
-from cbam_pl.training.run import epochs_of
-from tests.test_cli import checkpoint, scalars
-
-EPOCHS, STEPS = 4, 3  # 84 training images of which 20 are held out, in batches of 24
-RUN = "tiny/version_0"
+from cbam_pl.training.checkpoint import completed_epochs
+from tests.helpers import EPOCHS, RUN, STEPS, assert_equal, assert_same_run, checkpoint, fit, scalars
 
 
 class PowerCut(Exception):
@@ -52,48 +48,6 @@ def broken(*others: str, **at: int) -> list[str]:
     return ["--trainer.callbacks", f"[{', '.join(callbacks)}]"]
 
 
-def without_places(saved):
-    """All of a checkpoint but where and when it was written."""
-    saved = {name: value for name, value in saved.items() if name != "saved_at"}
-    loop = saved["loops"]["fit_loop"]  # the rest of Lightning's counters depends on how often it was started
-    saved["loops"] = (loop["epoch_loop.batch_progress"]["current"], loop["state_dict"], epochs_of(saved))
-    saved["callbacks"] = {
-        name: {key: value for key, value in state.items() if "path" not in key and key != "best_k_models"}
-        for name, state in saved["callbacks"].items()
-    }
-    return saved
-
-
-def assert_equal(ours, theirs, place="checkpoint"):
-    """Equality to the bit, through dictionaries and lists."""
-    assert type(ours) is type(theirs), place
-    if isinstance(ours, dict):
-        assert list(ours) == list(theirs), place
-        for key in ours:
-            assert_equal(ours[key], theirs[key], f"{place}[{key!r}]")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), place
-        for index, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_equal(*pair, f"{place}[{index}]")
-    elif isinstance(ours, torch.Tensor):
-        assert ours.dtype == theirs.dtype, place
-        assert torch.equal(ours, theirs), place
-    else:
-        assert ours == theirs, place
-
-
-def assert_same_run(ours: Path, theirs: Path):
-    """Both checkpoints, every point of TensorBoard and every row of metrics.csv."""
-    for name in ("best", "last"):
-        assert_equal(*(without_places(checkpoint(root, name)) for root in (ours, theirs)), name)
-    logged = [scalars(root / "logs" / RUN) for root in (ours, theirs)]
-    assert logged[0] == logged[1]
-    assert [step for step, _ in logged[0]["train/loss_step"]] == list(range(1, len(logged[0]["train/loss_step"]) + 1))
-    rows = [(root / "logs" / RUN / "metrics.csv").read_text() for root in (ours, theirs)]
-    assert rows[0] == rows[1]
-    assert [path.name for path in (ours / "logs/tiny").iterdir()] == ["version_0"]
-
-
 SCHEDULES = {
     "plateau": ["--model.lr_scheduler.init_args.patience", 0],
     "cosine": ["--model.lr_scheduler", "cbam_pl.schedules.WarmupCosineLR", "--model.lr_interval", "step",
@@ -106,13 +60,6 @@ NETWORKS = {
     "resnet18": ["--model.arch", "resnet18", "--data.image_size", 8, "--model.optimizer", "SGD",
                  "--model.optimizer.lr", 0.01, "--model.optimizer.momentum", 0.9, "--model.optimizer.fused", "true"],
 }  # fmt: skip
-
-
-def fit(recipe, root, *options):
-    return (
-        "fit", "--config", recipe, "--trainer.default_root_dir", root, "--trainer.max_epochs", EPOCHS,
-        "--data.val_size", 29, "--data.batch_size", 24, "--pictures_every", 0, *options,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -326,7 +273,7 @@ def test_a_run_in_training_is_not_resumed_by_another_process(launch, command, re
     assert process.is_alive()
     process.kill()  # as nothing could announce
     process.join()
-    done = epochs_of(checkpoint(tmp_path))
+    done = completed_epochs(checkpoint(tmp_path))
     outcome = command(*options, "--ckpt_path", "last", "--trainer.max_epochs", done + 1)
     assert outcome.status == 0, outcome.err
-    assert epochs_of(checkpoint(tmp_path)) == done + 1
+    assert completed_epochs(checkpoint(tmp_path)) == done + 1

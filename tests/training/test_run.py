@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cbam_pl.errors import UserError
-from cbam_pl.training.run import Run, new_run, newest_checkpoint, read_checkpoint, run_of
+from cbam_pl.training.checkpoint import read_checkpoint
+from cbam_pl.training.run import Run, new_run, run_of
 
 
 def test_versions_count_up_from_zero_past_either_folder(tmp_path):
@@ -25,7 +26,7 @@ def test_runs_started_at_once_take_different_versions(tmp_path):
 
 def test_an_unusable_folder_is_named(tmp_path):
     (tmp_path / "logs").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"cannot make the run's folder .*logs.*default_root_dir"):
+    with pytest.raises(UserError, match=r"cannot write into the run's folder .*logs.*default_root_dir"):
         new_run(tmp_path, "a")
 
 

@@ -21,7 +21,7 @@ from cbam_pl.commands.compare.jobs import (
 )
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.data.datamodule import ImageDataModule
-from cbam_pl.training.callbacks import Safeguard
+from cbam_pl.training.callbacks import InterruptCheckpoint
 from tests.commands.compare.test_plan import plan_of
 
 
@@ -112,7 +112,7 @@ def test_a_job_that_was_cut_off_resumes_and_ends_like_one_that_was_not(compared,
             raise SystemExit(9)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Safeguard, "on_train_epoch_start", die_in_the_second_epoch)
+        patch.setattr(InterruptCheckpoint, "on_train_epoch_start", die_in_the_second_epoch)
         failure = run_job(job)
     assert failure is not None
     assert not failure.stopped

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from cbam_pl.command_options import command_parser
 from cbam_pl.commands.compare.plan import (
     _full_key,
     _labels,
@@ -18,6 +17,7 @@ from cbam_pl.commands.compare.plan import (
     same_settings,
 )
 from cbam_pl.errors import UserError
+from cbam_pl.settings import command_parser
 
 REPOSITORY = Path(__file__).parents[3]
 
