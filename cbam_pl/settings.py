@@ -134,7 +134,7 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
             options = options[place : place + 2]
             break
     try:
-        settings = parser.parse_args(options, namespace=parser.parse_object(dict(recipe)))
+        settings = parser.parse_args(options, namespace=parser.parse_object(dict(recipe)) if recipe else None)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     for key, value in settings.items():
@@ -294,17 +294,18 @@ def _check_key(key: str, names: list[str]) -> None:
 def _choices() -> dict[str, list[str]]:
     """The words that a key may have, for each key that is a choice among words."""
     groups: dict[str, Any] = {"model.": Classifier, "model.attention.": AttentionConfig, "data.": ImageDataModule}
-    return {
-        prefix + name: [str(word) for word in get_args(hint)]
-        for prefix, owner in groups.items()
-        for name, hint in get_type_hints(owner.__init__).items()
-        if get_origin(hint) is Literal
-    }
+    choices = {}
+    for prefix, owner in groups.items():
+        for name, hint in get_type_hints(owner.__init__).items():
+            # Of a choice that may be left out, its words.
+            words = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+            choices |= {prefix + name: [str(word) for word in get_args(kind)] for kind in words}
+    return choices
 
 
 def _check_choice(key: str, value: Any) -> None:
     choices = _choices().get(key)
-    if choices and value and isinstance(value, str) and value not in choices:
+    if choices and value and isinstance(value, str) and value not in (*choices, "null"):
         near = difflib.get_close_matches(value, choices, 1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
         raise UserError(f"{key}={value} is unknown; {hint}")

@@ -246,14 +246,14 @@ BAD = {
     "no command": ([], "no command given; use one of fit"),
     "unknown command": (["fitt"], "unknown command 'fitt'; did you mean fit"),
     "unknown key": (["fit", "--model.arhc", "cnn"], "model.arhc"),
-    "unknown arch": (["fit", "--model.arch", "vgg"], "model.arch=vgg must be one of cnn, resnet18"),
-    "unknown kind": (["fit", "--model.attention.kind", "foo"], "model.attention.kind=foo must be one of .*cbam"),
-    "wrong type": (["fit", "--data.batch_size", "many"], "data.batch_size=many must be an integer"),
+    "unknown arch": (["fit", "--model.arch", "vgg"], "model.arch=vgg is unknown; use one of cnn, resnet"),
+    "unknown kind": (["fit", "--model.attention.kind", "foo"], "model.attention.kind=foo is unknown; use one of .*cbam"),
+    "wrong type": (["fit", "--data.batch_size", "many"], "data.batch_size.*Got value: many"),
     "batch of zero": (["fit", "--data.batch_size", "0"], "batch_size=0 must be at least 1"),
     "negative val_size": (["fit", "--data.val_size", "-1"], "val_size=-1 must be at least 0"),
-    "unknown preset": (["fit", "--model.attention.preset", "foo"], "attention.preset=foo must be one of .*official"),
-    "unknown order": (["fit", "--model.attention.order", "foo"], "model.attention.order=foo must be one of .*parallel"),
-    "unknown pool": (["fit", "--model.attention.pools", "[avg, foo]"], "pools=.*foo.* must be a list of .*lse"),
+    "unknown preset": (["fit", "--model.attention.preset", "foo"], "attention.preset=foo is unknown; use one of .*official"),
+    "unknown order": (["fit", "--model.attention.order", "foo"], "model.attention.order=foo is unknown; use one of .*parallel"),
+    "unknown pool": (["fit", "--model.attention.pools", "[avg, foo]"], "model.attention.pools.*lse.*foo"),
     "option of another kind": (
         ["fit", "--model.attention.kind", "se", "--model.attention.kernel_size", "3"],
         "kernel_size=3 has no effect with kind='se'",
@@ -278,7 +278,6 @@ BAD = {
         ["fit", "--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "0", "--data.root", "nope"],
         "model.lr_scheduler: .*zero",
     ),
-    "optimizer of sparse gradients": (["fit", "--model.optimizer", "SparseAdam", "--data.root", "nope"], "SparseAdam"),
     "strategy before the data": (["fit", "--trainer.strategy", "foo", "--data.root", "nope"], "strategy"),
     "devices before the data": (
         ["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "x", "--data.root", "nope"],
@@ -287,7 +286,7 @@ BAD = {
     "precision that is not installed": (["fit", "--trainer.precision", "transformer-engine"], "transformer"),
     "val_size above CIFAR": (["fit", "--data.val_size", "50000"], "val_size=50000 leaves nothing to train on"),
     "huge image_size": (["fit", "--data.dataset", "shapes", "--data.image_size", "5000"], "at most 512"),
-    "huge kernel": (["fit", "--model.attention.kernel_size", "1000001"], "does not fit into memory; check"),
+    "huge kernel": (["fit", "--model.attention.kernel_size", "1000001"], "out of memory; lower .*kernel_size"),
     "huge batch": (["fit", "--data.batch_size", "10000000"], "batch_size=10000000 must be .* at most 1,000,000"),
     "cycle that is too short": (
         ["fit", "--config", "{recipe}", "--model.lr_scheduler", "{{class_path: torch.optim.lr_scheduler.OneCycleLR, "
@@ -301,7 +300,7 @@ BAD = {
     ),
     "validation that never comes": (
         ["fit", "--config", "{recipe}", "--trainer.val_check_interval", "100"],
-        "trainer.val_check_interval .100. must be less than",
+        "trainer.val_check_interval=100 must be 1.0",
     ),
     "name that is too long": (["fit", "--data.dataset", "folder", "--data.root", "x" * 5000], "File name too long"),
     "nothing to resume": (["fit", "--config", "{recipe}", "--ckpt_path", "last"], "no last.ckpt of tiny"),

@@ -50,6 +50,7 @@ def fit(options: list[str]) -> None:
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
+        model.make_optimizer()
 
     # The run: a new one, or that of the checkpoint.
     path, checkpoint, run = None, None, None
@@ -111,7 +112,7 @@ class _Begin(Callback):
     def __init__(self, run: Run | None, parser: ArgumentParser, settings: Namespace) -> None:
         self._run = run
         saved = settings.clone()
-        saved.ckpt_path = None
+        saved.config, saved.ckpt_path = None, None
         self._text = parser.dump(saved)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

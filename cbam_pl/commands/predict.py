@@ -43,9 +43,7 @@ def predict(options: list[str]) -> None:
         batches: Any = trainer.predict(model, loader)
     probabilities = torch.cat(batches).cpu()  # (N, classes)
     if not probabilities.isfinite().all():
-        raise UserError(
-            f"{path} gives probabilities that are not finite: it has diverged; choose an earlier one"
-        )
+        raise UserError(f"{path} gives probabilities that are not finite: it has diverged; choose an earlier one")
 
     classes = data["classes"]
     top = min(settings.top, len(classes))

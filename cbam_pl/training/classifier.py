@@ -242,24 +242,33 @@ class Classifier(LightningModule):
             settings |= {f"{name}.{key}": value for key, value in options.items()}
         return settings
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over all parameters.
+
+        Raises:
+            UserError: a setting that the optimizer rejects.
+        """
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"model.optimizer: {error}") from error
+        if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
+            raise UserError(f"model.optimizer: lr={optimizer.param_groups[0]['lr']} must be finite")
+        return optimizer
+
     def configure_optimizers(self) -> Any:
-        """The optimizer over all parameters, and the schedule with its interval.
+        """The optimizer, and the schedule with its interval.
 
         Raises:
             UserError: a setting that the optimizer or the schedule rejects.
         """
-        try:
-            optimizer = self.optimizer(self.parameters())
-            if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
-                raise ValueError(f"lr={optimizer.param_groups[0]['lr']} must be finite")
-            fused = any(group.get("fused") for group in optimizer.param_groups)
-            if fused and self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("mixed"):
-                raise ValueError(
-                    "fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
-                    "--model.optimizer.init_args.fused false"
-                )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"model.optimizer: {error}") from error
+        optimizer = self.make_optimizer()
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        if fused and self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("mixed"):
+            raise UserError(
+                "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
+                "--model.optimizer.init_args.fused false"
+            )
         if self.lr_scheduler is None:
             return optimizer
         try:
@@ -303,7 +312,10 @@ class Classifier(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step any schedule but a plateau, which on_train_epoch_end steps (lightning issue 14699)."""
         if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
+            try:
+                scheduler.step()
+            except ZeroDivisionError as error:  # such as of step_size=0
+                raise UserError(f"model.lr_scheduler: {error}; a step size or share in it is 0") from error
 
     # Logging
 

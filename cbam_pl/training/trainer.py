@@ -9,13 +9,15 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.training.callbacks import InterruptCheckpoint, RunCheckpoint, StepLosses, TrainingProgress
 from cbam_pl.training.checkpoint import AtomicCheckpointIO, TrainingState
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, disk_error
+
+METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 
 
 def training_trainer(
@@ -35,8 +37,15 @@ def training_trainer(
     """
     options = dict(**settings)
     _check(options)
+    users = _listed(options["callbacks"])
+    others = [callback for callback in users if not isinstance(callback, (EarlyStopping, ModelCheckpoint))]
+    for callback in users:
+        if isinstance(callback, EarlyStopping) and callback.monitor not in METRICS and not others:  # which may log more
+            raise UserError(
+                f"trainer.callbacks: monitor={callback.monitor} is not logged; use one of {', '.join(METRICS)}"
+            )
     losses = StepLosses()
-    callbacks = [*own, *_listed(options["callbacks"]), losses, TrainingState(resumed)]
+    callbacks = [*own, *users, losses, TrainingState(resumed)]
     if options["enable_progress_bar"] is not False:
         callbacks.append(TrainingProgress(losses))
     if options["max_time"] is not None:
