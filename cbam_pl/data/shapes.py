@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbam_pl.data.images import Images, Source
-from cbam_pl.memory import refuse_beyond_memory
+from cbam_pl.data.images import Images, Source, check_memory
 
 _CHUNK = 100  # images drawn at once: few enough that what they need stays in the processor's cache
 _CIFAR_SIZE = 32  # all lengths below are pixels of an image of this size
@@ -96,9 +95,9 @@ def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image
     Raises:
         UserError: they do not fit into memory.
     """
-    # Twice, for parts that are put together; three channels and a mask.
+    # Twice, as the parts are concatenated; three channels and a mask.
     count = num_train + num_test
-    refuse_beyond_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
+    check_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
     train = make_shapes(num_train, 2 * seed, image_size)
     test = make_shapes(num_test, 2 * seed + 1, image_size)
     return Source(CLASSES, train, test)
