@@ -156,7 +156,8 @@ def expand_root(root: str) -> Path:
 def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
     """Pixels (image_size, image_size, 3) uint8, and the file's content."""
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as stream:
+            content = stream.read()
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             ImageOps.exif_transpose(file, in_place=True)
             image = _to_rgb(file)
@@ -239,7 +240,7 @@ def _decode_chunk(files: list[File], image_size: int) -> tuple[Tensor, Tensor, l
     What processes exchange once per image costs more than decoding a small one.
     """
     pixels = np.zeros((len(files), image_size, image_size, 3), np.uint8)
-    ids = torch.zeros(len(files), dtype=torch.int64)
+    ids = np.zeros(len(files), np.int64)
     failures = []
     for i, (path, label, _) in enumerate(files):
         try:
@@ -249,7 +250,7 @@ def _decode_chunk(files: list[File], image_size: int) -> tuple[Tensor, Tensor, l
         else:
             digest = hashlib.blake2b(content, digest_size=8, salt=label.to_bytes(8, "big")).digest()
             ids[i] = int.from_bytes(digest, "big", signed=True)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), ids, failures
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(ids), failures
 
 
 def _decode_split(files: list[File], image_size: int) -> dict[str, Tensor]:
