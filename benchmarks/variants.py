@@ -15,7 +15,7 @@ from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
 from cbam_pl import cli
 from cbam_pl.command_options import command_parser
 from cbam_pl.data.datamodule import ImageDataModule
-from cbam_pl.data.loader import Normalise, Share, TrainingLoader
+from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
 from cbam_pl.memory import keep_freed_memory
 from cbam_pl.settings import parse
 from cbam_pl.training.classifier import Classifier
@@ -37,7 +37,7 @@ def _batches(data: ImageDataModule, device: torch.device) -> Iterator[tuple[Tens
     epoch = 0
     normalise = Normalise(data.mean, data.std, device)
     loader = TrainingLoader(
-        data.images("train"), data.batch_size, data.augmentation, normalise, device, 0, lambda: epoch, Share()
+        data.images("train"), data.batch_size, data.augmentation, normalise, device, 0, lambda: epoch, Shard()
     )
     while True:
         yield from loader

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cbam_pl.data.folder import decode, find_images, show
 from cbam_pl.data.images import Images
-from cbam_pl.data.loader import EvaluationLoader, Normalise, Share
+from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard
 from cbam_pl.errors import UserError, as_user_error, cannot_write
 from cbam_pl.settings import command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
@@ -38,7 +38,7 @@ def predict(options: list[str]) -> None:
     pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     data, device = checkpoint["ImageDataModule"], trainer.strategy.root_device
-    loader = EvaluationLoader(images, _BATCH_SIZE, Normalise(data["mean"], data["std"], device), device, Share())
+    loader = EvaluationLoader(images, _BATCH_SIZE, Normalise(data["mean"], data["std"], device), device, Shard())
     with running():
         batches: Any = trainer.predict(model, loader)
     probabilities = torch.cat(batches).cpu()  # (N, classes)

@@ -5,7 +5,6 @@ import tarfile
 import warnings
 import zlib
 from http.client import HTTPException
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
-from cbam_pl.data.folder import show
+from cbam_pl.data.folder import expand_root, show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.errors import UserError
 
@@ -28,11 +27,11 @@ _TIMEOUT_SECONDS = 30.0
 
 
 def load_cifar(dataset: CifarName, root: str) -> Source:
-    """The training and test images of CIFAR, downloaded on first use.
+    """The training and test images of CIFAR, which are downloaded on first use.
 
     Args:
         dataset: cifar10 (10 classes) or cifar100 (100 fine classes).
-        root: folder that holds, or will hold, the official archive and what is unpacked from it.
+        root: folder that holds, or will hold, the official archive and its unpacked files.
 
     Raises:
         UserError: the archive cannot be downloaded, or a file is damaged.
@@ -42,8 +41,8 @@ def load_cifar(dataset: CifarName, root: str) -> Source:
 
 
 def download_cifar(dataset: CifarName, root: str) -> None:
-    """Make sure that CIFAR lies unpacked and whole in `root`; see `load_cifar`."""
-    official, folder = _DATASETS[dataset], Path(root).expanduser()
+    """Download and unpack CIFAR into `root` where it is missing, and verify it; see `load_cifar`."""
+    official, folder = _DATASETS[dataset], expand_root(root)
     if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
         print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
     _read_split(dataset, root, train=False)
@@ -52,13 +51,13 @@ def download_cifar(dataset: CifarName, root: str) -> None:
 def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
     """Read one split; torchvision compares every file's MD5 checksum before it unpickles anything."""
     timeout = socket.getdefaulttimeout()
-    # torchvision sets no timeout, so a network that swallows packets would hang the command for ever
+    # torchvision sets no timeout, so a network that drops packets would hang the command forever
     socket.setdefaulttimeout(_TIMEOUT_SECONDS)
     try:
         with warnings.catch_warnings():
-            # not for the user to mend: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
+            # nothing the user can fix: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
             warnings.simplefilter("ignore")
-            return _DATASETS[dataset](str(Path(root).expanduser()), train=train, download=True)
+            return _DATASETS[dataset](str(expand_root(root)), train=train, download=True)
     except _FAILURES as error:
         raise UserError(_explain(dataset, root, error)) from error
     finally:
@@ -66,10 +65,10 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
 
 
 def _explain(dataset: CifarName, root: str, error: BaseException) -> str:
-    """One line that names the damaged or missing file and the mend."""
+    """One line that names the damaged or missing file and the fix."""
     official = _DATASETS[dataset]
-    archive = Path(root).expanduser() / official.filename
-    folder = Path(root).expanduser() / official.base_folder
+    archive = expand_root(root) / official.filename
+    folder = expand_root(root) / official.base_folder
     elsewhere = (
         "or train without a download: --data.dataset folder --data.root DIR for your own images, "
         "--data.dataset shapes for generated ones"
@@ -77,7 +76,7 @@ def _explain(dataset: CifarName, root: str, error: BaseException) -> str:
     if archive.is_file() and not check_integrity(archive, official.tgz_md5):
         return (
             f"{archive} is truncated or damaged (its checksum is wrong): delete it and run again, "
-            f"put a whole {official.filename} from {official.url} into {root} by hand, {elsewhere}"
+            f"put a complete {official.filename} from {official.url} into {root} by hand, {elsewhere}"
         )
     meta = (official.meta["filename"], official.meta["md5"])
     for name, checksum in [*official.train_list, *official.test_list, meta]:

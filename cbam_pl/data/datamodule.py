@@ -1,5 +1,6 @@
 """The LightningDataModule: a data source, its validation split and normalisation, and batches for every stage."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from cbam_pl.data.augmentation import Augmentation
 from cbam_pl.data.cifar import download_cifar, load_cifar
-from cbam_pl.data.folder import count_training_images, list_classes, load_folder
+from cbam_pl.data.folder import count_training_images, list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
-from cbam_pl.data.loader import EvaluationLoader, Normalise, Share, TrainingLoader
+from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
 from cbam_pl.data.shapes import CLASSES as SHAPES
 from cbam_pl.data.shapes import load_shapes
 from cbam_pl.errors import UserError
@@ -44,27 +45,37 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def stratified_split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out `val_size` images, from every class its share.
+def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Hold out `val_size` images, the same fraction of every class; each class keeps at least one for training.
 
     Args:
         labels: (N,) int64.
         val_size: images to hold out.
-        seed: what the choice depends on, besides the labels.
+        seed: decides the choice, together with the labels.
+        classes: names of the classes, for the error.
 
     Returns:
         Indices of the training and of the validation images, each in ascending order.
+
+    Raises:
+        UserError: a class would lose its last training image.
     """
     generator = torch.Generator().manual_seed(derive_seed("split", seed))
-    counts = torch.bincount(labels)
-    shares = counts * val_size // len(labels)
-    # Largest remainders get the images that whole shares leave over.
-    remainders = counts * val_size % len(labels)
-    shares[remainders.argsort(descending=True, stable=True)[: val_size - int(shares.sum())]] += 1
+    counts = torch.bincount(labels, minlength=len(classes))
+    num_held_out = counts * val_size // len(labels)
+    # The largest remainders get the images that rounding down leaves over, in classes that can spare one.
+    remainders = torch.where(counts - num_held_out > 1, counts * val_size % len(labels), -1)
+    chosen = remainders.argsort(descending=True, stable=True)[: val_size - int(num_held_out.sum())]
+    for label in chosen[remainders[chosen] < 0].tolist():
+        raise UserError(
+            f"data.val_size={val_size} leaves no training image of the class {classes[label]}, which has "
+            f"{int(counts[label])}; add images or lower data.val_size"
+        )
+    num_held_out[chosen] += 1
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label, share in enumerate(shares.tolist()):
+    for label, num in enumerate(num_held_out.tolist()):
         members = (labels == label).nonzero()[:, 0]
-        held_out[members[torch.randperm(len(members), generator=generator)[:share]]] = True
+        held_out[members[torch.randperm(len(members), generator=generator)[:num]]] = True
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
@@ -74,14 +85,14 @@ class ImageDataModule(LightningDataModule):
     Args:
         dataset: cifar10 or cifar100 (downloaded on first use), folder (images of your own: root/train/CLASS/* and
             root/test/CLASS/*), or shapes (generated, no files).
-        root: folder of the images, or where CIFAR is kept.
+        root: folder of the images, or where CIFAR is stored.
         batch_size: images per step and device.
-        val_size: images held out of training for validation, the same share of every class; by default a tenth of
+        val_size: images held out of training for validation, the same fraction of every class; by default a tenth of
             them, or the folder's own val; 0 validates on the test split, so that the best epoch is chosen on it.
         augmentation: none, basic (crop, flip), alternating (the same, but a mirrored border around the crop, and a flip
             in every other epoch) or rich (crop, flip, colour jitter, rotation).
         image_size: height and width of the images in pixels; folder resizes to it, shapes draws at it.
-        seed: what the validation split, the order, the augmentation and the shapes depend on.
+        seed: decides the validation split, the order and the augmentation.
 
     Raises:
         ValueError: a setting out of its range.
@@ -124,7 +135,9 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.classes: list[str] = []
         self.mean, self.std = _STATISTICS.get(dataset, ([], []))
-        self._images: dict[str, Images] = {}  # stage → images
+        self._images: dict[str, Images] = {}  # split → images
+        self._val_is_drawn = False  # from the training images, by stratified_split
+        self._trained_ids: dict[str, Tensor] = {}  # split → ids of the images that the checkpoint was trained with
 
     @property
     def num_classes(self) -> int:
@@ -132,7 +145,7 @@ class ImageDataModule(LightningDataModule):
         return len(list_classes(self.root)) if self.dataset == "folder" else _NUM_CLASSES[self.dataset]
 
     def prepare_data(self) -> None:
-        """Download CIFAR where it is missing, or decode the folder into its cache; in one process alone."""
+        """Download CIFAR where it is missing, or decode the folder into its cache; called in one process only."""
         if self._images:
             return
         if self.dataset == "cifar10" or self.dataset == "cifar100":
@@ -148,12 +161,12 @@ class ImageDataModule(LightningDataModule):
         if self.dataset == "folder":
             return load_folder(self.root, self.image_size)
         if self.dataset == "shapes":
-            # The data set is one fixed thing; the seed decides what is made of it.
+            # The data set is always the same; the seed decides the split, the order and the augmentation.
             return load_shapes(0, image_size=self.image_size)
         return load_cifar(self.dataset, self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images, hold out those for validation, and take the statistics for normalisation."""
+        """Read the images, hold out those for validation, and compute the statistics for normalisation."""
         if self._images:
             return
         source = self._load()
@@ -174,31 +187,75 @@ class ImageDataModule(LightningDataModule):
             _check_val_size(val_size, len(train))
             if val_size == 0:
                 raise UserError(f"{len(train)} training images are too few to hold any out; set data.val_size")
-            kept, held_out = stratified_split(train.labels, val_size, self.seed)
+            kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
             train, val = train.subset(kept), train.subset(held_out)
-        self._take_classes(source.classes, self.classes or source.classes)
+            self._val_is_drawn = True
+        self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:
             self.mean, self.std = channel_statistics(train.pixels)
         self._images = {"train": train, "val": val, "test": source.test}
+        self._restore_split(resuming=stage == "fit")
 
     def images(self, split: Literal["train", "val", "test"]) -> Images:
         """The images of a split, once `setup` has run."""
         return self._images[split]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to be used without the training images."""
-        return {"classes": self.classes, "mean": self.mean, "std": self.std}
+        """What a checkpoint needs to be used without the training images, and the ids of a folder's images."""
+        state: dict[str, Any] = {"classes": self.classes, "mean": self.mean, "std": self.std}
+        for split in ("train", "val"):
+            if self._images and self._images[split].ids is not None:
+                state[f"{split}_ids"] = self._images[split].ids
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's normalisation.
+        """Use a checkpoint's normalisation, and its split of a folder whose images have changed since.
+
+        Images that were held out stay held out; all others, new ones too, count as training images.
 
         Raises:
-            UserError: the checkpoint was trained on other classes.
+            UserError: the checkpoint was trained on other classes, or none of its held-out images is left, or training
+                is to resume on other images.
         """
-        self._take_classes(self.classes or state_dict["classes"], state_dict["classes"])
+        self._set_classes(self.classes or state_dict["classes"], state_dict["classes"])
         self.mean, self.std = state_dict["mean"], state_dict["std"]
+        # Checkpoints of fixed data and older ones have no ids.
+        if "val_ids" in state_dict:
+            self._trained_ids = {split: state_dict[f"{split}_ids"] for split in ("train", "val")}
+        self._restore_split(resuming=self.trainer is not None and self.trainer.training)
 
-    def _take_classes(self, found: list[str], trained: list[str]) -> None:
+    def _restore_split(self, resuming: bool) -> None:
+        """Adapt a folder's split to the checkpoint's, once both are known."""
+        trained = self._trained_ids
+        if not self._images or not trained:
+            return
+        train, val = self._images["train"], self._images["val"]
+        if train.ids is None or val.ids is None:
+            return
+        ids, before = torch.cat([train.ids, val.ids]), torch.cat([trained["train"], trained["val"]])
+        if len(train) == len(trained["train"]) and torch.equal(ids, before):
+            return
+        added, removed = int((~torch.isin(ids, before)).sum()), int((~torch.isin(before, ids)).sum())
+        problem = (
+            f"the training and validation images in {show(self.root)} are not those of the checkpoint ({added} added, "
+            f"{removed} removed)"
+        )
+        if resuming:
+            raise UserError(f"{problem}, so training cannot resume; restore the images or start a new run")
+        if self._val_is_drawn:
+            held_out = torch.isin(ids, trained["val"])
+            if not held_out.any():
+                raise UserError(f"{problem}, and none of those that were held out for validation is left")
+            images = Images(torch.cat([train.pixels, val.pixels]), torch.cat([train.labels, val.labels]), ids=ids)
+            train, val = images.subset((~held_out).nonzero()[:, 0]), images.subset(held_out.nonzero()[:, 0])
+            self._images |= {"train": train, "val": val}
+            problem += (
+                f"; the {len(val)} of {len(trained['val'])} held-out images that are left stay held out, all others "
+                "count as training images"
+            )
+        rank_zero_warn(problem)
+
+    def _set_classes(self, found: list[str], trained: list[str]) -> None:
         if found != trained:
             raise UserError(
                 f"the checkpoint's classes ({_short(trained)}) are not those of the data ({_short(found)}); check "
@@ -206,17 +263,23 @@ class ImageDataModule(LightningDataModule):
             )
         self.classes = found
 
-    def _device_and_share(self) -> tuple[torch.device, Share]:
+    def _device_and_shard(self) -> tuple[torch.device, Shard]:
         if self.trainer is None:
-            return torch.device("cpu"), Share()
-        return self.trainer.strategy.root_device, Share(self.trainer.global_rank, self.trainer.world_size)
+            return torch.device("cpu"), Shard()
+        return self.trainer.strategy.root_device, Shard(self.trainer.global_rank, self.trainer.world_size)
+
+    def _epoch(self) -> int:
+        # overfit_batches repeats the same batches, those of the first epoch
+        if self.trainer is None or self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return 0
+        return self.trainer.current_epoch
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled, augmented batches of `batch_size`."""
-        device, share = self._device_and_share()
+        device, shard = self._device_and_shard()
         images = self._images["train"]
-        if len(images) < share.world_size:
-            raise UserError(f"{len(images)} training images are fewer than the {share.world_size} processes")
+        if len(images) < shard.world_size:
+            raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
         return TrainingLoader(
             images,
             self.batch_size,
@@ -224,23 +287,28 @@ class ImageDataModule(LightningDataModule):
             Normalise(self.mean, self.std, device),
             device,
             self.seed,
-            lambda: self.trainer.current_epoch if self.trainer else 0,
-            share,
+            self._epoch,
+            shard,
         )
 
     def _evaluation_loader(self, split: str) -> EvaluationLoader:
-        device, share = self._device_and_share()
+        device, shard = self._device_and_shard()
         # Without gradients four times as many images need less memory than a training step.
         return EvaluationLoader(
-            self._images[split], 4 * self.batch_size, Normalise(self.mean, self.std, device), device, share
+            self._images[split],
+            4 * self.batch_size,
+            Normalise(self.mean, self.std, device),
+            device,
+            shard,
+            shuffle=True,
         )
 
     def val_dataloader(self) -> EvaluationLoader:
-        """Every validation image once."""
+        """Every validation image once, in a fixed random order."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> EvaluationLoader:
-        """Every test image once."""
+        """Every test image once, in a fixed random order."""
         return self._evaluation_loader("test")
 
 

@@ -1,8 +1,12 @@
 """What every data source becomes: uint8 images and labels in memory."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
+
+from cbam_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -13,18 +17,21 @@ class Images:
         pixels: (N, 3, H, W) uint8.
         labels: (N,) int64, indices into the class names.
         masks: (N, 1, H, W) bool, True on the object, where the source knows it.
+        ids: (N,) int64, a hash of each image's file and label, where the images may change between two runs.
     """
 
     pixels: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "Images":
         """The images at `indices` (M,) int64, in that order."""
-        return Images(self.pixels[indices], self.labels[indices], None if self.masks is None else self.masks[indices])
+        tensors = (self.pixels, self.labels, self.masks, self.ids)
+        return Images(*(None if tensor is None else tensor[indices] for tensor in tensors))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -42,3 +49,24 @@ class Source:
     train: Images
     test: Images
     val: Images | None = None
+
+
+def check_memory(num_bytes: int, images: str) -> None:
+    """Reject images that do not fit into the free memory; Linux would allocate it, and kill the process later.
+
+    Args:
+        num_bytes: memory that the images need.
+        images: what they are, for the message.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    try:
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux; other systems fail at the allocation
+        return
+    if found and num_bytes > 1024 * int(found[1]):
+        raise UserError(
+            f"{images} need {num_bytes / 1e9:,.1f} GB of memory, and {int(found[1]) / 1e6:,.1f} GB are free; lower "
+            "data.image_size"
+        )

@@ -1,6 +1,6 @@
 """Batches from images in memory: order and augmentation are functions of (seed, epoch, index), so any run can resume.
 
-torch's DataLoader works image by image in Python; here a batch is one gather, on the device where the images lie.
+torch's DataLoader works image by image in Python; here a batch is one gather, on the device that holds the images.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, normalised; labels
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of each epoch's images this process takes: every `world_size`-th, from `rank` on."""
+class Shard:
+    """The part of the images that this process reads: every `world_size`-th, starting at `rank`."""
 
     rank: int = 0
     world_size: int = 1
@@ -63,21 +63,25 @@ def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:
 
 
 class TrainingLoader:
-    """Shuffled, augmented batches, another order and other draws in every epoch.
+    """Augmented batches, in a new order and with new draws in every epoch.
 
-    Epoch e of seed s always holds the same images in the same order with the same draws, whatever ran before. In
-    several processes one global order is dealt out in turn, so that their batches together are those of one process;
-    the few images that do not divide among the processes are left out, other ones in every epoch.
+    Epoch e of seed s always holds the same images in the same order with the same draws, whatever ran before. With
+    several processes, the images of one global order go to the processes in turn, so that their batches together are
+    those of one process; the remainder that does not divide among the processes is left out, other images in every
+    epoch.
+
+    Each iteration starts at the epoch's first batch, even if the previous one was cut short; only the first iteration
+    after `load_state_dict` starts in the middle.
 
     Args:
         images: training images, on the CPU.
         batch_size: images per batch of this process; the last batch may be smaller.
         augmentation: none, basic, alternating or rich.
-        normalise: what turns images in [0, 1] into the network's input.
+        normalise: maps images in [0, 1] to the network's input.
         device: where the batches go.
-        seed: what the order and the draws depend on.
-        current_epoch: gives the epoch, from 0, when an epoch is begun.
-        share: which process this is, of how many.
+        seed: decides the order and the draws, together with the epoch.
+        current_epoch: returns the epoch, from 0; called when an iteration starts.
+        shard: which part of the images this process reads.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class TrainingLoader:
         device: torch.device,
         seed: int,
         current_epoch: Callable[[], int],
-        share: Share,
+        shard: Shard,
     ) -> None:
         self.images = _place(images, device)
         self.batch_size = batch_size
@@ -98,68 +102,88 @@ class TrainingLoader:
         self.device = device
         self.seed = seed
         self.current_epoch = current_epoch
-        self.share = share
-        self._taken = 0  # batches of the epoch that were handed out
+        self.shard = shard
+        self._start = 0  # the first batch of the next iteration
+        self._batches_done = 0  # in the current iteration
 
     def state_dict(self) -> dict[str, int]:
-        """Where in the epoch the loader is, so that a resumed run goes on at the next batch."""
-        return {"taken": self._taken % len(self)}
+        """The number of batches done in the current iteration, 0 after the last one."""
+        return {"batches_done": self._batches_done % len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next epoch behind the batches that were taken already."""
-        self._taken = state_dict["taken"]
+        """Start the next iteration, and only that one, after the batches that are done."""
+        # older checkpoints have the key "taken"
+        done = state_dict["batches_done"] if "batches_done" in state_dict else state_dict["taken"]
+        self._start = self._batches_done = done % len(self)
 
     def __len__(self) -> int:
-        return -(-(len(self.images) // self.share.world_size) // self.batch_size)
+        return -(-(len(self.images) // self.shard.world_size) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.current_epoch()))
-        count = len(self.images)
+        self._batches_done = self._start
+        return self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        # Not in __iter__: Lightning may call that twice before it asks for the first batch.
+        start, self._start = self._start, 0
+        epoch = self.current_epoch()
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+        count, world_size = len(self.images), self.shard.world_size
         order = torch.randperm(count, generator=generator)  # (N,)
-        # Row i belongs to image i, wherever it stands in the order.
+        # Row i belongs to image i, wherever it is in the order.
         draws = torch.rand(count, num_draws(self.augmentation), generator=generator)  # (N, K)
-        if self.augmentation == "alternating":  # the first draw is the image's, whatever the epoch
+        if self.augmentation == "alternating":  # the first draw depends on the image alone, not on the epoch
             first = torch.rand(count, generator=torch.Generator().manual_seed(derive_seed("flip", self.seed, 0)))
-            alternate_flips(draws, first, self.current_epoch())
-        dealt = order[self.share.rank : count - count % self.share.world_size : self.share.world_size]
-        draws = draws[dealt].to(self.device)
-        dealt = dealt.to(self.images.labels.device)
-        batches = list(zip(dealt.split(self.batch_size), draws.split(self.batch_size), strict=True))
-        self._taken %= len(batches)
-        for indices, batch_draws in batches[self._taken :]:
-            self._taken += 1
+            alternate_flips(draws, first, epoch)
+        order = order[self.shard.rank : count - count % world_size : world_size]
+        draws = draws[order].to(self.device)
+        order = order.to(self.images.labels.device)
+        batches = list(zip(order.split(self.batch_size), draws.split(self.batch_size), strict=True))
+        for index in range(start, len(batches)):
+            self._batches_done = index + 1
+            indices, batch_draws = batches[index]
             pixels, labels = _gather(self.images, indices, self.device)
             yield self.normalise(augment(pixels, batch_draws, self.augmentation)), labels
 
 
 class EvaluationLoader:
-    """Each image once over all processes, in order, without padding.
+    """Each image once over all processes, without padding.
 
-    All processes get equally many batches, as every forward pass of DistributedDataParallel may synchronise.
+    All processes get the same number of batches, as every forward pass of DistributedDataParallel may synchronise.
 
     Args:
         images: images, on the CPU.
         batch_size: images per batch of this process, at most.
-        normalise: what turns images in [0, 1] into the network's input.
+        normalise: maps images in [0, 1] to the network's input.
         device: where the batches go.
-        share: which process this is, of how many.
+        shard: which part of the images this process reads.
+        shuffle: use one fixed random order, so that any number of first batches represents all images (folders list
+            them class by class); by default they come in the order given.
     """
 
     def __init__(
-        self, images: Images, batch_size: int, normalise: Normalise, device: torch.device, share: Share
+        self,
+        images: Images,
+        batch_size: int,
+        normalise: Normalise,
+        device: torch.device,
+        shard: Shard,
+        shuffle: bool = False,
     ) -> None:
         self.images = _place(images, device)
         self.batch_size = batch_size
         self.normalise = normalise
         self.device = device
-        self.share = share
+        self.shard = shard
+        generator = torch.Generator().manual_seed(derive_seed("evaluation", 0))
+        order = torch.randperm(len(images), generator=generator) if shuffle else torch.arange(len(images))
+        self._order = order[shard.rank :: shard.world_size]
 
     def __len__(self) -> int:
-        longest_share = -(-len(self.images) // self.share.world_size)
-        return -(-longest_share // self.batch_size)
+        largest_shard = -(-len(self.images) // self.shard.world_size)
+        return -(-largest_shard // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        mine = torch.arange(self.share.rank, len(self.images), self.share.world_size)
-        for indices in mine.tensor_split(len(self)):
+        for indices in self._order.tensor_split(len(self)):
             pixels, labels = _gather(self.images, indices, self.device)
             yield self.normalise(pixels.float().div_(255)), labels

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbam_pl.data.images import Images, Source
-from cbam_pl.memory import refuse_beyond_memory
+from cbam_pl.data.images import Images, Source, check_memory
 
-_CHUNK = 100  # images drawn at once: few enough that what they need stays in the processor's cache
+_CHUNK = 100  # images drawn at once: few enough for the processor's cache
 _CIFAR_SIZE = 32  # all lengths below are pixels of an image of this size
 _SAMPLES = 3  # per pixel and axis; odd, so that no pixel is covered by exactly half
-_CONTRAST = 0.3  # least difference in brightness, of 1, between an object and what lies around it
+_CONTRAST = 0.3  # least difference in brightness, from 0 to 1, between an object and its surroundings
 
 
 def _disc(u: Tensor, v: Tensor) -> Tensor:
@@ -66,8 +65,8 @@ def _hourglass(u: Tensor, v: Tensor) -> Tensor:
     return (v.abs() < 0.8) & (u.abs() < 0.08 + 0.75 * v.abs())
 
 
-# Whether the point (u, v) of the shape's own frame lies inside; each shape about fits the unit circle.
-# No two turn into each other by rotation or reflection, so augmentation cannot change a label.
+# Whether the point (u, v) in the shape's own frame is inside; each shape roughly fills the unit circle.
+# No shape is a rotation or reflection of another, so augmentation cannot change a label.
 _INSIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": _disc,
     "ring": _ring,
@@ -85,7 +84,7 @@ CLASSES: list[str] = list(_INSIDE)
 
 
 def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image_size: int = _CIFAR_SIZE) -> Source:
-    """Generated training and test images that share no random number.
+    """Generated training and test images, from separate random streams.
 
     Args:
         seed: decides every image.
@@ -96,19 +95,19 @@ def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image
     Raises:
         UserError: they do not fit into memory.
     """
-    # Twice, for parts that are put together; three channels and a mask.
+    # Twice, as the parts are concatenated; three channels and a mask.
     count = num_train + num_test
-    refuse_beyond_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
+    check_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
     train = make_shapes(num_train, 2 * seed, image_size)
     test = make_shapes(num_test, 2 * seed + 1, image_size)
     return Source(CLASSES, train, test)
 
 
 def make_shapes(num_images: int, seed: int, image_size: int = _CIFAR_SIZE) -> Images:
-    """Draw one shape per image at random place, size, angle and colour, over texture and clutter.
+    """Draw one shape per image at a random position, size, angle and colour, over texture and clutter.
 
-    Colour, place and area follow one distribution for all classes, so that only the form tells them apart.
-    The result depends on the arguments alone, and the global random state is left as it was.
+    Colour, position and area have the same distribution in all classes, so that only the form tells them apart.
+    The result depends only on the arguments, and the global random state is not changed.
 
     Args:
         num_images: images; classes differ by one image at most.
@@ -122,7 +121,7 @@ def make_shapes(num_images: int, seed: int, image_size: int = _CIFAR_SIZE) -> Im
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(num_images) % len(CLASSES))[torch.randperm(num_images, generator=generator)]
     num_threads = torch.get_num_threads()
-    # the steps are too small to share: on a busy machine several threads would mostly wait for one another
+    # the steps are too small for several threads, which on a busy machine would mostly wait for one another
     torch.set_num_threads(1)
     try:
         parts = [_draw(part, image_size, generator) for part in labels.split(_CHUNK)]
@@ -151,11 +150,11 @@ def _draw(labels: Tensor, image_size: int, generator: torch.Generator) -> tuple[
 
 
 def _cover(labels: Tensor, centres: Tensor, areas: Tensor, angles: Tensor, image_size: int) -> Tensor:
-    """The share of each pixel that the shape covers.
+    """The fraction of each pixel that the shape covers.
 
     Args:
         labels: (N,) classes.
-        centres: (N, 2) x and y in pixels from the left upper corner.
+        centres: (N, 2) x and y in pixels from the upper left corner.
         areas: (N,) of the whole shape, in square pixels.
         angles: (N,) in radians.
         image_size: height and width in pixels.
@@ -228,7 +227,7 @@ def _draw_clutter(background: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _contrasting_colours(background: Tensor, coverage: Tensor, generator: torch.Generator) -> Tensor:
-    """For each image the first of some random colours that stands out from what lies around: (N, 3, 1, 1)."""
+    """For each image the first of several random colours that contrasts with its surroundings: (N, 3, 1, 1)."""
     num = len(background)
     near = F.max_pool2d(coverage, 5, stride=1, padding=2)  # the object and two pixels around it
     local = (background * near).sum((2, 3)) / near.sum((2, 3))  # (N, 3)

@@ -266,13 +266,13 @@ def test_the_largest_draw_stays_in_range():
     assert jitter_parameters(largest[:, 3:11]).position.tolist() == [[0, 1, 2, 3]] * 2
 
 
-def test_unknown_name_is_refused():
+def test_unknown_name_is_rejected():
     with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'alternating', 'rich'"):
         num_draws("heavy")
     with pytest.raises(ValueError, match=r"augmentation='heavy'.*'none', 'basic', 'alternating', 'rich'"):
         augment(random_pixels(1, 32), torch.rand(1, 0), "heavy")
 
 
-def test_draws_of_another_shape_are_refused():
+def test_draws_of_another_shape_are_rejected():
     with pytest.raises(ValueError, match=r"draws has shape \(4, 3\); augmentation='rich' needs \(4, 12\)"):
         augment(random_pixels(4, 32), torch.rand(4, 3), "rich")

@@ -3,9 +3,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, stratified_split
+from cbam_pl.data.folder import decode
 from cbam_pl.errors import UserError
+
+CLASSES = ["cat", "dog", "emu"]
 
 
 def test_statistics_are_those_of_all_pixels():
@@ -16,25 +21,36 @@ def test_statistics_are_those_of_all_pixels():
     assert std == pytest.approx(values.std((0, 2, 3)).tolist())
 
 
-def test_a_split_takes_from_every_class_its_share():
+def test_a_split_holds_out_the_same_fraction_of_every_class():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[
         torch.randperm(100, generator=torch.Generator().manual_seed(1))
     ]
-    train, val = stratified_split(labels, 10, seed=0)
+    train, val = stratified_split(labels, 10, 0, CLASSES)
     assert torch.bincount(labels[val]).tolist() == [5, 3, 2]
     assert torch.cat([train, val]).sort().values.tolist() == list(range(100))
 
 
 def test_a_split_that_does_not_divide_has_the_asked_size():
     labels = torch.arange(33) % 3
-    _, val = stratified_split(labels, 10, seed=0)
+    _, val = stratified_split(labels, 10, 0, CLASSES)
     assert sorted(torch.bincount(labels[val]).tolist()) == [3, 3, 4]
 
 
 def test_a_split_depends_on_the_seed_alone():
     labels = torch.arange(60) % 3
-    again = [stratified_split(labels, 12, seed=seed)[1].tolist() for seed in (0, 0, 1)]
+    again = [stratified_split(labels, 12, seed, CLASSES)[1].tolist() for seed in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
+
+
+def test_a_class_keeps_its_last_training_image():
+    labels = torch.tensor([0] * 20 + [1] * 20 + [2])
+    _, val = stratified_split(labels, 5, 0, CLASSES)  # remainders 18/41, 18/41 and 5/41
+    assert torch.bincount(labels[val], minlength=3).tolist() == [3, 2, 0]
+    labels = torch.tensor([0] * 20 + [1] * 19 + [2])
+    train, _ = stratified_split(labels, 37, 0, CLASSES)  # remainders 20/40, 23/40 and 37/40
+    assert torch.bincount(labels[train]).tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match=r"data\.val_size=2 leaves no training image of the class cat, which has 1"):
+        stratified_split(torch.arange(3), 2, 0, CLASSES)
 
 
 def test_a_folder_is_split_and_normalised_by_its_training_images(image_folder):
@@ -47,6 +63,7 @@ def test_a_folder_is_split_and_normalised_by_its_training_images(image_folder):
     x = torch.cat([images for images, _ in ImageDataModule.val_dataloader(data)])
     pixels = data.images("val").pixels / 255
     expected = (pixels - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
+    x, expected = (images[images.sum((1, 2, 3)).argsort()] for images in (x, expected))  # without their order
     assert torch.allclose(x, expected, atol=1e-5)
     assert (data.mean, data.std) == channel_statistics(data.images("train").pixels)
 
@@ -76,7 +93,7 @@ def test_val_size_zero_is_the_test_split(image_folder):
     assert torch.equal(data.images("val").pixels, data.images("test").pixels)
 
 
-def test_a_checkpoint_brings_its_normalisation_and_refuses_other_classes(image_folder):
+def test_a_checkpoint_brings_its_normalisation_and_rejects_other_classes(image_folder):
     data = ImageDataModule("folder", str(image_folder))
     data.load_state_dict({"classes": ["blue", "green", "red"], "mean": [0.1] * 3, "std": [0.2] * 3})
     data.setup("test")
@@ -96,11 +113,138 @@ def test_a_checkpoint_brings_its_normalisation_and_refuses_other_classes(image_f
         ({"image_size": 64}, "image_size=64 does not fit"),
     ],
 )
-def test_settings_out_of_range_are_refused(options, message):
+def test_settings_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         ImageDataModule(**options)
 
 
-def test_too_large_a_val_size_is_refused(image_folder):
+def test_too_large_a_val_size_is_rejected(image_folder):
     with pytest.raises(UserError, match="val_size=93 leaves nothing to train on; there are 93"):
         ImageDataModule("folder", str(image_folder), val_size=93).setup()
+
+
+# ------------------------------------------------------------------------------- a folder that changed since
+
+
+def prepared(root, **options):
+    data = ImageDataModule("folder", str(root), **options)
+    data.setup()
+    return data
+
+
+def pixels_of(data, split):
+    return {pixels.numpy().tobytes() for pixels in data.images(split).pixels}
+
+
+@pytest.fixture
+def trained(image_folder, tmp_path):
+    """A copy of the folder with an image added, one held-out image removed, and the state of the run before."""
+    root = shutil.copytree(image_folder, tmp_path / "images", ignore=shutil.ignore_patterns(".*"))
+    before = prepared(root)
+    held_out = before.images("val").pixels[0]
+    gone = next(path for path in root.glob("train/*/*.png") if torch.equal(decode(path, 32), held_out))
+    gone.unlink()
+    for name in ("blue", "red"):  # the first in order, so that a split by position would be another
+        shutil.copy(root / "test" / name / "0.png", root / "train" / name / "-.png")
+    return root, before
+
+
+@pytest.mark.parametrize("set_up_first", [True, False])
+def test_held_out_images_stay_held_out_where_the_folder_changed(trained, set_up_first):
+    root, before = trained
+    data = ImageDataModule("folder", str(root))
+    if set_up_first:
+        data.setup()
+        assert pixels_of(data, "val") & pixels_of(before, "train")  # what this prevents
+    message = r"\(2 added, 1 removed\); the 8 of 9 held-out images that are left stay held out, all others count as"
+    if set_up_first:
+        with pytest.warns(UserWarning, match=message):
+            data.load_state_dict(before.state_dict())
+    else:
+        data.load_state_dict(before.state_dict())
+        with pytest.warns(UserWarning, match=message):
+            data.setup("test")
+    assert pixels_of(data, "val") < pixels_of(before, "val")
+    assert [len(data.images(split)) for split in ("train", "val", "test")] == [86, 8, 21]
+
+
+def test_the_split_of_an_unchanged_folder_and_of_an_older_checkpoint_is_that_of_the_seed(trained):
+    root, before = trained
+    state = before.state_dict()
+    data = prepared(root)
+    data.load_state_dict({name: state[name] for name in ("classes", "mean", "std")})
+    assert pixels_of(data, "val") == pixels_of(prepared(root), "val")
+    again = prepared(root)
+    again.load_state_dict(data.state_dict())
+    assert torch.equal(again.images("val").pixels, data.images("val").pixels)
+    assert torch.equal(again.images("train").pixels, data.images("train").pixels)
+
+
+def test_none_of_the_held_out_images_is_left(image_folder):
+    before = prepared(image_folder, val_size=3)
+    state = {**before.state_dict(), "val_ids": torch.arange(3)}
+    with pytest.raises(UserError, match=r"\(3 added, 3 removed\), and none of those that were held out .* is left"):
+        prepared(image_folder, val_size=3).load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------- epochs that are cut short
+
+
+class Recorder(LightningModule):
+    """Keeps the images of each training batch, by epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = {}
+
+    def training_step(self, batch):
+        self.seen.setdefault(self.current_epoch, []).append(batch[0])
+        return self.weight * batch[0].sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit(root, ckpt_path=None, **options):
+    """The batches of two epochs."""
+    recorder = Recorder()
+    data = ImageDataModule("folder", str(root), batch_size=16, augmentation="rich")
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, **options}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_checkpointing="callbacks" in options, **options)
+    trainer.fit(recorder, data, ckpt_path=ckpt_path, weights_only=True)
+    return list(recorder.seen.values())
+
+
+def batches_of_epoch(root, epoch):
+    data = ImageDataModule("folder", str(root), batch_size=16, augmentation="rich")
+    data.setup()
+    loader = data.train_dataloader()
+    loader.current_epoch = lambda: epoch
+    return [images for images, _ in loader]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("option", "epochs"), [({"limit_train_batches": 2}, (0, 1)), ({"overfit_batches": 2}, (0, 0)), ({}, (0, 1))]
+)
+def test_each_epoch_starts_at_its_first_batch(image_folder, option, epochs):
+    seen = fit(image_folder, **option)
+    for batches, epoch in zip(seen, epochs, strict=True):
+        expected = batches_of_epoch(image_folder, epoch)[: 2 if option else None]
+        assert len(batches) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(batches, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_resumes_at_the_next_batch_and_only_on_the_same_images(image_folder, tmp_path):
+    root = shutil.copytree(image_folder, tmp_path / "images", ignore=shutil.ignore_patterns(".*"))
+    fit(root, callbacks=ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1))
+    for step in (2, 6, 8):  # in the first epoch, after it, in the second one
+        seen = fit(root, ckpt_path=tmp_path / f"step={step}.ckpt")
+        resumed = [images for batches in seen for images in batches]
+        expected = [*batches_of_epoch(root, 0), *batches_of_epoch(root, 1)][step:]
+        assert all(torch.equal(*pair) for pair in zip(resumed, expected, strict=True))
+    (root / "train" / "red" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"are not those of the checkpoint \(0 added, 1 removed\), so training cannot"):
+        fit(root, ckpt_path=tmp_path / "step=2.ckpt")

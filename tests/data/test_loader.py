@@ -4,7 +4,8 @@ import torch
 
 from cbam_pl.data.augmentation import augment, num_draws
 from cbam_pl.data.images import Images
-from cbam_pl.data.loader import EvaluationLoader, Normalise, Share, TrainingLoader
+from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
+from cbam_pl.seeds import derive_seed
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -17,9 +18,9 @@ def numbered(count):
     return Images(pixels, torch.arange(count))
 
 
-def training(images, batch_size=4, augmentation="rich", seed=0, epoch=0, share=None):
-    share = share or Share()
-    return TrainingLoader(images, batch_size, augmentation, Normalise(MEAN, STD, CPU), CPU, seed, lambda: epoch, share)
+def training(images, batch_size=4, augmentation="rich", seed=0, epoch=0, shard=None):
+    shard = shard or Shard()
+    return TrainingLoader(images, batch_size, augmentation, Normalise(MEAN, STD, CPU), CPU, seed, lambda: epoch, shard)
 
 
 def collect(loader):
@@ -48,6 +49,32 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
     assert torch.equal(collect(first)[0], collect(first)[0])
 
 
+def labels_of(batches):
+    return [labels.tolist() for _, labels in batches]
+
+
+def test_an_epoch_starts_at_its_first_batch_after_one_that_was_cut_short():
+    loader = training(numbered(10))
+    whole = labels_of(loader)
+    assert len(whole) == 3
+    cut = iter(loader)
+    next(cut)
+    assert loader.state_dict() == {"batches_done": 1}
+    assert labels_of(loader) == whole
+    assert loader.state_dict() == {"batches_done": 0}
+
+
+@pytest.mark.parametrize("key", ["batches_done", "taken"])  # taken is the key of older checkpoints
+def test_a_loaded_start_holds_for_one_iteration(key):
+    loader = training(numbered(10))
+    whole = labels_of(loader)
+    loader.load_state_dict({key: 2})
+    iter(loader)  # as Lightning does before it asks for batches
+    assert loader.state_dict() == {"batches_done": 2}
+    assert labels_of(loader) == whole[2:]
+    assert labels_of(loader) == whole
+
+
 def test_draws_belong_to_images_not_to_batches():
     ours, labels = collect(training(numbered(10), batch_size=3))
     theirs, other_labels = collect(training(numbered(10), batch_size=7))
@@ -61,27 +88,27 @@ def test_no_augmentation_gives_the_normalised_pixels():
     assert torch.allclose(x, Normalise(MEAN, STD, CPU)(images.pixels[labels] / 255), atol=1e-6)
 
 
-def test_processes_share_one_order_so_that_their_batches_together_are_one():
+def test_the_batches_of_all_processes_together_are_those_of_one():
     alone = training(numbered(16), batch_size=8)
-    shares = [training(numbered(16), batch_size=4, share=Share(rank, 2)) for rank in range(2)]
-    for (_, together), *parts in zip(alone, *shares, strict=True):
+    shards = [training(numbered(16), batch_size=4, shard=Shard(rank, 2)) for rank in range(2)]
+    for (_, together), *parts in zip(alone, *shards, strict=True):
         assert sorted(together.tolist()) == sorted(torch.cat([labels for _, labels in parts]).tolist())
-    x = [collect(share)[0] for share in shares]
+    x = [collect(shard)[0] for shard in shards]
     assert not torch.allclose(x[0], x[1])
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(10, 3), (11, 4), (201, 2)])
-def test_training_shares_are_equal_disjoint_and_leave_out_less_than_one_each(count, world_size):
-    shares = [collect(training(numbered(count), share=Share(rank, world_size)))[1] for rank in range(world_size)]
-    assert {len(share) for share in shares} == {count // world_size}
-    assert len(torch.cat(shares).unique()) == count // world_size * world_size
+def test_training_shards_are_equal_disjoint_and_leave_out_less_than_one_each(count, world_size):
+    shards = [collect(training(numbered(count), shard=Shard(rank, world_size)))[1] for rank in range(world_size)]
+    assert {len(shard) for shard in shards} == {count // world_size}
+    assert len(torch.cat(shards).unique()) == count // world_size * world_size
 
 
 @pytest.mark.parametrize(("count", "world_size", "batch_size"), [(201, 2, 100), (10, 3, 2), (7, 1, 3), (5, 4, 8)])
 def test_evaluation_counts_every_image_once_in_equally_many_batches(count, world_size, batch_size):
     normalise = Normalise(MEAN, STD, CPU)
     loaders = [
-        EvaluationLoader(numbered(count), batch_size, normalise, CPU, Share(rank, world_size))
+        EvaluationLoader(numbered(count), batch_size, normalise, CPU, Shard(rank, world_size), shuffle=True)
         for rank in range(world_size)
     ]
     collected = [collect(loader) for loader in loaders]
@@ -92,11 +119,23 @@ def test_evaluation_counts_every_image_once_in_equally_many_batches(count, world
         assert torch.allclose(x, normalise(numbered(count).pixels[labels] / 255), atol=1e-6)
 
 
+def test_evaluation_comes_in_the_order_given_or_in_a_fixed_random_one():
+    normalise = Normalise(MEAN, STD, CPU)
+    assert labels_of(EvaluationLoader(numbered(7), 3, normalise, CPU, Shard())) == [[0, 1, 2], [3, 4], [5, 6]]
+    classes = Images(torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(3).repeat_interleave(100))
+    for world_size in (1, 2):
+        shards = [Shard(rank, world_size) for rank in range(world_size)]
+        loaders = [EvaluationLoader(classes, 30, normalise, CPU, shard, shuffle=True) for shard in shards]
+        labels = torch.cat([collect(loader)[1] for loader in loaders])
+        assert labels.bincount().tolist() == [100, 100, 100]
+        assert labels_of(loaders[0]) == labels_of(loaders[0])
+        half = torch.cat([collect(loader)[1][: len(loader.images) // 2 // world_size] for loader in loaders])
+        assert half.bincount().tolist() == pytest.approx([50, 50, 50], abs=12)
+
+
 def test_the_draws_are_those_of_the_image_index():
     images = numbered(5)
     x, labels = collect(training(images, seed=4, epoch=6))
-    from cbam_pl.seeds import derive_seed
-
     generator = torch.Generator().manual_seed(derive_seed("order", 4, 6))
     torch.randperm(5, generator=generator)
     draws = torch.rand(5, num_draws("rich"), generator=generator)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
-from cbam_pl.data.loader import Normalise, Share, TrainingLoader
+from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.settings import command_parser
 from cbam_pl.timing import peak_memory, time_in_turns
@@ -73,7 +73,7 @@ class Subject:
         pixels = torch.randint(256, (count, 3, data.image_size, data.image_size), dtype=torch.uint8)
         normalise = Normalise([0.5] * 3, [0.25] * 3, self.device)
         images = Images(pixels, torch.arange(count) % data.num_classes)
-        arguments = (images, data.batch_size, data.augmentation, normalise, self.device, 0, lambda: 0, Share())
+        arguments = (images, data.batch_size, data.augmentation, normalise, self.device, 0, lambda: 0, Shard())
         self._batches = itertools.chain.from_iterable(itertools.repeat(TrainingLoader(*arguments)))
 
     def train_step(self) -> None:
