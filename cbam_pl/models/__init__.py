@@ -1,5 +1,6 @@
 """The networks: a small CNN and the CIFAR ResNets, each with any attention."""
 
+import difflib
 from typing import Literal, get_args
 
 from torch import nn
@@ -8,19 +9,23 @@ from cbam_pl.attention import AttentionConfig, AttentionKind
 from cbam_pl.models.cnn import CNN
 from cbam_pl.models.insertion import insert_attention
 from cbam_pl.models.official import load_official_state_dict
-from cbam_pl.models.resnet import ResNet, Stem
+from cbam_pl.models.resnet import RESNETS, ResNet, Stem
 
 __all__ = ["CNN", "Architecture", "ResNet", "Stem", "build_network", "insert_attention", "load_official_state_dict"]
 
-Architecture = Literal["cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-
-_RESNETS = {  # blocks per stage, bottleneck
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
-}
+Architecture = Literal[
+    "cnn",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+]
 
 
 def build_network(
@@ -30,16 +35,18 @@ def build_network(
     image_size: int = 32,
     stem: Stem = "cifar",
     dropout: float | None = None,
+    width: float = 1.0,
 ) -> nn.Module:
     """The network `arch` with `attention` in every block, or where its `place` and `stages` say.
 
     Args:
-        arch: cnn, resnet18, resnet34, resnet50, resnet101 or resnet152.
+        arch: cnn; resnet20, 32, 44, 56 or 110, the narrow ones for CIFAR; or resnet18, 34, 50, 101 or 152.
         num_classes: classes to tell apart.
         attention: a kind, or an AttentionConfig with its options.
         image_size: height and width of the images in pixels; only the cnn's linear layer depends on it.
-        stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
+        stem: of resnet18 to 152: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
         dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
+        width: factor on the channels of the convolutions, rounded to whole channels, which must be at least 8.
 
     Shape:
         images (B, 3, image_size, image_size) → logits (B, num_classes).
@@ -51,13 +58,14 @@ def build_network(
         raise ValueError(f"num_classes={num_classes} must be at least 1")
     if not isinstance(attention, AttentionConfig):
         attention = AttentionConfig(kind=attention)
+    if arch != "cnn" and arch not in RESNETS:
+        near = difflib.get_close_matches(arch, get_args(Architecture), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(get_args(Architecture))}"
+        raise ValueError(f"arch={arch!r} is unknown; {hint}")
+    if stem != "cifar" and (arch == "cnn" or not RESNETS[arch].projection):
+        raise ValueError(f"stem={stem!r} has no effect with arch={arch!r}, whose stem is fixed; leave it out")
     if arch == "cnn":
-        if stem != "cifar":
-            raise ValueError(f"stem={stem!r} has no effect with arch='cnn', whose stem is fixed; leave it out")
-        return CNN(num_classes, attention, image_size, 0.5 if dropout is None else dropout)
-    if arch in _RESNETS:
-        if dropout is not None:
-            raise ValueError(f"dropout={dropout} has no effect with arch={arch!r}, which has none; leave it out")
-        depths, bottleneck = _RESNETS[arch]
-        return ResNet(depths, bottleneck, num_classes, attention, stem)
-    raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(get_args(Architecture))}")
+        return CNN(num_classes, attention, image_size, 0.5 if dropout is None else dropout, width)
+    if dropout is not None:
+        raise ValueError(f"dropout={dropout} has no effect with arch={arch!r}, which has none; leave it out")
+    return ResNet(RESNETS[arch], num_classes, attention, stem, width)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.models.initialisation import he_conv, he_linear
+from cbam_pl.models.width import scale_channels
 
 
 def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool) -> nn.Sequential:
@@ -36,17 +37,24 @@ class CNN(nn.Module):
         attention: the attention of each block; its place is before_pool or after_pool.
         image_size: height and width of the images in pixels, at least 8.
         dropout: share of the hidden units that each training step leaves out, from 0 to below 1.
+        width: factor on the channels of the blocks, not on the hidden units.
 
     Shape:
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
         ValueError: image_size is below 8, so that nothing is left after three poolings; dropout is out of its range;
-            or the attention's place is one in the ResNets, or stages are chosen, which the cnn has not.
+            width is not positive or leaves fewer than 8 channels; the attention's place is one in the ResNets; or
+            stages are chosen, which the cnn has not.
     """
 
     def __init__(
-        self, num_classes: int, attention: AttentionConfig, image_size: int = 32, dropout: float = 0.5
+        self,
+        num_classes: int,
+        attention: AttentionConfig,
+        image_size: int = 32,
+        dropout: float = 0.5,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -57,7 +65,7 @@ class CNN(nn.Module):
             raise ValueError(f"place={attention.place!r} is not in the cnn; use before_pool or after_pool")
         if attention.stages is not None:
             raise ValueError(f"stages={attention.stages!r} has no effect in the cnn, which has none; leave it out")
-        widths = (32, 64, 128)
+        widths = scale_channels((32, 64, 128), width)
         self.blocks = nn.Sequential(
             *(
                 _block(before, after, attention, last=after == widths[-1])

@@ -1,18 +1,77 @@
-"""ResNet-18, 34, 50, 101 and 152 with the CIFAR or the ImageNet stem, and attention in every block or some stages.
+"""The ResNets for CIFAR and for ImageNet, with attention in every block or in the blocks of some stages.
 
-Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385, table 1; the CIFAR stem
-is a 3×3 convolution at stride 1 without max pool, as is usual for 32×32 images. Attention: arXiv:1807.06521, figure 3.
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385. ResNet-20 to 110 are
+those of section 4.2, ResNet-18 to 152 those of table 1, here with the CIFAR stem that is usual for 32×32 images: a 3×3
+convolution at stride 1 without max pool. Attention: arXiv:1807.06521, figure 3.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.models.initialisation import he_conv
+from cbam_pl.models.width import scale_channels
 
 Stem = Literal["cifar", "imagenet"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What distinguishes one ResNet from another.
+
+    Args:
+        depths: residual blocks in each stage.
+        channels: channels of the stem and of the first stage's 3×3 convolutions; each stage doubles them.
+        bottleneck: bottleneck blocks or basic ones.
+        projection: a 1×1 convolution in the shortcuts that change the shape (the paper's option B), or zeros for the
+            new channels (option A), which has no parameters.
+    """
+
+    depths: tuple[int, ...]
+    channels: int = 64
+    bottleneck: bool = False
+    projection: bool = True
+
+
+RESNETS = {
+    "resnet20": Layout((3, 3, 3), channels=16, projection=False),
+    "resnet32": Layout((5, 5, 5), channels=16, projection=False),
+    "resnet44": Layout((7, 7, 7), channels=16, projection=False),
+    "resnet56": Layout((9, 9, 9), channels=16, projection=False),
+    "resnet110": Layout((18, 18, 18), channels=16, projection=False),
+    "resnet18": Layout((2, 2, 2, 2)),
+    "resnet34": Layout((3, 4, 6, 3)),
+    "resnet50": Layout((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Layout((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Layout((3, 8, 36, 3), bottleneck=True),
+}
+
+
+class ZeroPaddedShortcut(nn.Module):
+    """Every `stride`-th place of the input, and zeros for the channels that it lacks.
+
+    Source: arXiv:1512.03385, section 4.1, option A.
+
+    Args:
+        new_channels: channels of zeros, after the input's own.
+        stride: distance of the places that stay.
+
+    Shape:
+        x (B, C, H, W) → (B, C + new_channels, H / stride, W / stride).
+    """
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) → (B, C + new_channels, H / stride, W / stride)."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
 class ResidualBlock(nn.Module):
@@ -25,13 +84,22 @@ class ResidualBlock(nn.Module):
         width: channels of the block's 3×3 convolutions.
         stride: stride of the block, in its (first) 3×3 convolution.
         bottleneck: 1×1, 3×3, 1×1 convolutions with four times as many channels at the end, or 3×3, 3×3.
+        projection: a convolution in a shortcut that changes the shape, or zeros for the new channels.
         attention: its place is before_addition, on the branch's output (the default), or after_addition.
 
     Shape:
         x (B, in_channels, H, W) → (B, width or 4 · width, H / stride, W / stride).
     """
 
-    def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool, attention: AttentionConfig) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        bottleneck: bool,
+        projection: bool,
+        attention: AttentionConfig,
+    ) -> None:
         super().__init__()
         channels = 4 * width if bottleneck else width
         if bottleneck:
@@ -50,7 +118,11 @@ class ResidualBlock(nn.Module):
         self.after_addition = attention.place == "after_addition"
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(he_conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+            self.shortcut = (
+                nn.Sequential(he_conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+                if projection
+                else ZeroPaddedShortcut(channels - in_channels, stride)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) → (B, channels, H / stride, W / stride)."""
@@ -59,13 +131,13 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.attention(self.branch(x)) + self.shortcut(x))
 
 
-def _stem(stem: Stem) -> nn.Sequential:
-    """Images (B, 3, H, W) → (B, 64, H, W) for cifar, (B, 64, H / 4, W / 4) for imagenet."""
+def _stem(stem: Stem, channels: int) -> nn.Sequential:
+    """Images (B, 3, H, W) → (B, channels, H, W) for cifar, (B, channels, H / 4, W / 4) for imagenet."""
     if stem == "cifar":
-        return nn.Sequential(he_conv(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        return nn.Sequential(he_conv(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
     if stem == "imagenet":
-        conv = he_conv(3, 64, 7, stride=2)
-        return nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1))
+        conv = he_conv(3, channels, 7, stride=2)
+        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1))
     raise ValueError(f"stem={stem!r} is unknown; use cifar or imagenet")
 
 
@@ -73,50 +145,53 @@ class ResNet(nn.Module):
     """A residual network.
 
     Args:
-        depths: residual blocks in each of the four stages.
-        bottleneck: bottleneck blocks (ResNet-50 and deeper) or basic ones.
+        layout: the network's stages and blocks, one of RESNETS.
         num_classes: classes to tell apart.
         attention: the attention of each block, or of each block in its stages.
         stem: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
+        width: factor on the channels of every layer.
 
     Shape:
         images (B, 3, H, W) → logits (B, num_classes), for any H and W.
 
     Raises:
-        ValueError: an unknown stem, a place of the attention that is in the cnn, or stages other than 1 to 4, each
-            once.
+        ValueError: an unknown stem, a width that is not positive or leaves fewer than 8 channels, a place of the
+            attention that is in the cnn, or stages that the network has not or that are listed twice.
     """
 
     def __init__(
         self,
-        depths: tuple[int, ...],
-        bottleneck: bool,
+        layout: Layout,
         num_classes: int,
         attention: AttentionConfig,
         stem: Stem = "cifar",
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         if attention.place not in (None, "before_addition", "after_addition"):
             raise ValueError(f"place={attention.place!r} is not in the ResNets; use before_addition or after_addition")
-        numbers = range(1, len(depths) + 1)
+        numbers = range(1, len(layout.depths) + 1)
         stages_with = numbers if attention.stages is None else attention.stages
         if not stages_with or len(set(stages_with)) < len(stages_with) or not set(stages_with) <= set(numbers):
-            raise ValueError(f"stages={attention.stages!r} must be one or more of 1, 2, 3, 4, each once")
-        self.stem = _stem(stem)
-        channels, stages = 64, []
-        for stage, depth in enumerate(depths, start=1):
-            width = 64 * 2 ** (stage - 1)
-            chosen = attention if stage in stages_with else AttentionConfig("none")
+            allowed = ", ".join(map(str, numbers))
+            raise ValueError(f"stages={attention.stages!r} must be one or more of {allowed}, each once")
+        widths = scale_channels([layout.channels * 2 ** (number - 1) for number in numbers], width)
+        self.stem = _stem(stem, widths[0])
+        channels, stages = widths[0], []
+        for number, depth, stage_width in zip(numbers, layout.depths, widths, strict=True):
+            chosen = attention if number in stages_with else AttentionConfig("none")
             blocks = []
             for block in range(depth):
-                stride = 2 if stage > 1 and block == 0 else 1
-                blocks.append(ResidualBlock(channels, width, stride, bottleneck, chosen))
-                channels = 4 * width if bottleneck else width
+                stride = 2 if number > 1 and block == 0 else 1
+                blocks.append(
+                    ResidualBlock(channels, stage_width, stride, layout.bottleneck, layout.projection, chosen)
+                )
+                channels = 4 * stage_width if layout.bottleneck else stage_width
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → logits (B, num_classes)."""
-        features = self.stages(self.stem(images))  # (B, C, H / 8, W / 8), or H / 32 with the imagenet stem
+        features = self.stages(self.stem(images))  # (B, C, H, W), halved by each stage but the first
         return self.classifier(features.mean((2, 3)))

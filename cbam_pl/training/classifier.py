@@ -30,8 +30,9 @@ class Classifier(LightningModule):
         arch: the network.
         attention: the attention of each of its blocks.
         image_size: height and width of the images in pixels.
-        stem: of a ResNet: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
+        stem: of resnet18 to 152: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
         dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
+        width: factor on the channels of the network's convolutions, rounded to whole channels, at least 8.
         optimizer: any of torch.optim, without its parameters.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
             by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
@@ -58,6 +59,7 @@ class Classifier(LightningModule):
         image_size: int = 32,
         stem: Stem = "cifar",
         dropout: float | None = None,
+        width: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -81,11 +83,12 @@ class Classifier(LightningModule):
                 "image_size": image_size,
                 "stem": stem,
                 "dropout": dropout,
+                "width": width,
                 "label_smoothing": label_smoothing,
                 "test_time_flip": test_time_flip,
             }
         )
-        self.network = build_network(arch, num_classes, attention, image_size, stem, dropout)
+        self.network = build_network(arch, num_classes, attention, image_size, stem, dropout, width)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval

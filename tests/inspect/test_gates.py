@@ -107,6 +107,11 @@ def test_names_are_those_of_the_blocks():
     names = list(attention_maps(network_of(arch="resnet34"), images_of(1)))
     assert names[:4] == ["stages.0.0", "stages.0.1", "stages.0.2", "stages.1.0"]
     assert len(names) == 16
+    maps = attention_maps(network_of(arch="resnet20", stages=(2, 3)), images_of(1))
+    assert {name: gates.channel.shape[1] for name, gates in maps.items()} == {
+        **dict.fromkeys(["stages.1.0", "stages.1.1", "stages.1.2"], 32),
+        **dict.fromkeys(["stages.2.0", "stages.2.1", "stages.2.2"], 64),
+    }
     inserted = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     insert_attention(inserted, "se", "1")
     assert list(attention_maps(inserted, images_of(1))) == ["1"]
@@ -248,13 +253,15 @@ def test_features_are_the_blocks_outputs_and_the_activations_before_the_last_poo
     assert features.last.shape == (3, 128, 8, 8)
 
 
-def test_features_of_a_resnet_are_its_stem_and_every_residual_block():
-    network = network_of("none", "resnet18")
+@pytest.mark.parametrize(("arch", "stages", "depth"), [("resnet18", 4, 2), ("resnet20", 3, 3)])
+def test_features_of_a_resnet_are_its_stem_and_every_residual_block(arch, stages, depth):
+    network = network_of("none", arch)
     features = feature_maps(network, images_of(1))
-    assert list(features.blocks) == ["stem", *(f"stages.{stage}.{block}" for stage in range(4) for block in range(2))]
+    names = [f"stages.{stage}.{block}" for stage in range(stages) for block in range(depth)]
+    assert list(features.blocks) == ["stem", *names]
     with torch.no_grad():
-        torch.testing.assert_close(features.blocks["stages.3.1"], network.stages(network.stem(images_of(1))))
-    assert features.last is features.blocks["stages.3.1"]
+        torch.testing.assert_close(features.blocks[names[-1]], network.stages(network.stem(images_of(1))))
+    assert features.last is features.blocks[names[-1]]
 
 
 def test_grad_cam_is_the_papers_equations():

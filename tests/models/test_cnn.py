@@ -18,6 +18,17 @@ def test_parameter_count(kind):
     assert sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) == COUNTS[kind]
 
 
+@pytest.mark.parametrize(("width", "channels"), [(0.25, (8, 16, 32)), (1.3, (42, 83, 166)), (2, (64, 128, 256))])
+def test_width_multiplies_the_channels(width, channels):
+    network = build_network("cnn", 10, "none", width=width)
+    expected, before = 512 * channels[-1] * 16 + 512 + 512 * 10 + 10, 3  # the linear layers
+    for after in channels:
+        expected += 9 * before * after + after + 2 * after  # convolution with bias, batch norm
+        before = after
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected
+    assert network(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("config", "before_pool"),
     [
@@ -77,6 +88,8 @@ def test_none_is_the_network_without_attention():
         ({"image_size": 7}, r"^image_size=7 leaves nothing after three poolings; use at least 8$"),
         ({"dropout": 1.0}, r"^dropout=1\.0 must be at least 0 and below 1$"),
         ({"dropout": -0.1}, r"^dropout=-0\.1 must be at least 0 and below 1$"),
+        ({"width": 0.2}, r"^width=0\.2 leaves 6 of the first stage's 32 channels; use at least 0\.25, which leaves 8$"),
+        ({"width": 0.0}, r"^width=0\.0 must be a positive number$"),
         ({"num_classes": 0}, r"^num_classes=0 must be at least 1$"),
     ],
 )
