@@ -294,12 +294,13 @@ def _check_key(key: str, names: list[str]) -> None:
 def _choices() -> dict[str, list[str]]:
     """The words that a key may have, for each key that is a choice among words."""
     groups: dict[str, Any] = {"model.": Classifier, "model.attention.": AttentionConfig, "data.": ImageDataModule}
-    choices = {}
+    choices: dict[str, list[str]] = {}
     for prefix, owner in groups.items():
         for name, hint in get_type_hints(owner.__init__).items():
             # Of a choice that may be left out, its words.
-            words = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
-            choices |= {prefix + name: [str(word) for word in get_args(kind)] for kind in words}
+            for kind in (hint, *get_args(hint)):
+                if get_origin(kind) is Literal:
+                    choices[prefix + name] = [str(word) for word in get_args(kind)]
     return choices
 
 

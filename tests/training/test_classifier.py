@@ -19,8 +19,9 @@ def data(image_folder):
 
 def trainer(tmp_path, **options):
     fixed = {
-        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": tmp_path,
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
     }  # fmt: skip
     return Trainer(**fixed | options)
 

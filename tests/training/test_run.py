@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbam_pl.errors import UserError
-from cbam_pl.training.checkpoint import read_checkpoint
+from cbam_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 from cbam_pl.training.run import Run, new_run, run_of
 
 
