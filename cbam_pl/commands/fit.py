@@ -14,6 +14,7 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, as_user_error
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.settings import command_parser, parse_with_recipes, split_option
+from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
     completed_epochs,
@@ -138,11 +139,15 @@ def recipe_name(settings: Namespace) -> str:
 
 def _ensure_best(trainer: Trainer, model: Classifier, data: ImageDataModule, run: Run | None) -> None:
     """Where the training ended before its first complete epoch, validate its last state and save it as the best."""
-    checkpoints = trainer.checkpoint_callbacks
-    if run is None or not checkpoints or trainer.limit_val_batches == 0 or (run.checkpoints / "best.ckpt").exists():
+    best = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+    if (
+        not best
+        or any(callback.monitor and callback.best_model_path for callback in best)
+        or not trainer.limit_val_batches
+    ):
         return
     trainer.validate(model, datamodule=data, verbose=False)
-    if trainer.is_global_zero and (run.checkpoints / "last.ckpt").exists():
+    if run is not None and (run.checkpoints / "last.ckpt").exists():
         save_final_checkpoint(trainer, run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt")
 
 

@@ -116,6 +116,11 @@ class RunCheckpoint(ModelCheckpoint):
     Lightning forgets the best so far when the folder's path has changed; a worse epoch would then replace best.ckpt.
     """
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; the best only in an epoch that was validated, as the figures are still the last validation's."""
+        if self.monitor is None or not isinstance(pl_module, Classifier) or pl_module.validated:
+            super().on_train_epoch_end(trainer, pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, with the paths that its files have now; files that are gone are forgotten."""
 

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from cbam_pl.data.datamodule import ImageDataModule
@@ -278,7 +279,7 @@ def run_conditions(trainer: Trainer) -> dict[str, Any]:
     names = ("max_epochs", "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
              "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm", "check_val_every_n_epoch")  # fmt: skip
     values = {name: getattr(trainer, name) for name in names}
-    return {"processes": trainer.world_size, **{n: str(v) if isinstance(v, Enum) else v for n, v in values.items()}}
+    return {"processes": trainer.world_size, **{n: v.value if isinstance(v, Enum) else v for n, v in values.items()}}
 
 
 def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifier, data: ImageDataModule) -> None:
@@ -310,16 +311,15 @@ def finished(checkpoint: dict[str, Any], trainer: Trainer) -> str:
     done = f"has completed {epochs} epochs and {steps} steps"
     if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs or 0 <= trainer.max_steps <= steps:
         return f"{done}; train further with --trainer.max_epochs"
-    if checkpoint.get("stopped_early"):
-        states = [checkpoint["callbacks"].get(stop.state_key) for stop in _early_stopping(trainer)]
-        patience = [stop.patience for stop in _early_stopping(trainer)]
-        if any(state and state["wait_count"] >= least for state, least in zip(states, patience, strict=True)):
-            return f"{done}, where EarlyStopping ended it; train further without it, or with more patience"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        state = checkpoint["callbacks"].get(callback.state_key)
+        if isinstance(callback, Timer) and (state or callback.time_remaining() == 0):
+            elapsed = state["time_elapsed"][RunningStage.TRAINING.value] if state else 0
+            if elapsed >= (callback.time_remaining() or 0):
+                return f"{done}, and has used up trainer.max_time; give more"
+        if isinstance(callback, EarlyStopping) and state and checkpoint.get("stopped_early"):
+            return f"{done}, where EarlyStopping ended it; train further without it"
     return ""
-
-
-def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
 
 
 def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier, batch_size: int) -> list[str]:

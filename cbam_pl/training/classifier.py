@@ -288,8 +288,7 @@ class Classifier(LightningModule):
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": self.lr_interval,
-                "monitor": "val/loss",
-                "strict": False,  # missing where validation is switched off; on_train_epoch_end uses train/loss then
+                "monitor": "train/loss",  # which Lightning asks for; on_train_epoch_end steps a plateau by val/loss
             },
         }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
@@ -35,7 +36,7 @@ def training_trainer(
     Raises:
         UserError: a setting that Lightning rejects, or that would give wrong figures.
     """
-    options = dict(**settings)
+    options = _plain(settings)
     _check(options)
     users = _listed(options["callbacks"])
     others = [callback for callback in users if not isinstance(callback, (EarlyStopping, ModelCheckpoint))]
@@ -73,7 +74,7 @@ def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None) -> 
     Raises:
         UserError: a setting that Lightning rejects.
     """
-    options = dict(**settings)
+    options = _plain(settings)
     callbacks = _listed(options["callbacks"])
     if options["enable_progress_bar"] is not False:
         callbacks.append(TrainingProgress())
@@ -91,6 +92,12 @@ def _trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer:
             return Trainer(**options)
     except (ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
+
+
+def _plain(settings: Namespace) -> dict[str, Any]:
+    """The Trainer's arguments, with plain numbers, which a checkpoint can hold, in place of the parser's own types."""
+    numbers = (PositiveInt, NonNegativeInt, NonNegativeFloat)
+    return {name: value.real if isinstance(value, numbers) else value for name, value in dict(**settings).items()}
 
 
 def _listed(values: Any) -> list[Any]:

@@ -121,7 +121,12 @@ def test_gradient_accumulation_logs_one_loss_per_optimizer_step(data, tmp_path):
     losses, logger = [], StepLossLogger()
     model = Classifier(3)
     original = model.training_step
-    model.training_step = lambda batch, index: losses.append((original(batch, index), len(batch[1]))) or losses[-1][0]
+
+    def step(batch, batch_idx):
+        losses.append((original(batch, batch_idx), len(batch[1])))
+        return losses[-1][0]
+
+    model.training_step = step
     options = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "callbacks": StepLosses()}
     trainer(tmp_path, max_epochs=1, **options | {"logger": logger}).fit(model, data)
     pairs = [losses[index : index + 2] for index in range(0, len(losses), 2)]

@@ -10,7 +10,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.inspect.gates import attention_maps, gate_health
-from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.checkpoint import load_classifier
 from cbam_pl.training.monitor import NetworkMonitor
 
 
@@ -68,7 +68,7 @@ def test_pictures_show_eight_fixed_validation_images(four, image_folder):
 def test_health_is_that_of_the_networks_gates(four, image_folder):
     events = events_of(four)
     last = checkpoint(four)
-    classifier = Classifier.of_checkpoint(last)
+    classifier = load_classifier(four, last)
     data = ImageDataModule("folder", str(image_folder), seed=3)
     data.setup()
     pixels = data.images("val").pixels / 255

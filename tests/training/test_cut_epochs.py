@@ -1,0 +1,176 @@
+"""An epoch is the steps that the Trainer was told to take; one that is cut short is completed by a resume."""
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from tests.helpers import EPOCHS, RUN, STEPS, assert_same_run, checkpoint, fit, scalars
+
+
+class StopAt(Callback):
+    """Asks the training to stop after a step, as max_time does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def stop_by_steps(step):
+    return ["--trainer.max_steps", step]
+
+
+def stop_by_flag(step):
+    name = "tests.training.test_cut_epochs.StopAt"
+    return ["--trainer.callbacks", f"[{{class_path: {name}, init_args: {{step: {step}}}}}]"]
+
+
+def stop_by_signal(step):
+    name = "tests.training.test_resume.Break"
+    return ["--trainer.callbacks", f"[{{class_path: {name}, init_args: {{step: {step}}}}}]"]
+
+
+STOPS = {"max_steps": stop_by_steps, "should_stop": stop_by_flag, "signal": stop_by_signal}
+# Setting → steps of an epoch.
+SETTINGS = {
+    (): STEPS,
+    ("--trainer.limit_train_batches", 2): 2,
+    ("--trainer.limit_train_batches", 0.7): 2,
+    ("--trainer.overfit_batches", 2): 2,
+    ("--trainer.accumulate_grad_batches", 2): 2,
+    ("--trainer.check_val_every_n_epoch", 2): STEPS,
+    ("--trainer.limit_val_batches", 0): STEPS,
+    ("--trainer.limit_train_batches", 2, "--trainer.reload_dataloaders_every_n_epochs", 1): 2,
+    ("--trainer.min_epochs", 1): STEPS,
+}
+ONE_CYCLE = ["--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_interval", "step",
+             "--model.lr_scheduler.init_args.max_lr", 0.004]  # fmt: skip
+SLOW = [pytest.param(setting, marks=pytest.mark.slow) for setting in list(SETTINGS)[3:]]
+
+
+def rows(root):
+    with (root / "logs" / RUN / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("schedule", ["plateau", pytest.param("one cycle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", ["max_steps", *(pytest.param(s, marks=pytest.mark.slow) for s in list(STOPS)[1:])])
+@pytest.mark.parametrize("setting", [*list(SETTINGS)[:3], *SLOW], ids=lambda setting: " ".join(map(str, setting[-2:])))
+def test_stops_at_each_quarter_equal_one_go(setting, stop, schedule, command, recipe, tmp_path):
+    options = [*setting, *(ONE_CYCLE if schedule == "one cycle" else [])]
+    whole = command(*fit(recipe, tmp_path / "whole", *options))
+    assert whole.status == 0, whole.err
+    total = EPOCHS * SETTINGS[setting]
+    for number in (1, 2, 3):
+        step = number * total // 4 + (total % 4 == 0)  # in the middle of an epoch, but for the last
+        resume = [] if number == 1 else ["--ckpt_path", "last"]
+        part = command(*fit(recipe, tmp_path / "parts", *options, *STOPS[stop](step), *resume))
+        assert part.status == (143 if stop == "signal" else 0), part.err
+        assert checkpoint(tmp_path / "parts")["global_step"] == step
+        complete = step // SETTINGS[setting]
+        if stop != "signal" and (tmp_path / "parts/logs" / RUN / "metrics.csv").exists():
+            assert [int(row["epoch"]) for row in rows(tmp_path / "parts")] == list(range(1, complete + 1))
+    rest = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert rest.status == 0, rest.err
+    if "--trainer.limit_val_batches" in options:
+        last, expected = (checkpoint(root)["state_dict"] for root in (tmp_path / "parts", tmp_path / "whole"))
+        assert all(torch.equal(last[name], expected[name]) for name in expected)
+        assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    else:
+        assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_next_epoch_begins_at_its_own_first_batch(command, recipe, tmp_path):
+    """Two epochs of two of three batches are the first two batches of the first two whole epochs."""
+    losses = {}
+    for name, options in (("whole", []), ("limited", ["--trainer.limit_train_batches", 2])):
+        # A rate of 0, so that the loss depends on the images alone.
+        frozen = ["--model.optimizer", "SGD", "--model.optimizer.lr", 0, "--model.arch", "resnet20"]
+        assert command(*fit(recipe, tmp_path / name, *frozen, *options)).status == 0
+        losses[name] = dict(scalars(tmp_path / name / "logs" / RUN)["train/loss_step"])
+    for epoch in range(EPOCHS):
+        for batch in (1, 2):
+            assert losses["limited"][2 * epoch + batch] == losses["whole"][STEPS * epoch + batch]
+
+
+def test_overfitting_trains_on_the_same_batches_in_every_epoch(command, recipe, tmp_path):
+    frozen = ["--model.optimizer", "SGD", "--model.optimizer.lr", 0, "--model.arch", "resnet20"]
+    assert command(*fit(recipe, tmp_path, *frozen, "--trainer.overfit_batches", 2)).status == 0
+    losses = [loss for _, loss in scalars(tmp_path / "logs" / RUN)["train/loss_step"]]
+    assert len(losses) == 2 * EPOCHS
+    assert losses[2:] == losses[:2] * (EPOCHS - 1)
+    assert losses[0] != losses[1]
+
+
+def test_a_training_shorter_than_an_epoch_can_be_tested(command, recipe, tmp_path):
+    outcome = command(*fit(recipe, tmp_path, "--trainer.max_steps", 2))
+    assert outcome.status == 0, outcome.err
+    assert "stopped by trainer.max_steps in epoch 1 after step 2; the state is saved" in outcome.err
+    assert not (tmp_path / "logs" / RUN / "metrics.csv").exists()
+    best = checkpoint(tmp_path, "best")
+    assert best["global_step"] == 2
+    validated = command("validate", "--trainer.default_root_dir", tmp_path)
+    assert f"val/acc  {best['figures']['val/acc']:.4f}" in validated.out
+    # A resumed training replaces it by the best of whole epochs.
+    assert command(*fit(recipe, tmp_path, "--ckpt_path", "last", "--trainer.max_epochs", 1)).status == 0
+    assert checkpoint(tmp_path, "best")["global_step"] == STEPS
+
+
+def test_max_time_that_is_used_up(command, recipe, tmp_path):
+    assert command(*fit(recipe, tmp_path, "--trainer.max_steps", 2)).status == 0
+    stopped = command(*fit(recipe, tmp_path, "--ckpt_path", "last", "--trainer.max_time", "00:00:00:00"))
+    assert (stopped.status, checkpoint(tmp_path)["global_step"]) == (0, 2)
+    assert "nothing left to do" in stopped.out
+    assert "trainer.max_time" in stopped.out
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")  # Lightning's, of the callback that is left out
+def test_early_stopping_that_ended_a_training_is_remembered(command, recipe, tmp_path):
+    stop = ["--trainer.callbacks", "[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: "
+            "{monitor: val/loss, patience: 1, min_delta: 100}}]"]  # fmt: skip
+    assert command(*fit(recipe, tmp_path, *stop)).status == 0
+    assert checkpoint(tmp_path)["global_step"] == 2 * STEPS
+    again = command(*fit(recipe, tmp_path, *stop, "--ckpt_path", "last"))
+    assert again.status == 0
+    assert "nothing left to do" in again.out
+    assert "EarlyStopping ended it" in again.out
+    assert checkpoint(tmp_path)["global_step"] == 2 * STEPS
+    further = command(*fit(recipe, tmp_path, "--ckpt_path", "last"))
+    assert (further.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS)
+
+
+@pytest.mark.parametrize("value", [2, 0.7])
+def test_a_validation_inside_an_epoch_is_rejected(value, command, recipe, tmp_path):
+    outcome = command(*fit(recipe, tmp_path, "--trainer.val_check_interval", value))
+    assert outcome.status == 2
+    assert f"trainer.val_check_interval={value} must be 1.0" in outcome.err
+    assert not (tmp_path / "logs/tiny").exists()
+
+
+def test_epochs_without_validation_leave_val_and_the_plateau_alone(command, recipe, tmp_path):
+    options = ["--trainer.check_val_every_n_epoch", 2, "--model.lr_scheduler.init_args.patience", 0,
+               "--model.lr_scheduler.init_args.threshold", 1e9]  # fmt: skip
+    assert command(*fit(recipe, tmp_path, *options)).status == 0
+    assert [bool(row["val/loss"]) for row in rows(tmp_path)] == [False, True, False, True]
+    rates = [float(row["lr"]) for row in rows(tmp_path)]
+    assert rates == [0.002, 0.002, 0.001, 0.001]  # halved once a validation: none is good enough
+    assert checkpoint(tmp_path)["optimizer_states"][0]["param_groups"][0]["lr"] == 0.0005
+
+
+def test_what_differs_on_resume_is_printed(command, recipe, tmp_path):
+    assert command(*fit(recipe, tmp_path, "--trainer.max_epochs", 1)).status == 0
+    changed = ["--trainer.limit_train_batches", 2, "--trainer.gradient_clip_val", 1.0]
+    outcome = command(*fit(recipe, tmp_path, *changed, "--ckpt_path", "last"))
+    assert outcome.status == 0
+    assert "differs      limit_train_batches: 1.0 there, 2 here" in outcome.out
+    assert "differs      gradient_clip_val: None there, 1.0 here" in outcome.out
+
+
+def test_a_one_cycle_with_a_rise_of_one_step_names_the_key(command, recipe, tmp_path):
+    options = [*ONE_CYCLE, "--model.lr_scheduler.init_args.pct_start", 1 / (EPOCHS * STEPS)]
+    outcome = command(*fit(recipe, tmp_path, *options))
+    assert outcome.status == 2
+    assert "model.lr_scheduler: a phase of the schedule has no step" in outcome.err
