@@ -1,10 +1,10 @@
-"""Attention in a network of the user's own, without editing its code."""
+"""Insert attention into any network, without editing its code."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
+def _runs_its_children(module: nn.Module) -> bool:
+    """Whether the module goes through its children, so that the attention would be run (or skipped) as one of them."""
+    if isinstance(module, nn.Sequential):
+        return type(module).forward is not nn.Sequential.forward
+    return isinstance(module, (nn.ModuleDict, nn.ModuleList))
+
+
 def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     modules = {name: module for name, module in network.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
@@ -29,30 +36,74 @@ def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
         chosen |= found
     if not chosen:
         raise ValueError(f"where={where!r} must name at least one module")
+    for name, module in chosen.items():
+        if hasattr(module, "attention"):
+            raise ValueError(f"where={name!r}: {type(module).__name__} has an attribute `attention` already")
+        if _runs_its_children(module):
+            raise ValueError(
+                f"where={name!r}: {type(module).__name__} is a container whose children, the attention among them, are "
+                "not run one after another; choose modules inside it, or the one after it"
+            )
     return chosen
 
 
-def _declared_channels(module: nn.Module) -> int | None:
-    """The output channels of the last layer in `module`, by order of declaration, that states them."""
-    for layer in reversed(list(module.modules())):
-        for attribute in ("out_channels", "num_features", "num_channels"):  # convolution, batch and group norm
-            if isinstance(getattr(layer, attribute, None), int):
-                return getattr(layer, attribute)
+def _works_on_last_dimension(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer) is nn.LayerNorm  # LayerNorm2d, which permutes, is a subclass
+
+
+def _width(layer: nn.Module) -> int | None:
+    """The channels of the output of a convolution, batch norm or group norm."""
+    for attribute in ("out_channels", "num_features", "num_channels"):
+        if isinstance(getattr(layer, attribute, None), int):
+            return getattr(layer, attribute)
     return None
 
 
-def _seen_channels(network: nn.Module, chosen: dict[str, nn.Module], example: Tensor) -> dict[str, int]:
-    """The channels that each chosen module gives for the example."""
-    seen: dict[str, int] = {}
+def _declared_channels(name: str, module: nn.Module) -> int:
+    """The output channels of the last layer in `module`, by order of declaration, that declares them."""
+    layers = list(module.modules())
+    with_weights = [layer for layer in layers if next(layer.parameters(recurse=False), None) is not None]
+    ends_in_layer_norm = with_weights and type(with_weights[-1]) is nn.LayerNorm  # its output may be (B, H, W, C)
+    widths = [width for layer in layers if (width := _width(layer)) is not None]
+    if ends_in_layer_norm or not widths:
+        raise ValueError(f"where={name!r}: the channels of {type(module).__name__} are unknown; give an example input")
+    return widths[-1]
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
-                seen[name] = output.shape[1]
 
-        return hook
+class _Run(NamedTuple):
+    """One run of a module: the shape of its output, and the layer that ran last before its end, with its shape."""
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in chosen.items()]
+    shape: tuple[int, ...]
+    layer: nn.Module | None
+    layer_shape: tuple[int, ...]
+
+    def is_channels_last(self) -> bool | None:
+        """Whether the output is (B, H, W, C), judged by that layer; None: either is possible."""
+        if self.layer is None:
+            return False
+        batch, channels, *size = self.layer_shape
+        if not _works_on_last_dimension(self.layer):
+            return self.shape == (batch, *size, channels) and self.shape != self.layer_shape
+        first, last = (self.shape[dim] == self.layer_shape[-1] for dim in (1, 3))
+        return None if first and last else last
+
+
+def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor) -> dict[str, list[_Run]]:
+    """How each of the modules runs for the example. The network is left as it was."""
+    runs: dict[str, list[_Run]] = {name: [] for name in modules}
+    last: tuple[nn.Module | None, tuple[int, ...]] = None, ()
+
+    def note_layer(layer: nn.Module, arguments: Any, output: Any) -> None:
+        nonlocal last
+        is_layer = _works_on_last_dimension(layer) or _width(layer) is not None
+        if is_layer and isinstance(output, Tensor) and output.ndim == 4:
+            last = layer, tuple(output.shape)
+
+    def note_run(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        runs[name].append(_Run(tuple(output.shape) if isinstance(output, Tensor) else (), *last))
+
+    hooks = [module.register_forward_hook(note_layer) for module in network.modules()]
+    hooks += [module.register_forward_hook(partial(note_run, name)) for name, module in modules.items()]
     modes = {module: module.training for module in network.modules()}
     network.eval()  # the example must not move the batch norms' statistics
     try:
@@ -63,18 +114,61 @@ def _seen_channels(network: nn.Module, chosen: dict[str, nn.Module], example: Te
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return seen
+    return runs
 
 
-def _attend(channels: int, module: nn.Module, arguments: Any, output: Any) -> Tensor:
-    """The forward hook. A plain function that reads the attention off the module, so that copies use their own."""
-    if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] != channels:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+def _seen_channels(name: str, module: nn.Module, runs: list[_Run]) -> int:
+    """The channels that the module gave for the example."""
+    output = f"where={name!r}: the output of {type(module).__name__}"
+    if not runs:
+        raise ValueError(f"where={name!r}: {type(module).__name__} does not run for the example; choose another module")
+    for run in runs:
+        if len(run.shape) != 4:
+            raise ValueError(f"{output} is {run.shape or 'no tensor'}; choose a module that gives (B, C, H, W)")
+        is_channels_last = run.is_channels_last()
+        if is_channels_last is None:
+            raise ValueError(
+                f"{output}, {run.shape}, may be (B, C, H, W) or (B, H, W, C); use an example of another size"
+            )
+        if is_channels_last:
+            raise ValueError(f"{output}, {run.shape}, is (B, H, W, C); choose a module that gives (B, C, H, W)")
+    channels = {run.shape[1] for run in runs}
+    if len(channels) > 1:
+        raise ValueError(f"{output} has {' or '.join(map(str, sorted(channels)))} channels; choose another module")
+    return channels.pop()
+
+
+def _check_input(channels: int, followed: str, attention: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """The attention's pre-hook: reject an input of other channels, with which some attention would still run."""
+    x = arguments[0]
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
-            f"the attention after {type(module).__name__} is for (B, {channels}, H, W), but the output is {got}; "
+            f"the attention after {followed} is for (B, {channels}, H, W), but the output is {got}; "
             "choose another module, or give insert_attention an example input to see the channels from"
         )
+
+
+def _attend(module: nn.Module, arguments: Any, output: Any) -> Tensor:
+    """The forward hook. A plain function that reads the attention off the module, so that copies use their own."""
     return module.attention(output)  # type: ignore[operator]
+
+
+def _check_insertion(
+    network: nn.Module, before: Mapping[str, list[_Run]], attentions: Mapping[str, nn.Module], example: Tensor
+) -> None:
+    """Reject a network that does not run each attention exactly on the output of the module that it follows."""
+    try:
+        after = _runs(network, attentions, example)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"where={list(before)!r}: with attention there, the network fails with {reason}") from error
+    for name, runs in before.items():
+        if [run.shape for run in runs] != [run.shape for run in after[name]]:
+            raise ValueError(
+                f"where={name!r}: the network runs the attention {len(after[name])} times, "
+                f"{type(network.get_submodule(name)).__name__} {len(runs)} times; choose another module"
+            )
 
 
 def insert_attention(
@@ -88,46 +182,52 @@ def insert_attention(
         network = insert_attention(torchvision.models.resnet18(), "cbam", "layer?.*.bn2")
 
     The attention becomes a child named `attention` of the module it follows. Names, classes and weights of what was
-    there before stay as they are, so that `load_state_dict(..., strict=False)` still takes the network's own
+    there before stay as they are, so that `load_state_dict(..., strict=False)` still loads the network's own
     checkpoints. Make the optimiser afterwards.
 
     Args:
-        network: any module whose chosen parts give (B, C, H, W).
-        kind: a kind, or an AttentionConfig with its options; where it stands is for `where` to say.
+        network: any module whose chosen modules give (B, C, H, W).
+        kind: a kind, or an AttentionConfig without place and stages, which `where` replaces.
         where: names of modules as in `network.named_modules()`; `*`, `?` and `[…]` stand for parts of a name between
             dots: `layer?.*` are the residual blocks of torchvision's ResNets.
-        example: an input of the network, from which each module's channels are seen. Without it they are those of
-            the last convolution or norm declared in the module, which is right for most blocks; where it is not,
-            the first forward pass says so.
+        example: an input of the network, to see each module's channels from and to check the result with. Without it
+            the channels are those of the last convolution or norm declared in the module, which is right for most
+            blocks; where it is not, the first forward pass says so.
 
     Returns:
         The same network.
 
     Raises:
-        ValueError: a pattern that matches nothing, a module whose channels are unknown or which has an attribute
-            `attention` already, or an option out of its range. The network is then unchanged.
+        ValueError: a pattern that matches nothing, a module that gives something else than (B, C, H, W), whose
+            channels are unknown, which runs its children in its own way or has an attribute `attention` already, or
+            an option out of its range. The network is then unchanged.
     """
     config = kind if isinstance(kind, AttentionConfig) else AttentionConfig(kind)
     for name in ("place", "stages"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name}={getattr(config, name)!r} has no effect in insert_attention; use where")
     chosen = _chosen(network, [where] if isinstance(where, str) else where)
-    seen = {} if example is None else _seen_channels(network, chosen, example)
-    attentions: dict[str, tuple[int, nn.Module]] = {}
+    runs = {} if example is None else _runs(network, chosen, example)
+    attentions: dict[str, nn.Module] = {}
     for name, module in chosen.items():
-        if hasattr(module, "attention"):
-            raise ValueError(f"where={name!r}: {type(module).__name__} has an attribute `attention` already")
-        channels = _declared_channels(module) if example is None else seen.get(name)
-        if channels is None:
-            mend = "give an example input" if example is None else "choose a module that gives (B, C, H, W)"
-            raise ValueError(f"where={name!r}: the channels of {type(module).__name__} are unknown; {mend}")
+        channels = _declared_channels(name, module) if example is None else _seen_channels(name, module, runs[name])
         attention = config.build(channels).train(module.training)
         for parameter in [*module.parameters(), *network.parameters()][:1]:
             attention.to(parameter.device, parameter.dtype)
-        attentions[name] = (channels, attention)
-    for name, (channels, attention) in attentions.items():
-        module = chosen[name]
-        module.attention = attention
-        if type(module).forward is not nn.Sequential.forward:  # which runs its new last child by itself
-            module.register_forward_hook(partial(_attend, channels))
+        attention.register_forward_pre_hook(partial(_check_input, channels, type(module).__name__))
+        attentions[name] = attention
+    for name, module in chosen.items():
+        module.attention = attentions[name]
+    # A Sequential runs its new last child by itself.
+    hooked = [module for module in chosen.values() if not isinstance(module, nn.Sequential)]
+    hooks = [module.register_forward_hook(_attend) for module in hooked]
+    try:
+        if example is not None:
+            _check_insertion(network, runs, attentions, example)
+    except BaseException:  # an interruption, too, leaves the network as it was
+        for hook in hooks:
+            hook.remove()
+        for module in chosen.values():
+            del module.attention
+        raise
     return network

@@ -1,4 +1,4 @@
-"""Attention put into networks that know nothing of it."""
+"""Attention inserted into networks that were written without it."""
 
 import copy
 import pickle
@@ -7,8 +7,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.ops import Permute
 
-from cbam_pl.attention import CBAM, AttentionConfig, SqueezeExcitation
+from cbam_pl.attention import BAM, CBAM, AttentionConfig, SpatialAttention, SqueezeExcitation
 from cbam_pl.models import insert_attention
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -22,13 +23,10 @@ def resnet():
 
 def force_gates_to_one(network):
     """Every logit becomes infinite, and with it the gate one; BAM's, of 1 + sigmoid, minus infinite."""
-    for name, module in network.named_modules():
-        if name.endswith("attention"):
-            for gate in (module, *module.children()):
-                if hasattr(gate, "excite"):
-                    gate.excite = lambda squeezed: torch.full((1, 1, 1, 1), float("inf"))
-            if hasattr(module, "spatial") and isinstance(module.spatial, nn.Sequential):
-                nn.init.constant_(module.spatial[-1].bias, float("-inf"))
+    for module in network.modules():
+        if hasattr(module, "logits"):
+            infinity = torch.full((1, 1, 1, 1), float("-inf" if isinstance(module, BAM) else "inf"))
+            module.logits = lambda x, infinity=infinity: (x, infinity)
 
 
 @pytest.mark.parametrize("where", ["layer?.*.bn2", ["bn1", "layer1", "layer4.1"]], ids=str)
@@ -136,7 +134,7 @@ def test_compiles_and_learns():
         ({"where": "relu"}, r"^where='relu': the channels of ReLU are unknown; give an example input$"),
         (
             {"where": "fc", "example": IMAGES},
-            r"^where='fc': the channels of Linear are unknown; choose a module that gives \(B, C, H, W\)$",
+            r"^where='fc': the output of Linear is \(2, 5\); choose a module that gives \(B, C, H, W\)$",
         ),
         ({"kind": "cbma"}, r"^kind='cbma' is unknown; use one of none, se, channel"),
         ({"kind": AttentionConfig(kernel_size=4)}, r"^kernel_size=4 must be odd"),
@@ -152,7 +150,135 @@ def test_bad_input_is_named_and_changes_nothing(options, message):
     assert [name for name, _ in network.named_modules()] == before
 
 
-def test_second_attention_in_one_place_is_refused():
+def test_second_attention_in_one_place_is_rejected():
     network = insert_attention(resnet(), "cbam", "layer1.0")
     with pytest.raises(ValueError, match=r"^where='layer1.0': BasicBlock has an attribute `attention` already$"):
         insert_attention(network, "se", "layer1.*")
+
+
+@pytest.mark.parametrize(
+    ("arch", "where", "count"),
+    [
+        ("resnet18", "layer?.*.bn2", 8),
+        ("mobilenet_v3_small", "features.*", 13),
+        ("efficientnet_b0", "features.?.*", 22),  # SiLU, which declares no channels, among them
+        ("convnext_tiny", "features.[1357].*", 18),  # channels last within the block, first at its end
+        ("densenet121", ["features.transition?", "features.denseblock1.denselayer?"], 9),
+        ("shufflenet_v2_x0_5", "stage?.*", 16),
+        ("swin_t", "permute", 1),  # back to channels first
+    ],
+)
+def test_networks_of_torchvision(arch, where, count):
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(arch, weights=None, num_classes=5).eval()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = network(images)
+    insert_attention(network, "spatial", where, images)
+    attentions = [module for module in network.modules() if isinstance(module, SpatialAttention)]
+    assert len(attentions) == count
+    assert not torch.equal(network(images), before)
+    force_gates_to_one(network)
+    assert torch.equal(network(images), before)
+
+
+class RunsItsChildren(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class RunsItsChildrenWithTheInput(RunsItsChildren):
+    def forward(self, x):
+        return sum(child([x]) if isinstance(child, CBAM) else child(x) for child in self.children())
+
+
+class ResidualSequential(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def densenet():
+    return torchvision.models.densenet121()
+
+
+def swin():
+    return torchvision.models.swin_t()
+
+
+def with_unused_layer():
+    network = nn.ModuleDict({"used": nn.Conv2d(3, 3, 1), "other": nn.Conv2d(3, 3, 1)})
+    network.forward = network["used"].forward
+    return network
+
+
+CONTAINER = "is a container whose children, the attention among them, are not run one after another; choose modules"
+LAST = r"is \(B, H, W, C\); choose a module that gives \(B, C, H, W\)$"
+
+
+def assert_rejected(network, where, example, message):
+    before, names = network(IMAGES), list(network.state_dict())
+    with pytest.raises(ValueError, match=message) as error:
+        insert_attention(network, "cbam", where, example)
+    assert "\n" not in str(error.value)
+    assert list(network.state_dict()) == names
+    assert torch.equal(network(IMAGES), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "message"),
+    [
+        (densenet, "features.denseblock?", f"_DenseBlock {CONTAINER}"),
+        (swin, "features.0", r"the output of Sequential, \(2, 8, 8, 96\), " + LAST),
+        (swin, "features.1.0", r"the output of SwinTransformerBlock, \(2, 8, 8, 96\), " + LAST),
+        (swin, "features.1.0.attn", r"the output of ShiftedWindowAttention, \(2, 8, 8, 96\), " + LAST),
+        (swin, "features.2", r"the output of PatchMerging, \(2, 4, 4, 192\), " + LAST),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Permute([0, 2, 3, 1])),
+            "1",
+            r"the output of Permute, \(2, 32, 32, 4\), " + LAST,
+        ),
+        (
+            lambda: nn.Sequential(Permute([0, 2, 3, 1]), nn.Linear(3, 32)),
+            "1",
+            r"Linear, \(2, 32, 32, 32\), may be \(B, C, H, W\) or \(B, H, W, C\); use an example of another size$",
+        ),
+        (
+            lambda: nn.Sequential(RunsItsChildren()),
+            "0",
+            "^where='0': the network runs the attention 2 times, RunsItsChildren 1 times; choose another module$",
+        ),
+        (
+            lambda: nn.Sequential(RunsItsChildrenWithTheInput()),
+            "0",
+            r"with attention there, the network fails with ValueError: the attention after RunsIt.* is list",
+        ),
+        (with_unused_layer, "other", "^where='other': Conv2d does not run for the example; choose another module$"),
+    ],
+)
+def test_place_that_cannot_work_is_rejected_by_the_example(make, where, message):
+    assert_rejected(make().eval(), where, IMAGES, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "message"),
+    [
+        (densenet, "features.denseblock?", f"_DenseBlock {CONTAINER}"),
+        (lambda: nn.Sequential(ResidualSequential(nn.Conv2d(3, 3, 1))), "0", f"ResidualSequential {CONTAINER}"),
+        (swin, "features.0", "the channels of Sequential are unknown; give an example input$"),
+        (swin, "features.1.0", "the channels of SwinTransformerBlock are unknown; give an example input$"),
+    ],
+)
+def test_place_that_cannot_work_is_rejected_without_an_example(make, where, message):
+    assert_rejected(make().eval(), where, None, message)
+
+
+def test_sequential_checks_what_its_attention_gets():
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), Permute([0, 2, 3, 1])))
+    insert_attention(network, "spatial", "0")
+    with pytest.raises(ValueError, match=r"after Sequential is for \(B, 8, H, W\), but the output is \(2, 32, 32, 8\)"):
+        network(IMAGES)

@@ -1,0 +1,147 @@
+"""What the attention modules share: the gate, checks of their arguments, and pooling with a fast backward pass."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Gate(nn.Module):
+    """A module with one gate, sigmoid(logits(x))."""
+
+    gate_name: Literal["channel", "spatial", "joint"]
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself, to multiply (see mean_and_max), and the gate before the sigmoid, shaped to multiply x."""
+        raise NotImplementedError
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The weight of each channel or place. x (B, C, H, W) → (B, C, 1, 1) or (B, 1, H, W), in (0, 1)."""
+        return torch.sigmoid(self.logits(x)[1])
+
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        """The gate by its name: channel, spatial or joint."""
+        return {self.gate_name: self.gate(x)}
+
+
+def check_at_least(minimum: int, **numbers: int) -> None:
+    """Reject a number below the minimum."""
+    for name, value in numbers.items():
+        if value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def check_one_of(allowed: Collection[str], **choices: str) -> None:
+    """Reject a choice that is not among the allowed ones."""
+    for name, value in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+
+
+def check_odd(kernel_size: int) -> None:
+    """Reject a kernel size without a middle."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be odd and at least 1, such as 3, 5 or 7")
+
+
+def hidden_width(channels: int, reduction: int, min_hidden: int, rounding: str = "down") -> int:
+    """Hidden units of an MLP on the channels: channels / reduction, rounded, but at least min_hidden."""
+    check_at_least(1, channels=channels, reduction=reduction)
+    check_at_least(0, min_hidden=min_hidden)
+    check_one_of(("down", "nearest"), rounding=rounding)
+    if min_hidden == 0 and reduction > channels:
+        raise ValueError(
+            f"reduction={reduction} leaves no hidden unit for channels={channels} with min_hidden=0; "
+            f"use a reduction of at most {channels}, or a min_hidden of at least 1"
+        )
+    half = reduction // 2 if rounding == "nearest" else 0
+    return max(min_hidden, (channels + half) // reduction)
+
+
+def reject_unused(allowed: Collection[str], given: Mapping[str, object], owner: str) -> None:
+    """Reject each option that was given and that `owner` does not use."""
+    for name, value in given.items():
+        if value is not None and name not in allowed:
+            options = f" (options: {', '.join(allowed)})" if allowed else ""
+            raise ValueError(f"{name}={value!r} has no effect with {owner}; leave it out{options}")
+
+
+def mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean of x (B, C, H, W) over dims, (1,) or (2, 3), which stay as ones."""
+    if x.dtype == torch.float16:
+        return x.mean(dims, keepdim=True)  # the sum of a large map overflows
+    # Summed first, divided later: the backward of mean divides a gradient of the map's full size.
+    return x.sum(dims, keepdim=True) / _count(x, dims)
+
+
+def _count(x: Tensor, dims: tuple[int, ...]) -> int:
+    return x.shape[1] if dims == (1,) else x.shape[2] * x.shape[3]
+
+
+def mean_and_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x itself, its mean and its maximum over dims, (1,) or (2, 3), which stay as ones.
+
+    Go on with the x that is returned: its gradient and those of the mean and the maximum are then joined in one pass.
+    """
+    # Only where a backward pass can follow; torch.compile joins the passes by itself, and torch.jit.trace cannot.
+    if x.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return _MeanAndMax.apply(x, dims)[:3]
+    return x, mean(x, dims), x.amax(dims, keepdim=True)
+
+
+class _MeanAndMax(torch.autograd.Function):
+    """x, its mean and its maximum, with a backward pass that goes over the map once.
+
+    Autograd alone makes a map for each of the three gradients and adds them up, and amax takes five passes to share
+    its own among ties. Here, too, tied channels share the gradient; of tied places, one gets it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        place = None
+        if dims == (1,):
+            maximum = x.amax(1, keepdim=True)  # four times as fast as max, which finds the index as well
+        else:
+            maximum, place = F.max_pool2d(x, x.shape[2:], return_indices=True)  # index along H · W
+        return x.view_as(x), mean(x, dims), maximum, place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, ctx.dims = inputs
+        _, _, maximum, place = output
+        ctx.count = _count(x, ctx.dims)
+        saved = (x, maximum, None) if place is None else (None, None, place)
+        if place is not None:
+            ctx.mark_non_differentiable(place)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_x, of_mean, of_maximum, _ = gradients
+        x, maximum, place = ctx.saved_tensors
+        joined = of_x + (of_mean / ctx.count).to(of_x.dtype)
+        if place is None:
+            tied = _tied(x, maximum)
+            return torch.addcmul(joined, tied, of_maximum / tied.sum(1, keepdim=True)), None
+        joined = joined.flatten(2).scatter_add_(2, place.flatten(2), of_maximum.flatten(2))  # (B, C, H · W)
+        return joined.unflatten(2, of_x.shape[2:]), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, maximum, place = ctx.saved_tensors
+        if place is None:
+            tied = _tied(x, maximum)
+            of_maximum = (tied * tangent).sum(1, keepdim=True) / tied.sum(1, keepdim=True)
+        else:
+            of_maximum = tangent.flatten(2).gather(2, place.flatten(2))[..., None]  # (B, C, 1, 1)
+        return tangent.view_as(tangent), mean(tangent, ctx.dims), of_maximum, None
+
+
+def _tied(x: Tensor, maximum: Tensor) -> Tensor:
+    """1 where a channel has the maximum, else 0; turning a comparison's truth values into numbers takes longer."""
+    return (x - maximum).sign_().add_(1)
