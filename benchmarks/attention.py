@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from cbam_pl.memory import keep_freed_memory
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
 
@@ -29,7 +30,6 @@ from benchmarks.measure import (
     take_turns,
 )
 from cbam_pl.attention import AttentionConfig, AttentionKind
-from cbam_pl.memory import keep_freed_memory
 from cbam_pl.models import build_network
 from cbam_pl.timing import time_in_turns
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cbam_pl.command_options import command_parser
+from cbam_pl.memory import keep_freed_memory
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
 from cbam_pl import cli
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
-from cbam_pl.memory import keep_freed_memory
 from cbam_pl.settings import parse
 from cbam_pl.training.classifier import Classifier
 

@@ -2,6 +2,9 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, as_user_error
 from cbam_pl.models.cost import count_flops, count_parameters
+from cbam_pl.process import PROGRAM
 from cbam_pl.settings import command_parser, parse_with_recipes, split_option
 from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
+    check_trainable,
     completed_epochs,
     differences,
     find_checkpoint,
@@ -31,6 +36,21 @@ from cbam_pl.training.run import Run, atomic_write, new_run, run_of
 from cbam_pl.training.trainer import running, training_trainer
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins.
+
+    Args:
+        run: where it writes; None on all processes but the first of a new run, and where nothing is written.
+        path: the checkpoint that it resumes from, if any.
+        checkpoint: what that holds.
+    """
+
+    run: Run | None
+    path: Path | None = None
+    checkpoint: dict[str, Any] | None = None
+
+
 def fit(options: list[str]) -> None:
     """Train, from nothing or from a checkpoint.
 
@@ -43,68 +63,77 @@ def fit(options: list[str]) -> None:
     """
     parser = command_parser("fit")
     settings = parse_with_recipes(parser, options)
-    root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings)
-
-    # The data's settings, the network and its optimizer: nothing is read yet, so that mistakes are reported at once.
     with as_user_error():
         values = parser.instantiate(settings)
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
-        model.make_optimizer()
+        model.make_optimizer()  # so that a mistake in it is reported before the data is loaded
+    start = _choose_start(settings, model, data)
+    with _locked(start.run):
+        own = [_Begin(start.run, parser, settings), NetworkMonitor(settings.pictures_every)]
+        trainer = training_trainer(values.trainer, start.run, start.checkpoint, settings.checkpoint_minutes, own)
+        if start.path is not None and start.checkpoint is not None:
+            check_trainable(start.path, start.checkpoint, trainer, model)
+            if reason := finished(start.checkpoint, trainer):
+                return print(f"nothing left to do: {start.path} {reason}") if _is_first_process() else None
+        if _is_first_process():
+            with as_user_error():
+                data.prepare_data()
+                data.setup("fit")
+        if trainer.is_global_zero:
+            _print_summary(model, data, trainer, start)
+        interruption = _train(trainer, model, data, start)
+    if trainer.is_global_zero and start.run is not None:
+        _print_outcome(start.run, interruption, options)
+    if interruption is not None and interruption.number:
+        raise interruption
 
-    # The run: a new one, or that of the checkpoint.
+
+def _is_first_process() -> bool:
+    """Also before Lightning starts the others."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def _choose_start(settings: Namespace, model: Classifier, data: ImageDataModule) -> Start:
+    """The checkpoint that is named, with its run; else a new run."""
+    root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings)
     path, checkpoint, run = None, None, None
     if settings.ckpt_path is not None:
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
         check_same_settings(path, checkpoint, model, data)
         run = run_of(path)
-    is_first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # also before Lightning starts the others
-    if is_first_process and run is None and not settings.trainer.fast_dev_run:
+    if run is None and _is_first_process() and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
+    return Start(run, path, checkpoint)
+
+
+@contextmanager
+def _locked(run: Run | None) -> Iterator[None]:
+    """Keep other processes from training the run, and remove it if no training began."""
     lock = None
     try:
-        if is_first_process and run is not None:
+        if run is not None and _is_first_process():
             lock = run.lock()
-        begin = _Begin(run, parser, settings)
-        own = [begin, NetworkMonitor(settings.pictures_every)]
-        trainer = training_trainer(values.trainer, run, checkpoint, settings.checkpoint_minutes, own)
-        if checkpoint is not None and (reason := finished(checkpoint, trainer)):
-            if is_first_process:
-                print(f"nothing left to do: {path} {reason}")
-            return
-        if is_first_process:
-            with as_user_error():
-                data.prepare_data()
-                data.setup("fit")
-        if trainer.is_global_zero:
-            _print_summary(model, data, trainer, run)
-        if trainer.is_global_zero and checkpoint is not None:
-            print(f"resumed      after {completed_epochs(checkpoint)} epochs, {checkpoint['global_step']} steps")
-            for line in differences(checkpoint, trainer, model, data.batch_size):
-                print(f"differs      {line}")
-        interruption = None
-        with running(run):
-            try:
-                trainer.fit(model, data, ckpt_path=path, weights_only=True)
-            except Interrupted as stopped:
-                interruption = stopped
-            if interruption is None or not interruption.number:
-                _ensure_best(trainer, model, data, run)
+        yield
     finally:
         if run is not None:
             run.discard_if_unused()
         if lock is not None:
             lock.release()
-    if trainer.is_global_zero and run is not None:
-        if interruption is not None:
-            again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.checkpoints / "last.ckpt")]
-            print(f"{interruption}; the state is saved", file=sys.stderr)
-            print(f"resume: python train.py fit {shlex.join(again)}", file=sys.stderr)
-        if interruption is None or not interruption.number:
-            _print_outcome(run)
-    if interruption is not None and interruption.number:
-        raise interruption
+
+
+def _train(trainer: Trainer, model: Classifier, data: ImageDataModule, start: Start) -> Interrupted | None:
+    """Train to the end, or until something stops it, which is returned."""
+    with running(start.run):
+        try:
+            trainer.fit(model, data, ckpt_path=start.path, weights_only=True)
+        except Interrupted as interruption:
+            if not interruption.number:
+                _ensure_best(trainer, model, data, start.run)
+            return interruption
+        _ensure_best(trainer, model, data, start.run)
+    return None
 
 
 class _Begin(Callback):
@@ -151,8 +180,8 @@ def _ensure_best(trainer: Trainer, model: Classifier, data: ImageDataModule, run
         save_final_checkpoint(trainer, run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt")
 
 
-def _print_summary(model: Classifier, data: ImageDataModule, trainer: Trainer, run: Run | None) -> None:
-    """What is trained, on what, where, and what it writes."""
+def _print_summary(model: Classifier, data: ImageDataModule, trainer: Trainer, start: Start) -> None:
+    """What is trained, on what, where, from where, and what it writes."""
     size = data.image_size
     megaflops = count_flops(model.network, (3, size, size)) / 1e6
     train, val = len(data.images("train")), len(data.images("val"))
@@ -164,18 +193,26 @@ def _print_summary(model: Classifier, data: ImageDataModule, trainer: Trainer, r
         f"{data.num_classes} classes",
         f"device       {trainer.strategy.root_device}, precision {trainer.precision}, processes {trainer.world_size}",
     ]
-    if run is not None:
-        lines += [f"checkpoints  {run.checkpoints}", f"logs         {run.logs}  (tensorboard --logdir logs)"]
+    if start.run is not None:
+        lines += [
+            f"checkpoints  {start.run.checkpoints}",
+            f"logs         {start.run.logs}  (tensorboard --logdir logs)",
+        ]
+    if (checkpoint := start.checkpoint) is not None:
+        lines.append(f"resumed      after {completed_epochs(checkpoint)} epochs, {checkpoint['global_step']} steps")
+        lines += [f"differs      {line}" for line in differences(checkpoint, trainer, model, data.batch_size)]
     print("\n".join(lines))
 
 
-def _print_outcome(run: Run) -> None:
-    """The best epoch, its figures, and the command that tests it."""
+def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str]) -> None:
+    """How to go on where the training was stopped; else the best epoch, its figures, and the command that tests it."""
+    if interruption is not None:
+        again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.checkpoints / "last.ckpt")]
+        print(f"{interruption}; the state is saved", file=sys.stderr)
+        print(f"resume: {PROGRAM} fit {shlex.join(again)}", file=sys.stderr)
     best = run.checkpoints / "best.ckpt"
-    if not best.exists():
-        return
-    checkpoint: dict[str, Any] = read_checkpoint(best)
-    figures = checkpoint["figures"]
-    loss, acc = figures["val/loss"], figures["val/acc"]
-    print(f"best epoch   {checkpoint['epoch'] + 1}: val/loss {loss:.4f}, val/acc {acc:.4f}")
-    print(f"test it      python train.py test --ckpt_path {shlex.quote(str(best))}")
+    if best.exists() and (interruption is None or not interruption.number):
+        checkpoint = read_checkpoint(best)
+        loss, acc = checkpoint["figures"]["val/loss"], checkpoint["figures"]["val/acc"]
+        print(f"best epoch   {checkpoint['epoch'] + 1}: val/loss {loss:.4f}, val/acc {acc:.4f}")
+        print(f"test it      {PROGRAM} test --ckpt_path {shlex.quote(str(best))}")

@@ -21,22 +21,12 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor
 
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
-
-# Raise it when a key changes its meaning, and teach `_upgrade` the old one.
-FORMAT = 2
-
-_LISTED = {"lr_schedulers", "optimizer_states"}
-_MAPPINGS = {
-    "state_dict", "loops", "callbacks", "hyper_parameters", "datamodule_hyper_parameters", "ImageDataModule", "figures",
-    "interrupted_epoch", "run_conditions",
-}  # fmt: skip
-
+from cbam_pl.training.schema import FORMAT, SchemaError, check_checkpoint, check_resumable
 
 # Finding and reading
 
@@ -123,12 +113,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     own = {"state_dict", "loops", "hyper_parameters", "figures"}
     if not isinstance(checkpoint, dict) or not own <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
-    _upgrade(checkpoint)
     try:
-        _check(checkpoint)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        wrong = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} {wrong}; name a checkpoint that `train.py fit` wrote") from error
+        _upgrade(checkpoint)
+        check_checkpoint(checkpoint)
+    except (SchemaError, KeyError, TypeError) as error:
+        raise UserError(f"{path} {error}; name a checkpoint that `train.py fit` wrote") from error
     return checkpoint
 
 
@@ -155,45 +144,6 @@ def _upgrade(checkpoint: dict[str, Any]) -> None:
         means = interrupted.pop("means")
         interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
     checkpoint.setdefault("run_conditions", {})
-
-
-def _check(checkpoint: dict[str, Any]) -> None:
-    """Compare the types of what is read, since an edited or damaged file may hold anything.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: with the key.
-    """
-    version = checkpoint.get("format", 1)
-    if not isinstance(version, int) or version > FORMAT:
-        raise ValueError(f"was written by a newer version of this program (format {version}; this one reads {FORMAT})")
-    for keys, kind in ((_MAPPINGS, dict), (_LISTED, list), ({"epoch", "global_step"}, int)):
-        for key in sorted(keys):
-            _expect(checkpoint[key], kind, key)
-    data = checkpoint["ImageDataModule"]
-    _expect_all(data["classes"], str, "ImageDataModule.classes")
-    for key in ("mean", "std"):
-        _expect_all(data[key], float, f"ImageDataModule.{key}")
-    lengths = [len(data[key]) for key in ("mean", "std", "classes")]
-    if lengths != [3, 3, checkpoint["hyper_parameters"]["num_classes"]]:
-        raise ValueError(f"has {lengths} values of mean, std and classes, which are not those of its network")
-    for key, value in checkpoint["state_dict"].items():
-        _expect(value, Tensor, f"state_dict.{key}")
-    for key, value in checkpoint["figures"].items():
-        _expect(value, float, f"figures.{key}")
-    if checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0:
-        raise ValueError(f"has epoch {checkpoint['epoch']} and global_step {checkpoint['global_step']}, below 0")
-    _expect(completed_epochs(checkpoint), int, "loops.fit_loop.epoch_progress.current.processed")
-
-
-def _expect(value: Any, kind: type, key: str) -> None:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"has a {type(value).__name__} as {key}, which must be a {kind.__name__}")
-
-
-def _expect_all(values: Any, kind: type, key: str) -> None:
-    _expect(values, list, key)
-    for value in values:
-        _expect(value, kind, key)
 
 
 def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
@@ -303,6 +253,18 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
                 differing.append(f"{group}.{name} ({saved[name]} there, {ours.get(name)} here)")
     if differing:
         raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
+
+
+def check_trainable(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> None:
+    """Check what only `fit` restores from a checkpoint.
+
+    Raises:
+        UserError: with the key that is wrong.
+    """
+    try:
+        check_resumable(checkpoint, trainer, model.network)
+    except SchemaError as error:
+        raise UserError(f"{path} {error}; resume from another checkpoint") from error
 
 
 def finished(checkpoint: dict[str, Any], trainer: Trainer) -> str:

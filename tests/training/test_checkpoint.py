@@ -1,0 +1,202 @@
+"""Checkpoints that were edited, damaged or written by others: one line that names what is wrong, and nothing is run."""
+
+import copy
+import os
+import re
+
+import pytest
+import torch
+
+from tests.helpers import checkpoint
+
+
+def put(path, value):
+    """An edit that sets a value at the end of a path of keys."""
+
+    def edit(saved):
+        *place, last = path.split(".") if isinstance(path, str) else path
+        for key in place:
+            saved = saved[int(key) if isinstance(saved, list) else key]
+        saved[int(last) if isinstance(saved, list) else last] = value
+
+    return edit
+
+
+def drop(path):
+    def edit(saved):
+        *place, last = path.split(".")
+        for key in place:
+            saved = saved[key]
+        del saved[last]
+
+    return edit
+
+
+# Edit → what the message names.
+EVERY_COMMAND = {
+    "newer format": (put("format", 99), "format 99"),
+    "no hyper_parameters": (drop("hyper_parameters"), "is not a checkpoint of this program"),
+    "no loops": (drop("loops"), "is not a checkpoint of this program"),
+    "no callbacks": (drop("callbacks"), "has no callbacks"),
+    "empty loops": (put("loops", {}), "has no loops.fit_loop"),
+    "text as epoch": (put("epoch", "x"), "has a str as epoch, which must be a int"),
+    "negative epoch": (put("epoch", -1), "epoch=-1"),
+    "fraction as step": (put("global_step", 1.5), "has a float as global_step"),
+    "list of weights": (put("state_dict", [1]), "has a list as state_dict"),
+    "number as weight": (put("state_dict", {"network.blocks.0.conv.weight": 3}), "state_dict.network.blocks.0.conv"),
+    "unknown setting": (put("hyper_parameters.from_the_future", 3), "from_the_future"),
+    "other network": (put("hyper_parameters.arch", "resnet20"), "another network than its settings say"),
+    "unknown network": (put("hyper_parameters.arch", "vgg"), "hyper_parameters.*arch='vgg'"),
+    "unknown attention": (put("hyper_parameters.attention", {"kind": "foo"}), "hyper_parameters.*kind='foo'"),
+    "text as attention": (put("hyper_parameters.attention", "cbam"), "hyper_parameters"),
+    "text as num_classes": (put("hyper_parameters.num_classes", "3"), "hyper_parameters.num_classes"),
+    "many classes": (put("hyper_parameters.num_classes", 10**12), "mean, std or classes of another length"),
+    "number as classes": (put("ImageDataModule.classes", 3), "ImageDataModule.classes"),
+    "text as mean": (put("ImageDataModule.mean", ["a", "b", "c"]), "ImageDataModule.mean"),
+    "two means": (put("ImageDataModule.mean", [0.5, 0.5]), "ImageDataModule.mean, std or classes"),
+    "text as figure": (put(["figures", "val/acc"], "high"), "figures.val/acc"),
+}
+FIT = {
+    "broken loops": (put("loops.fit_loop", {"epoch_progress": {"current": {"processed": 1}}}), "has no loops.fit_loop"),
+    "text as counter": (put("loops.fit_loop.epoch_progress.total", "x"), "loops.fit_loop.epoch_progress.total"),
+    "two optimizers": (put("optimizer_states", [{}, {}]), "optimizer_states"),
+    "empty optimizer": (put("optimizer_states", [{}]), "has no optimizer_states.state"),
+    "moment of another shape": (
+        put(["optimizer_states", "0", "state", 0, "exp_avg"], torch.ones(3)),
+        "optimizer_states.state.0.exp_avg of another shape",
+    ),
+    "text as schedule": (put("lr_schedulers", ["x"]), "lr_schedulers"),
+    "text as sums": (put("interrupted_epoch.sums", "x"), "interrupted_epoch.sums"),
+    "empty state of a callback": (put("callbacks", {"TrainingState": {}, "X": 3}), "callbacks.X"),
+    "newer setting of the data": (put("datamodule_hyper_parameters.from_the_future", 3), "from_the_future"),
+}
+
+
+@pytest.fixture(scope="module")
+def original(trained):
+    return checkpoint(trained[0])
+
+
+def edited(original, edit, root):
+    saved = copy.deepcopy(original)
+    edit(saved)
+    path = root / "checkpoints/tiny/version_0/last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(saved, path)
+    return path
+
+
+def assert_one_line(outcome, path, text):
+    assert outcome.status == 2, outcome.err
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith(f"error: {path} ")
+    assert re.search(text, outcome.err), outcome.err
+
+
+@pytest.mark.parametrize("name", EVERY_COMMAND)
+def test_what_is_wrong_in_a_checkpoint_is_named(name, original, command, tmp_path):
+    edit, text = EVERY_COMMAND[name]
+    path = edited(original, edit, tmp_path)
+    assert_one_line(command("test", "--ckpt_path", path), path, text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY_COMMAND)
+@pytest.mark.parametrize("which", ["validate", "predict", "visualize", "fit"])
+def test_every_command_names_what_is_wrong(which, name, original, command, recipe, image_folder, tmp_path):
+    edit, text = EVERY_COMMAND[name]
+    path = edited(original, edit, tmp_path)
+    options = {"predict": ["--images", image_folder / "test/red/0.png"], "fit": ["--config", recipe]}.get(which, [])
+    outcome = command(which, *options, "--ckpt_path", path)
+    if (which == "fit" and "hyper_parameters" in text) or name in ("other network", "unknown setting"):
+        text = "hyper_parameters|trained with other settings|" + text
+    assert_one_line(outcome, path, text)
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_what_only_a_resume_needs_is_named(name, original, command, recipe, tmp_path):
+    edit, text = FIT[name]
+    path = edited(original, edit, tmp_path)
+    options = ["--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 4]
+    outcome = command("fit", "--config", recipe, *options, "--ckpt_path", path)
+    assert_one_line(outcome, path, text)
+    assert torch.load(path, weights_only=True).keys() == original.keys()
+
+
+class Payload:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+PLACES = [
+    "hyper_parameters.arch", "hyper_parameters.attention", "ImageDataModule.classes", "callbacks.TrainingState",
+    "optimizer_states", "lr_schedulers", "loops.fit_loop", "state_dict", "figures", "interrupted_epoch",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_in_a_checkpoint_is_not_run(place, original, command, tmp_path):
+    witness = tmp_path / "witness"
+    path = edited(original, put(place, {"a": [Payload(witness)]}), tmp_path)
+    assert_one_line(command("test", "--ckpt_path", path), path, "is not loaded, since that could run code")
+    assert not witness.exists()
+
+
+def test_a_checkpoint_of_the_first_format_is_read(original, command, recipe, tmp_path):
+    """As the version before wrote it: other names, and means in place of sums."""
+
+    def edit(saved):
+        lr, (loss, acc, count) = saved["interrupted_epoch"]["lr"], saved.pop("interrupted_epoch")["sums"]
+        saved["broken_off"] = {"lr": lr, "means": {"loss": [loss, count], "acc": [acc, count]}}
+        saved["trained_with"] = {key: saved["run_conditions"][key] for key in ("max_epochs", "processes", "precision")}
+        del saved["run_conditions"], saved["format"], saved["hyper_parameters"]["width"]
+        loader = saved["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+        loader["taken"] = loader.pop("batches_done")
+
+    path = edited(original, edit, tmp_path)
+    options = ["--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 3]
+    outcome = command("fit", "--config", recipe, *options, "--ckpt_path", path)
+    assert outcome.status == 0, outcome.err
+    assert torch.load(path, weights_only=True)["format"] == 2
+    assert command("test", "--trainer.default_root_dir", tmp_path).status == 0
+
+
+def test_a_copied_checkpoint_begins_a_run_that_has_a_best(trained, command, recipe, tmp_path):
+    path = tmp_path / "elsewhere/checkpoints/tiny/version_5/last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes((trained[0] / "checkpoints/tiny/version_0/last.ckpt").read_bytes())
+    outcome = command("fit", "--config", recipe, "--trainer.max_epochs", 3, "--ckpt_path", path)
+    assert outcome.status == 0, outcome.err
+    assert path.with_name("best.ckpt").exists()
+
+
+def test_weights_that_are_not_finite_are_reported(original, command, image_folder, tmp_path):
+    def edit(saved):
+        saved["state_dict"]["network.blocks.0.conv.weight"].fill_(float("nan"))
+
+    path = edited(original, edit, tmp_path)
+    for which in ("test", "validate"):
+        outcome = command(which, "--ckpt_path", path)
+        assert outcome.status == 2
+        assert "/loss of" in outcome.err
+        assert "is not finite: the network has diverged" in outcome.err
+    outcome = command("predict", "--ckpt_path", path, "--images", image_folder / "test/red/0.png")
+    assert_one_line(outcome, path, "gives probabilities that are not finite")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_names_of_recipes_are_not_patterns(trained, command, tmp_path, recipe):
+    odd = tmp_path / "a[1]|b.yaml"
+    odd.write_text(recipe.read_text())
+    options = ["--trainer.default_root_dir", tmp_path, "--trainer.limit_train_batches", 1]
+    assert command("fit", "--config", odd, *options, "--trainer.max_epochs", 1).status == 0
+    outcome = command("fit", "--config", odd, *options, "--trainer.max_epochs", 2, "--ckpt_path", "last")
+    assert outcome.status == 0, outcome.err
+    assert "resumed      after 1 epochs" in outcome.out
+    best = f"{tmp_path}/checkpoints/a[1]|b/version_0/best.ckpt"
+    assert f"test it      python train.py test --ckpt_path '{best}'" in outcome.out
