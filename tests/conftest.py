@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from cbam_pl.cli import main
@@ -116,6 +117,7 @@ def _in_a_process(arguments: list[str], output: Path, variables: Mapping[str, st
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     torch.set_num_threads(1)
+    rank_zero_only.rank = int(variables.get("LOCAL_RANK", 0))  # which Lightning read when it was imported, before that
     for limit, more in limits.items():
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(limit, (used + more,) * 2 if limit == resource.RLIMIT_AS else (more, more))
