@@ -108,8 +108,7 @@ def draw_attention(images: CaptionedImages, maps: Mapping[str, AttentionMaps], t
     """
     if not maps:
         raise ValueError("this network has no gates: its attention is none")
-    panels = [(name, gate) for name, gates in maps.items() for gate in (gates.spatial, gates.channel)]
-    panels = [(name, gate) for name, gate in panels if gate is not None]
+    panels = [(name, gate) for name, one in maps.items() for gate in (one.spatial, one.channel) if gate is not None]
     figure, columns = _new_panels(images, len(panels), 6, title)
     for axes, (name, gate) in zip(columns, panels, strict=True):
         if gate.ndim == 3:
@@ -147,8 +146,8 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure
     fractions = (counts / counts.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
     axes.imshow(fractions, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
     axes.tick_params(length=0, labelbottom=False, labelleft=False)  # two hundred ticks would take most of the time
-    axes.set_xlabel("predicted class", fontsize=NORMAL, labelpad=78)  # points
-    axes.set_ylabel("true class", fontsize=NORMAL, labelpad=78)
+    axes.set_xlabel("predicted class", fontsize=NORMAL, labelpad=80)  # points
+    axes.set_ylabel("true class", fontsize=NORMAL, labelpad=80)
     style: dict[str, Any] = {"size": SMALL if few else 6, "parse_math": False}
     for index, name in enumerate(classes):
         axes.text(-0.7, index, cut(name, 16), ha="right", va="center", **style)
@@ -257,7 +256,7 @@ def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
     tops = np.arange(len(gate)) * (_SIDE + _GAP)
     axes.autoscale(False)
     axes.hlines([*tops, *(tops + _SIDE / 2), *(tops + _SIDE)], 0, _SIDE, color="0.6", linewidth=0.6)
-    for top in tops:
+    for top in tops.tolist():
         axes.text(-4, top, "1", size=SMALL, ha="right", va="center")
         axes.text(-4, top + _SIDE, "0", size=SMALL, ha="right", va="center")
     axes.set_title(f"{name}\n{gate.shape[1]} channels, sorted", **_HEADING)
@@ -276,15 +275,15 @@ def _add_colour_bar(axes: Axes, label: str, width: float = 1.0) -> None:
     image = axes.images[-1]
     low, high = image.get_clim()
     digits = 2 if 0.05 <= high - low < 10 else 1 if high - low >= 10 else 3
-    place = axes.inset_axes((0, 0, width, 8 / len(image.get_array())))  # in the gap below the last panel
+    place = axes.inset_axes((0, 0, width, 8 / axes.get_ylim()[0]))  # 8 pixels high, in the gap below the last panel
     place.set_facecolor("0.5")  # where the map is drawn over an image, its colours over medium grey
     ticks = [low, (low + high) / 2, high]
     bar = axes.figure.colorbar(image, cax=place, orientation="horizontal", ticks=ticks, format=f"%.{digits}f")
-    bar.outline.set_visible(False)
+    place.spines[:].set_visible(False)
     bar.set_label(label, fontsize=SMALL)
     place.tick_params(labelsize=SMALL, length=0, pad=2)
     for text, align in zip(place.get_xticklabels(), ("left", "center", "right"), strict=True):
-        text.set_ha(align)
+        text.set(ha=align)
 
 
 def _check_map(what: str, values: Tensor) -> None:

@@ -79,7 +79,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
     def record(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if name in maps:
-            raise ValueError(f"the attention of {name} runs twice in one forward pass; use a module of its own at each place")
+            raise ValueError(f"the attention of {name} runs twice in one forward pass; use one module per place")
         maps[name] = _as_maps(module, module.gates(arguments[0]))  # type: ignore[operator]
 
     network = unwrap(network)
@@ -198,7 +198,7 @@ def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
     if isinstance(network, ResNet):
         blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
         return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
-    raise ValueError(f"network is a {type(network).__name__}; only the blocks of a CNN or ResNet of cbam_pl.models are known")
+    raise ValueError(f"network is a {type(network).__name__}; only a CNN or ResNet of cbam_pl.models is supported")
 
 
 def last_activation(network: nn.Module) -> nn.Module:
