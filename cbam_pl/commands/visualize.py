@@ -3,7 +3,7 @@
 import csv
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -242,17 +242,16 @@ def _evenly(total: int, count: int) -> list[int]:
 
 def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
     """What each run logged; once, though several of its checkpoints may be given."""
-    histories: dict[Path, History] = {}
+    runs = {run.logs.resolve(): one for one in loaded if (run := run_of(one.path)) is not None}
+    names = _number([_name_of(one.path) for one in runs.values()])
+    histories: dict[Path, History | None] = {}
+    for (logs, one), name in zip(runs.items(), names, strict=True):
+        histories[logs] = read_history(logs, f"{name} ({one.content['hyper_parameters']['attention']['kind']})")
     for one in loaded:
         run = run_of(one.path)
-        kind = one.content["hyper_parameters"]["attention"]["kind"]
-        history = None if run is None else read_history(run.logs, f"{_name_of(one.path)} ({kind})")
-        if run is None or history is None:
+        if run is None or histories[run.logs.resolve()] is None:
             print(f"{one.title}: no logs of its run were found, so there are no curves")
-        else:
-            histories[run.logs.resolve()] = history
-    labels = _number([history.name for history in histories.values()])
-    return [replace(history, name=label) for history, label in zip(histories.values(), labels, strict=True)]
+    return [history for history in histories.values() if history is not None]
 
 
 def _measure(loaded: LoadedCheckpoint, network: nn.Module, count: int, path: Path) -> None:
