@@ -205,7 +205,7 @@ def test_a_checkpoint_without_network_settings(command, run, tmp_path):
     checkpoint = torch.load(run / "checkpoints/tiny/version_0/best.ckpt", weights_only=True)
     path = tmp_path / "bare.ckpt"
     torch.save({**checkpoint, "hyper_parameters": {}}, path)
-    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "has no 'num_classes'")
+    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "has no hyper_parameters.num_classes")
     torch.save({"state_dict": checkpoint["state_dict"]}, path)
     assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "is not a checkpoint of this program")
     changed = {**checkpoint["hyper_parameters"], "arch": "resnet18"}
