@@ -81,11 +81,11 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--images", nargs="+", type=str, help="your own image files, or folders of them")
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
         add("--class_name", type=str, help="the first test images of a class")
-        add("--num_images", type=int, help="images to show (default: 3), unless they are named one by one")
+        add("--num_images", type=PositiveInt, help="images to show (default: 3), unless they are named one by one")
         add("--output", type=str, help="folder to write to (default: pictures, beside the logs of the first run)")
         add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
         add("--measure", action="store_true", help="measure on test images whether attention falls on what matters")
-        add("--measure_images", type=int, help="test images to measure on, evenly chosen (default: 1000)")
+        add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
         add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
     else:
         add("--ckpt_path", type=str, default="best", help="a FILE, or the newest run's best or last")

@@ -1,4 +1,4 @@
-"""How a training went, read from a run's logs and drawn as curves; several runs in one picture."""
+"""Training curves, read from the logs of runs; several runs in one figure."""
 
 import csv
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbam_pl.inspect.page import DPI, LARGE, NORMAL, SMALL
+from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL
 
 FIGURES = ("train/loss", "val/loss", "train/acc", "val/acc", "lr")
 # Okabe and Ito's colours, which differ for every kind of colour blindness; yellow is too pale for a line.
@@ -40,10 +41,10 @@ class History:
 
 
 def read_history(logs: Path, name: str) -> History | None:
-    """What the run with this log folder logged; None where there is no metrics.csv.
+    """Read what a run logged; None if there is no metrics.csv.
 
     Args:
-        logs: logs/RECIPE/version_N.
+        logs: the run's log folder, logs/RECIPE/version_N.
         name: of the run, for the legend.
     """
     if not (logs / "metrics.csv").is_file():
@@ -52,34 +53,25 @@ def read_history(logs: Path, name: str) -> History | None:
         rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}  # of an epoch trained twice, the last
     epochs = sorted(rows)
     figures = {key: np.array([float(rows[epoch].get(key) or "nan") for epoch in epochs]) for key in FIGURES}
-    steps, losses = _read_steps(logs)
-    return History(name, steps, losses, np.array(epochs), figures)
-
-
-def _read_steps(logs: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Optimizer steps and their losses, from the TensorBoard events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    # All scalars, and nothing else of what the files hold.
+    # All scalars, and as little as possible of the rest.
     sizes = {"scalars": 0, "images": 1, "histograms": 1, "tensors": 1, "audio": 1, "compressedHistograms": 1}
     events = EventAccumulator(str(logs), sizes)
     events.Reload()
-    if "train/loss_step" not in events.Tags()["scalars"]:
-        return np.array([]), np.array([])
-    points = {event.step: event.value for event in events.Scalars("train/loss_step")}
-    steps = sorted(points)
-    return np.array(steps), np.array([points[step] for step in steps])
+    logged = "train/loss_step" in events.Tags()["scalars"]
+    losses = {event.step: event.value for event in events.Scalars("train/loss_step")} if logged else {}
+    steps = sorted(losses)
+    return History(name, np.array(steps), np.array([losses[step] for step in steps]), np.array(epochs), figures)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` neighbours. Values (S,) → (S − window + 1,)."""
+    """Moving average. Values (S,) → (S − window + 1,)."""
     return np.convolve(values, np.full(window, 1 / window), "valid")
 
 
-def draw_curves(histories: Sequence[History], title: str) -> Figure:
-    """Loss by optimizer step, raw and smoothed; loss, accuracy and learning rate by epoch; a colour for each run.
+def draw_curves(histories: Sequence[History]) -> Figure:
+    """Loss by optimizer step, raw and smoothed; loss, accuracy and learning rate by epoch; one colour per run.
 
-    The smoothed loss is the mean of a fiftieth of all steps, and of at least five, around each.
+    The smoothed loss is a moving average over a fiftieth of all steps, and over at least five.
 
     Raises:
         ValueError: there is no run.
@@ -87,9 +79,8 @@ def draw_curves(histories: Sequence[History], title: str) -> Figure:
     if not histories:
         raise ValueError("no run has logs, so there are no curves")
     figure = Figure((10.0, 7.2), dpi=DPI, layout="constrained")
-    figure.suptitle(title.replace("$", r"\$"), fontsize=LARGE)
     (by_step, loss), (accuracy, rate) = figure.subplots(2, 2)
-    key = []  # one legend below all, where it hides no curve
+    key = []  # one legend for all, below them, where it hides no curve
     for number, history in enumerate(histories):
         colour = LINE_COLOURS[number % len(LINE_COLOURS)]
         count = len(history.steps)
@@ -105,8 +96,7 @@ def draw_curves(histories: Sequence[History], title: str) -> Figure:
         # Thinner and thinner, so that equal rates can all be seen.
         width = 1.5 * (len(histories) - number)
         _plot(rate, history.epochs, history.figures["lr"], color=colour, linewidth=width, drawstyle="steps-mid")
-        key.append(Line2D([], [], color=colour, label=history.name.replace("$", r"\$")))
-    _label(by_step, "Training loss by step (pale: raw, bold: smoothed)", "optimizer step", "loss")
+        key.append(Line2D([], [], color=colour, label=history.name))
     losses = np.concatenate([history.losses for history in histories])
     losses = losses[np.isfinite(losses)]
     if losses.size:
@@ -114,29 +104,34 @@ def draw_curves(histories: Sequence[History], title: str) -> Figure:
         by_step.set_ylim(0, 1.05 * float(np.quantile(losses, 0.998)))
     else:
         by_step.text(0.5, 0.5, "the logs hold no steps", ha="center", va="center", transform=by_step.transAxes)
-    _label(loss, "Mean loss", "epoch", "loss")
-    _label(accuracy, "Accuracy", "epoch", "accuracy")
-    _label(rate, "Learning rate", "epoch", "learning rate")
     rates = np.concatenate([history.figures["lr"] for history in histories])
     if rates.min() > 0 and rates.max() > 5 * rates.min():
         rate.set_yscale("log")
     else:
         rate.set_ylim(0, 1.1 * rates.max() or 1)
+    label_axes(by_step, "optimizer step", "training loss (pale: raw, bold: smoothed)")
+    for axes, label in ((loss, "mean loss"), (accuracy, "accuracy"), (rate, "learning rate")):
+        label_axes(axes, "epoch", label)
     key += [Line2D([], [], color="0.4", linestyle=style, label=f"by epoch: {split}") for style, split in _STYLES]
-    figure.legend(handles=key, loc="outside lower center", ncols=4, fontsize=NORMAL, frameon=False)
+    longest = max(len(history.name) for history in histories)
+    columns = max(1, min(4, 140 // (longest + 8)))  # 140 letters fit into the width, and a line's sample takes 8
+    legend = figure.legend(handles=key, loc="outside lower center", ncols=columns, fontsize=NORMAL, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Name both axes, in the style of all curves and charts."""
+    axes.set_xlabel(x, fontsize=NORMAL)
+    axes.set_ylabel(y, fontsize=NORMAL)
+    axes.tick_params(labelsize=SMALL)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if x == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
     # One point draws no line.
     axes.plot(x, y, marker="o" if np.isfinite(y).sum() == 1 else None, **style)
-
-
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=NORMAL + 1)
-    axes.set_xlabel(x, fontsize=NORMAL)
-    axes.set_ylabel(y, fontsize=NORMAL)
-    axes.tick_params(labelsize=SMALL)
-    axes.grid(color="0.9", linewidth=0.6)
-    if x == "epoch":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,347 +1,292 @@
-"""Pictures of what a network sees: feature maps, heat maps, attention, Grad-CAM, confusion and curves.
+"""Draw what a network computes: feature maps, attention, Grad-CAM and the confusion matrix, as matplotlib figures.
 
-    maps = attention_maps(network, images)
+    figure = draw_attention(images, attention_maps(network, inputs), "Attention")
+    figure.savefig("attention.png")
 
-Each `draw_…` gives a matplotlib Figure. A map that is not finite, or the same everywhere in every image, is an error:
-a picture of it would look like a finding.
+A map that is not finite, or constant over all images, raises a ValueError: its picture would look like a result.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.utils import make_grid
 
-from cbam_pl.inspect.gates import AttentionMaps, FeatureMaps, attention_maps, upsample
-from cbam_pl.inspect.page import COLOURS, DPI, LINE, NORMAL, SMALL, Page, blend
+from cbam_pl.inspect.gates import AttentionMaps, FeatureMaps, upsample
 
-__all__ = [
-    "Pictured",
-    "attention_maps",
-    "describe",
-    "draw_attention",
-    "draw_confusion",
-    "draw_features",
-    "draw_grad_cam",
-    "draw_heat_maps",
-]
-
-_PANEL = 1.28  # inches; 128 pixels, four times those of a CIFAR image
-_GAP = 0.14
-_MARGIN = 0.2
-_TITLE = 0.68
-_HEADER = 0.36  # two lines over a column
-_CAPTION = 4 * LINE + 0.1  # four lines below an image, or a colour bar below the last
-_CELL, _CELL_GAP = 64, 4  # pixels of one feature map and between two
-_MOSAIC = (3 * _CELL + 2 * _CELL_GAP) / DPI  # inches
-# A gate that hardly varies is shown in hardly varying colours, not stretched until it looks alive.
-_LEAST_SPAN = 0.05
+DPI = 100  # pixels per inch of PNG files and TensorBoard's images
+SMALL, NORMAL = 7.5, 8.5  # font sizes in points
+COLOURS = colormaps["viridis"]  # readable with every kind of colour blindness, and in grey
+OPACITY = 0.65  # of a map over its image
+_SIDE = 128  # pixels of a panel, four times those of a CIFAR image
+_CELL, _CELL_GAP = 64, 4  # pixels of one feature map, and between two
+_MOSAIC = 3 * _CELL + 2 * _CELL_GAP
+_GAP = 14  # pixels between a panel and the one below it
+_HEADING: dict[str, Any] = {"loc": "left", "fontsize": NORMAL, "parse_math": False}  # of a column
+_MIN_SPAN = 0.05  # of a gate's colour scale, so that a nearly constant gate looks nearly constant
 _DIVERGED = "holds NaN or infinity: the network has diverged; choose an earlier checkpoint"
 
 
 @dataclass(frozen=True)
-class Pictured:
-    """The images of a picture.
-
-    Args:
-        pixels: (B, 3, H, W) uint8.
-        captions: of each image, up to four lines.
-    """
+class CaptionedImages:
+    """Images (B, 3, H, W) uint8 to draw, each with a caption of up to four lines."""
 
     pixels: Tensor
     captions: Sequence[str]
 
-    def colours(self, index: int) -> np.ndarray:
-        """One image (H, W, 3) in [0, 1]."""
-        return self.pixels[index].permute(1, 2, 0).cpu().numpy() / 255
 
-    def grey(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """One image's brightness (H, W) in [0, 1], enlarged to `size`, its pixels as squares."""
-        weights = torch.tensor([0.299, 0.587, 0.114], device=self.pixels.device).view(3, 1, 1)
-        brightness = (self.pixels[index] / 255 * weights).sum(0)  # (H, W)
-        return F.interpolate(brightness[None, None], size=size, mode="nearest-exact")[0, 0].cpu().numpy()
-
-
-def describe(
-    logits: Tensor, classes: Sequence[str], true: Sequence[str] | None = None, headings: Sequence[str] | None = None
-) -> list[str]:
-    """Captions with the predicted class and its probability, below the true class and a heading where known.
-
-    Args:
-        logits: (B, classes).
-        classes: names of the classes.
-        true: names of the images' true classes.
-        headings: of each image, such as its index or file name.
-    """
-    captions = []
-    for index, probabilities in enumerate(logits.float().softmax(1).cpu()):
-        lines = [] if headings is None else [headings[index]]
-        lines += [] if true is None else [f"true: {true[index]}"]
-        probability, label = probabilities.max(0)
-        lines += [f"predicted: {classes[int(label)]}", f"probability {100 * float(probability):.0f} %"]
-        captions.append("\n".join(lines))
-    return captions
+def describe(logits: Tensor, classes: Sequence[str], headings: Sequence[str]) -> list[str]:
+    """Captions: each image's heading, the predicted class and its probability. Logits (B, classes)."""
+    probabilities, labels = logits.float().softmax(1).cpu().max(1)
+    return [
+        f"{heading}\npredicted: {classes[label]}\nprobability {100 * probability:.0f} %"
+        for heading, label, probability in zip(headings, labels.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
-def draw_features(pictured: Pictured, features: FeatureMaps, title: str) -> Figure:
-    """Each image and the first nine channels of each convolution block, one row an image, layer by layer.
+def draw_features(images: CaptionedImages, features: FeatureMaps, title: str) -> Figure:
+    """The first nine channels of each convolution block; one row per image.
 
     Raises:
-        ValueError: a block's output is not finite, or the same everywhere.
+        ValueError: a block's output is not finite, or constant.
     """
-    for name, output in features.blocks.items():
-        _refuse_blank(f"the output of {name}", output)
-    names = list(features.blocks)
-    bands = _bands(names, 4)
-    columns = 1 + max(map(len, bands))
-    row, count = _MOSAIC + _CAPTION, len(pictured.pixels)
-    band_height = _HEADER + count * row + _MARGIN
-    page = Page(2 * _MARGIN + columns * (_MOSAIC + _GAP) - _GAP, _TITLE + len(bands) * band_height)
-    page.title(_MARGIN, title)
-    for band, blocks in enumerate(bands):
-        top = _TITLE + band * band_height
-        for column, name in enumerate(blocks, start=1):
-            output = features.blocks[name].float()
-            channels, height, width = output.shape[1:]
-            # The brightest are cut, or a few places would leave all others dark.
-            low, high = min(0.0, float(output.min())), _quantile(output[:, :9], 0.98)
-            high = high if high > low else float(output.max())
-            x = _MARGIN + column * (_MOSAIC + _GAP)
-            shown = f"first 9 of {channels}" if channels > 9 else f"{channels}"
-            page.text(x, top, f"{name}\n{shown} channels, {height}×{width}", NORMAL)
-            for index in range(count):
-                mosaic = _mosaic(((output[index, :9] - low) / (high - low)).clamp(0, 1))
-                page.image(x, top + _HEADER + index * row, _MOSAIC, _MOSAIC, mosaic)
-            below = top + _HEADER + count * row - _CAPTION + 0.1
-            page.colour_bar(x, below, _MOSAIC, low, high, "activation (brightest 2 % cut)", overlay=False)
-        _draw_images(page, pictured, top + _HEADER, row, _MOSAIC)
-    return page.figure
+    figure, columns = _new_panels(images, len(features.blocks), 4, title, _MOSAIC)
+    for axes, (name, values) in zip(columns, features.blocks.items(), strict=True):
+        _check_map(f"the output of {name}", values)
+        output = values.float()
+        channels, height, width = output.shape[1:]
+        first = output[:, :9]
+        # The scale ends at the 98 % quantile, or a few bright places would leave all others dark; torch.quantile
+        # accepts at most 16 million values.
+        low, high = min(0.0, float(output.min())), float(first.flatten().kthvalue(round(0.98 * first.numel())).values)
+        high = high if high > low else float(output.max())
+        cells = F.interpolate(first, size=(_CELL, _CELL), mode="nearest-exact")  # (B, 9, cell, cell)
+        mosaics = [make_grid(one[:, None], 3, _CELL_GAP, pad_value=torch.nan)[0] for one in cells]
+        inner = [mosaic[_CELL_GAP:-_CELL_GAP, _CELL_GAP:-_CELL_GAP] for mosaic in mosaics]  # without the outer margin
+        axes.imshow(_stack(torch.stack(inner)), cmap=COLOURS, vmin=low, vmax=high, interpolation="nearest")
+        shown = f"first 9 of {channels}" if channels > 9 else f"{channels}"
+        axes.set_title(f"{name}\n{shown} channels, {height}×{width}", **_HEADING)
+        _add_colour_bar(axes, "activation (brightest 2 % cut)")
+    return figure
 
 
-def draw_heat_maps(pictured: Pictured, features: FeatureMaps, title: str) -> Figure:
-    """The three most active channels of the last convolution over each image: its own three, by their mean.
+def draw_heat_maps(images: CaptionedImages, features: FeatureMaps, title: str) -> Figure:
+    """The three channels of the last convolution with the highest mean, over each image; they differ by image.
 
     Raises:
-        ValueError: the activations are not finite, or the same everywhere.
+        ValueError: the activations are not finite, or constant.
     """
     last = features.last.float()
-    _refuse_blank("the last convolution's output", last)
+    _check_map("the last convolution's output", last)
     means, channels = last.mean((2, 3)).topk(min(3, last.shape[1]))  # (B, 3)
     chosen = last.gather(1, channels[..., None, None].expand(-1, -1, *last.shape[2:]))  # (B, 3, h, w)
-    count, columns = means.shape
-    high = float(chosen.max())
-    low = min(0.0, float(chosen.min()))
-    row = _PANEL + _CAPTION
-    width = 2 * _MARGIN + (1 + columns) * (_PANEL + _GAP) - _GAP
-    page = Page(max(width, 5.9), _TITLE + _HEADER + count * row + 0.6)
-    page.title(_MARGIN, title)
-    for rank in range(columns):
-        x = _MARGIN + (1 + rank) * (_PANEL + _GAP)
-        page.text(x, _TITLE, ("most active", "second", "third")[rank] + f"\n{last.shape[2]}×{last.shape[3]}", NORMAL)
-        for index in range(count):
-            y = _TITLE + _HEADER + index * row
-            _draw_over(page, x, y, pictured, index, (chosen[index, rank] - low) / (high - low))
-            caption = f"channel {int(channels[index, rank])}\nmean {float(means[index, rank]):.2f}"
-            page.text(x, y + _PANEL + 0.04, caption, SMALL)
-    _draw_images(page, pictured, _TITLE + _HEADER, row, _PANEL)
-    below = _TITLE + _HEADER + count * row + 0.05
-    x = _MARGIN + _PANEL + _GAP
-    page.colour_bar(x, below, columns * (_PANEL + _GAP) - _GAP, low, high, "activation", overlay=True)
-    return page.figure
+    scale = min(0.0, float(chosen.min())), float(chosen.max())
+    figure, columns = _new_panels(images, means.shape[1], 3, title, between=60)
+    for rank, axes in enumerate(columns):
+        _draw_over(axes, images, chosen[:, rank], *scale)
+        axes.set_title(f"{('most active', 'second', 'third')[rank]}\n{last.shape[2]}×{last.shape[3]}", **_HEADING)
+        values = zip(channels[:, rank].tolist(), means[:, rank].tolist(), strict=True)
+        _set_captions(axes, [f"channel\n{channel}\nmean\n{mean:.2f}" for channel, mean in values], _SIDE)
+    _add_colour_bar(columns[0], "activation", len(columns) + (len(columns) - 1) * 60 / _SIDE)
+    return figure
 
 
-def draw_attention(pictured: Pictured, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
-    """Per block the spatial gate over the image, and the channel gate as sorted bars; one row an image.
+def draw_attention(images: CaptionedImages, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
+    """The spatial gate of each block over the image, and its channel gate as sorted bars; one row per image.
 
     Raises:
-        ValueError: there are no gates, or one is not finite, or a spatial gate is the same everywhere in all images.
+        ValueError: there are no gates, a gate is not finite, or a spatial gate is constant over all images.
     """
     if not maps:
         raise ValueError("this network has no gates: its attention is none")
-    _refuse_bad_gates(maps)
-    panels = max((gates.spatial is not None) + (gates.channel is not None) for gates in maps.values())
-    bands = _bands(list(maps), 3 if panels == 2 else 6)
-    row, count = _PANEL + _CAPTION, len(pictured.pixels)
-    band_height = _HEADER + count * row + _MARGIN
-    block_width = panels * (_PANEL + _GAP) + 2 * _GAP
-    width = 2 * _MARGIN + _PANEL + _GAP + max(map(len, bands)) * block_width
-    page = Page(max(width, 5.9), _TITLE + len(bands) * band_height)
-    page.title(_MARGIN, title)
-    for band, blocks in enumerate(bands):
-        top = _TITLE + band * band_height
-        below = top + _HEADER + count * row - _CAPTION + 0.1
-        for column, name in enumerate(blocks):
-            gates = maps[name]
-            x = _MARGIN + _PANEL + 2 * _GAP + column * block_width
-            page.text(x, top, f"{name}\n{_sizes(gates)}", NORMAL)
-            if gates.spatial is not None:
-                low, high = _gate_scale(gates.spatial)
-                for index in range(count):
-                    shares = (gates.spatial[index] - low) / (high - low)
-                    _draw_over(page, x, top + _HEADER + index * row, pictured, index, shares)
-                page.colour_bar(x, below, _PANEL, low, high, "spatial gate", overlay=True)
-                x += _PANEL + 2 * _GAP
-            if gates.channel is not None:
-                ordered = gates.channel.sort(1, descending=True).values.cpu().numpy()  # (B, C)
-                for index in range(count):
-                    y = top + _HEADER + index * row
-                    page.bars(x, y, _PANEL, _PANEL, ordered[index])
-                    for level, label in ((0.0, "1"), (0.5, "½"), (1.0, "0")):
-                        page.text(x - 0.04, y + level * _PANEL - 0.06, label, SMALL, "right")
-                page.text(x, below, "channel gate,\nhighest first", SMALL)
-        _draw_images(page, pictured, top + _HEADER, row, _PANEL)
-    return page.figure
+    panels = [(name, gate) for name, one in maps.items() for gate in (one.spatial, one.channel) if gate is not None]
+    figure, columns = _new_panels(images, len(panels), 6, title)
+    for axes, (name, gate) in zip(columns, panels, strict=True):
+        if gate.ndim == 3:
+            _draw_spatial_gate(axes, images, name, gate)
+        else:
+            _draw_channel_gate(axes, name, gate)
+    return figure
 
 
-def draw_grad_cam(pictured: Pictured, cams: Tensor, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
-    """Grad-CAM of the predicted class over each image, and beside it the spatial gates.
-
-    Args:
-        pictured: the images.
-        cams: (B, H, W) ≥ 0.
-        maps: the gates; those without a spatial gate are left out.
-        title: over the picture.
+def draw_grad_cam(images: CaptionedImages, cams: Tensor, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
+    """Grad-CAM of the predicted class (B, H, W) ≥ 0 over each image, and the spatial gates beside it.
 
     Raises:
-        ValueError: a map is not finite, or the same everywhere in all images.
+        ValueError: a map is not finite, or constant over all images.
     """
-    _refuse_blank("Grad-CAM", cams)
-    _refuse_bad_gates(maps)
+    _check_map("Grad-CAM", cams)
     spatial = {name: gates.spatial for name, gates in maps.items() if gates.spatial is not None}
-    bands = _bands(list(spatial), 6) or [[]]
-    row, count = _PANEL + _CAPTION, len(pictured.pixels)
-    band_height = _HEADER + count * row + _MARGIN
-    width = 2 * _MARGIN + (2 + max(map(len, bands))) * (_PANEL + _GAP) - _GAP
-    page = Page(max(width, 5.9), _TITLE + len(bands) * band_height)
-    page.title(_MARGIN, title)
-    # Each image's own largest is 1: logits of different images and classes have no common unit.
-    largest = cams.amax((1, 2), keepdim=True)
-    shares = torch.where(largest > 0, cams / largest.clamp_min(1e-30), 0.0)
-    for band, blocks in enumerate(bands):
-        top = _TITLE + band * band_height
-        below = top + _HEADER + count * row - _CAPTION + 0.1
-        x = _MARGIN + _PANEL + _GAP
-        page.text(x, top, "Grad-CAM\nof the predicted class", NORMAL)
-        for index in range(count):
-            _draw_over(page, x, top + _HEADER + index * row, pictured, index, shares[index])
-        page.colour_bar(x, below, _PANEL, 0.0, 1.0, "share of image's max.", overlay=True)
-        for column, name in enumerate(blocks):
-            x = _MARGIN + (2 + column) * (_PANEL + _GAP)
-            low, high = _gate_scale(spatial[name])
-            height, width = spatial[name].shape[1:]
-            page.text(x, top, f"{name}\nspatial gate, {height}×{width}", NORMAL)
-            for index in range(count):
-                values = (spatial[name][index] - low) / (high - low)
-                _draw_over(page, x, top + _HEADER + index * row, pictured, index, values)
-            page.colour_bar(x, below, _PANEL, low, high, "spatial gate", overlay=True)
-        _draw_images(page, pictured, top + _HEADER, row, _PANEL)
-    return page.figure
+    figure, columns = _new_panels(images, 1 + len(spatial), 7, title)
+    # Relative to each image's maximum: logits of different images and classes have no common unit.
+    _draw_over(columns[0], images, cams / cams.amax((1, 2), keepdim=True).clamp_min(1e-30), 0.0, 1.0)
+    columns[0].set_title("Grad-CAM\npredicted class", **_HEADING)
+    _add_colour_bar(columns[0], "fraction of maximum")
+    for axes, (name, gate) in zip(columns[1:], spatial.items(), strict=True):
+        _draw_spatial_gate(axes, images, name, gate)
+    return figure
 
 
 def draw_confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """How many images of each true class (rows) were taken for each class (columns), coloured by the row's share.
-
-    Args:
-        counts: (classes, classes) int64.
-        classes: names.
-        title: over the picture.
-    """
+    """Counts (classes, classes) of images by true class (rows) and predicted class, coloured by the row's fraction."""
     few = len(classes) <= 20
-    cell, size = (0.42, SMALL) if few else (0.13, 6.0)
-    names = [_shorten(name) for name in classes]
-    label = 0.1 + 0.075 * max(map(len, names)) * (size / SMALL)
-    side = cell * len(classes)
-    page = Page(max(4.5, 2 * _MARGIN + label + side + 0.2), _TITLE + 0.1 + side + label + 0.8)
-    page.title(_MARGIN, title)
-    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
-    left, top = _MARGIN + label, _TITLE + 0.1
-    page.image(left, top, side, side, COLOURS(shares)[..., :3])
-    place: dict[str, Any] = {"size": size, "parse_math": False}
-    for index, name in enumerate(names):
-        middle = (index + 0.5) * cell
-        page.axes.text(left - 0.06, top + middle, name, ha="right", va="center", **place)
-        page.axes.text(left + middle, top + side + 0.06, name, ha="center", va="top", rotation=90, **place)
+    side = len(classes) * (42 if few else 13)  # pixels
+    width, height = 130 + max(200, side) + 100, 80 + side + 130  # the names' space is on the left and below
+    figure = _new_figure(width, height, title.split("\n"))
+    axes = figure.add_axes((130 / width, 130 / height, side / width, side / height))
+    fractions = (counts / counts.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
+    axes.imshow(fractions, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
+    axes.tick_params(length=0, labelbottom=False, labelleft=False)  # two hundred ticks would take most of the time
+    axes.set_xlabel("predicted class", fontsize=NORMAL, labelpad=80)  # points
+    axes.set_ylabel("true class", fontsize=NORMAL, labelpad=80)
+    style: dict[str, Any] = {"size": SMALL if few else 6, "parse_math": False}
+    for index, name in enumerate(classes):
+        axes.text(-0.7, index, cut(name, 16), ha="right", va="center", **style)
+        axes.text(index, len(classes) - 0.3, cut(name, 16), ha="center", va="top", rotation=90, **style)
     if few:
-        for (true, predicted), share in np.ndenumerate(shares):
-            colour = "black" if share > 0.6 else "white"
-            x, y = left + (predicted + 0.5) * cell, top + (true + 0.5) * cell
-            page.axes.text(x, y, str(int(counts[true, predicted])), ha="center", va="center", color=colour, **place)
-    below = top + side + label + 0.1
-    page.colour_bar(left, below, max(side, 1.5), 0, 1, "rows: true class, columns: predicted; share of row", False)
-    return page.figure
+        for (true, predicted), fraction in np.ndenumerate(fractions):
+            colour = "black" if fraction > 0.6 else "white"
+            axes.text(predicted, true, f"{counts[true, predicted]}", ha="center", va="center", color=colour, **style)
+    place = axes.inset_axes((1 + 20 / side, 0.1, 12 / side, 0.8))
+    figure.colorbar(axes.images[0], cax=place).set_label("fraction of the true class", fontsize=NORMAL)
+    place.tick_params(labelsize=SMALL)
+    return figure
 
 
-def _draw_images(page: Page, pictured: Pictured, top: float, row: float, side: float) -> None:
-    for index, caption in enumerate(pictured.captions):
-        y = top + index * row
-        page.image(_MARGIN, y, side, side, pictured.colours(index))
-        lines = [_shorten(line, 24) for line in caption.split("\n")]
-        page.text(_MARGIN, y + side + 0.04, "\n".join(lines), SMALL)
-
-
-def _draw_over(page: Page, x: float, y: float, pictured: Pictured, index: int, shares: Tensor) -> None:
-    """Draw one map (h, w), in [0, 1], over its image."""
-    side = round(_PANEL * DPI)
-    values = upsample(shares[None].float(), (side, side))[0].clamp(0, 1).cpu().numpy()
-    page.image(x, y, _PANEL, _PANEL, blend(pictured.grey(index, (side, side)), values))
-
-
-def _mosaic(maps: Tensor) -> np.ndarray:
-    """Up to nine maps (C, h, w) in [0, 1] as squares in three rows (H, W, 3), white between."""
-    step = _CELL + _CELL_GAP
-    canvas = np.ones((3 * step - _CELL_GAP, 3 * step - _CELL_GAP, 3))
-    enlarged = F.interpolate(maps[None], size=(_CELL, _CELL), mode="nearest-exact")[0].cpu().numpy()
-    for number, values in enumerate(enlarged):
-        y, x = number // 3 * step, number % 3 * step
-        canvas[y : y + _CELL, x : x + _CELL] = COLOURS(values)[..., :3]
-    return canvas
-
-
-def _bands(names: list[str], per_band: int) -> list[list[str]]:
-    """Names in groups that stand one above the other, about equally many in each."""
-    count = -(-len(names) // per_band)
-    return [part.tolist() for part in np.array_split(np.array(names, dtype=object), count)] if count else []
-
-
-def _sizes(gates: AttentionMaps) -> str:
-    parts = [] if gates.spatial is None else ["×".join(map(str, gates.spatial.shape[1:]))]
-    parts += [] if gates.channel is None else [f"{gates.channel.shape[1]} channels"]
-    return ", ".join(parts)
-
-
-def _gate_scale(gate: Tensor) -> tuple[float, float]:
-    """The scale of a block's gates in all images, not narrower than the least span."""
-    low, high = float(gate.min()), float(gate.max())
-    if high - low < _LEAST_SPAN:
-        middle = (low + high) / 2
-        low = min(max(0.0, middle - _LEAST_SPAN / 2), 1 - _LEAST_SPAN)
-        high = low + _LEAST_SPAN
-    return low, high
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    # Not torch.quantile, which takes no more than 16 million values.
-    flat = values.flatten()
-    return float(flat.kthvalue(max(1, round(share * flat.numel()))).values)
-
-
-def _shorten(text: str, length: int = 16) -> str:
+def cut(text: str, length: int) -> str:
+    """Cut a text that is too long, with an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _refuse_bad_gates(maps: Mapping[str, AttentionMaps]) -> None:
-    for name, gates in maps.items():
-        if gates.channel is not None and not gates.channel.isfinite().all():
-            raise ValueError(f"the channel gate of {name} {_DIVERGED}")
-        if gates.spatial is not None:
-            _refuse_blank(f"the spatial gate of {name}", gates.spatial)
+def rasterise(figure: Figure) -> np.ndarray:
+    """A figure as an image (H, W, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _refuse_blank(what: str, values: Tensor) -> None:
+def _new_panels(
+    images: CaptionedImages, count: int, per_row: int, title: str, side: int = _SIDE, between: int = 30
+) -> tuple[Figure, list[Axes]]:
+    """A figure with the images in its left column and `count` columns beside it, in as many rows as these need.
+
+    One pair of axes holds a column of panels, one per image, and has as many pixels as its arrays: a pair for each
+    panel, or a layout engine, takes several times as long, and draws the pixels of an image in unequal sizes.
+    """
+    rows = -(-count // per_row)
+    per_row = -(-count // rows)
+    column = len(images.pixels) * (side + _GAP)
+    left, right, above, below = 160, 40, 40, 40  # captions are on the left, a heading above, a colour bar below
+    width = left + (1 + per_row) * (side + between) - between + right
+    lines = [part for line in title.split("\n") for part in wrap(line, width // 8)]  # a letter takes about 7 pixels
+    top = 20 + 16 * len(lines)
+    height = top + rows * (above + column + below)
+    figure = _new_figure(width, height, lines)
+    place = {
+        "left": left / width,
+        "right": 1 - right / width,
+        "bottom": below / height,
+        "top": 1 - (top + above) / height,
+    }
+    place |= {"wspace": between / side, "hspace": (above + below) / column}
+    grid = figure.subplots(rows, 1 + per_row, squeeze=False, gridspec_kw=place)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    pixels = F.interpolate(images.pixels.cpu(), size=(side, side), mode="nearest-exact")
+    colours = np.stack([_stack(channel, fill=255) for channel in pixels.unbind(1)], -1)
+    for axes in grid[:, 0]:
+        axes.imshow(colours, interpolation="nearest")
+        _set_captions(axes, images.captions, side)
+    return figure, list(grid[:, 1:].flat)[:count]
+
+
+def _new_figure(width: float, height: float, title: Sequence[str]) -> Figure:
+    """A figure of a size in pixels, with a title in its left upper corner, line by line."""
+    figure = Figure((width / DPI, height / DPI), dpi=DPI)
+    place = {"x": 10 / width, "y": 1 - 10 / height, "ha": "left", "va": "top"}
+    figure.suptitle("\n".join(title), fontsize=NORMAL + 1, parse_math=False, **place)
+    return figure
+
+
+def _stack(panels: Tensor, fill: float = torch.nan) -> np.ndarray:
+    """Panels (B, H, W) as one column (B · (H + gap), W); NaN is drawn transparent."""
+    return F.pad(panels, (0, 0, 0, _GAP), value=fill).flatten(0, 1).cpu().numpy()
+
+
+def _draw_over(axes: Axes, images: CaptionedImages, maps: Tensor, low: float, high: float) -> None:
+    """Draw maps (B, h, w) over their images in grey."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    brightness = (images.pixels.cpu() / 255 * weights).sum(1, keepdim=True)
+    grey = F.interpolate(brightness, size=(_SIDE, _SIDE), mode="nearest-exact")[:, 0]
+    # From 0.2 to 0.8 only, or dark parts of the image would look like low values of the map.
+    axes.imshow(_stack(grey), cmap="gray", vmin=-1 / 3, vmax=4 / 3, interpolation="nearest")
+    values = _stack(upsample(maps.float(), (_SIDE, _SIDE)))
+    axes.imshow(values, cmap=COLOURS, vmin=low, vmax=high, alpha=OPACITY, interpolation="nearest")
+
+
+def _draw_spatial_gate(axes: Axes, images: CaptionedImages, name: str, gate: Tensor) -> None:
+    _check_map(f"the spatial gate of {name}", gate)
+    low, high = float(gate.min()), float(gate.max())
+    if high - low < _MIN_SPAN:
+        low = min(max(0.0, (low + high - _MIN_SPAN) / 2), 1 - _MIN_SPAN)
+        high = low + _MIN_SPAN
+    _draw_over(axes, images, gate, low, high)
+    axes.set_title(f"{name}\n{gate.shape[1]}×{gate.shape[2]}", **_HEADING)
+    _add_colour_bar(axes, "spatial gate")
+
+
+def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
+    """Draw gates (B, C) as bars, highest first, at the heights of the images."""
+    if not gate.isfinite().all():
+        raise ValueError(f"the channel gate of {name} {_DIVERGED}")
+    ordered = gate.sort(1, descending=True).values.cpu()
+    heights = F.interpolate(ordered[:, None], size=_SIDE, mode="nearest-exact")  # (B, 1, side)
+    levels = (torch.arange(_SIDE, 0, -1) - 0.5)[:, None] / _SIDE  # (side, 1)
+    bars = torch.where(levels < heights, 0.35, torch.nan)  # (B, side, side)
+    axes.imshow(_stack(bars), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
+    tops = np.arange(len(gate)) * (_SIDE + _GAP)
+    axes.autoscale(False)
+    axes.hlines([*tops, *(tops + _SIDE / 2), *(tops + _SIDE)], 0, _SIDE, color="0.6", linewidth=0.6)
+    for top in tops.tolist():
+        axes.text(-4, top, "1", size=SMALL, ha="right", va="center")
+        axes.text(-4, top + _SIDE, "0", size=SMALL, ha="right", va="center")
+    axes.set_title(f"{name}\n{gate.shape[1]} channels, sorted", **_HEADING)
+
+
+def _set_captions(axes: Axes, captions: Sequence[str], side: int) -> None:
+    """Write a text to the left of each panel."""
+    for index, caption in enumerate(captions):
+        text = "\n".join(cut(line, 24) for line in caption.split("\n"))
+        place = -6, index * (side + _GAP) + side / 2
+        axes.text(*place, text, size=SMALL, ha="right", va="center", parse_math=False)
+
+
+def _add_colour_bar(axes: Axes, label: str, width: float = 1.0) -> None:
+    """Add the colour scale of the last image below it, `width` times as wide, with numbers at its ends and middle."""
+    image = axes.images[-1]
+    low, high = image.get_clim()
+    digits = 2 if 0.05 <= high - low < 10 else 1 if high - low >= 10 else 3
+    place = axes.inset_axes((0, 0, width, 8 / axes.get_ylim()[0]))  # 8 pixels high, in the gap below the last panel
+    place.set_facecolor("0.5")  # where the map is drawn over an image, its colours over medium grey
+    ticks = [low, (low + high) / 2, high]
+    bar = axes.figure.colorbar(image, cax=place, orientation="horizontal", ticks=ticks, format=f"%.{digits}f")
+    place.spines[:].set_visible(False)
+    bar.set_label(label, fontsize=SMALL)
+    place.tick_params(labelsize=SMALL, length=0, pad=2)
+    for text, align in zip(place.get_xticklabels(), ("left", "center", "right"), strict=True):
+        text.set(ha=align)
+
+
+def _check_map(what: str, values: Tensor) -> None:
     if not values.isfinite().all():
         raise ValueError(f"{what} {_DIVERGED}")
     if float(values.max() - values.min()) < 1e-6:

@@ -1,4 +1,4 @@
-"""Look into a network: its gates, feature maps and Grad-CAM. Whatever is called here leaves the network as it was."""
+"""Read a network's attention gates and feature maps, and summarise the gates; the network is left unchanged."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,22 +16,21 @@ from cbam_pl.attention import BAM
 from cbam_pl.models.cnn import CNN
 from cbam_pl.models.resnet import ResidualBlock, ResNet
 
-# Below this standard deviation over places a spatial gate is as good as constant: it moves its input by less than
-# a tenth of a percent from place to place.
-CONSTANT = 1e-3
+# A spatial gate with a lower standard deviation over positions counts as constant: it scales all positions alike to
+# within a tenth of a percent.
+CONSTANT_STD = 1e-3
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
     """The gates of one block for a batch of images, float32, on the network's device.
 
-    A gate that does not separate into channels and places (BAM, and the parallel order of CBAM) is given by its means:
-    over the places as the channel gate, over the channels as the spatial one. Of BAM, which multiplies its input by
-    1 + gate, it is the gate.
+    A joint gate (B, C, H, W), as BAM and the parallel order of CBAM have, is given by its means: over positions as the
+    channel gate, over channels as the spatial gate. BAM multiplies its input by 1 + gate; the gate alone is given.
 
     Args:
-        channel: (B, C) in (0, 1), the weight of each channel; None where the attention has no channel gate.
-        spatial: (B, H, W) in (0, 1), the weight of each place; None where it has no spatial gate.
+        channel: (B, C) in (0, 1), the weight of each channel; None if the attention has no channel gate.
+        spatial: (B, H, W) in (0, 1), the weight of each position; None if it has no spatial gate.
     """
 
     channel: Tensor | None
@@ -40,7 +39,7 @@ class AttentionMaps:
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """What a network computes for a batch of images, on its device.
+    """Activations of a network for a batch of images, on its device.
 
     Args:
         logits: (B, classes).
@@ -55,12 +54,12 @@ class FeatureMaps:
 
 
 def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMaps]:
-    """The gates of every attention module in `network`, as they are in evaluation.
+    """The gates of every attention module in `network`, in evaluation mode.
 
-    Works for every module with a method `gates`, as all of `cbam_pl.attention` have, in any network; also where the
-    network is compiled, wrapped by DistributedDataParallel, or trained with automatic mixed precision. One plain
-    forward pass in the precision of the weights; nothing of it stays: training mode, running statistics, gradients,
-    hooks and random state are as before.
+    Finds every module with a method `gates`, as all of `cbam_pl.attention` have, in any network; also if the network
+    is compiled, wrapped by DistributedDataParallel, or trained with automatic mixed precision. Runs one forward pass in
+    the precision of the weights, and restores everything: training mode, running statistics, gradients, hooks and
+    random state.
 
     Args:
         network: (B, 3, H, W) → any output.
@@ -70,76 +69,50 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
         images (B, 3, H, W) → per block a channel gate (B, C) and a spatial gate (B, H, W).
 
     Returns:
-        Name of the block → its gates, in the order in which they are computed: the name of the attention module
-        without a last part `attention`. Empty for a network without attention.
+        Name of the block → its gates, in the order in which they are computed. The block's name is that of the
+        attention module without a trailing `attention`. Empty for a network without attention.
 
     Raises:
         ValueError: images are not (B, C, H, W), or a module runs twice in one forward pass.
     """
     maps: dict[str, AttentionMaps] = {}
 
-    def note(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def record(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if name in maps:
-            raise ValueError(f"the attention of {name} runs twice in one forward pass; give each place its own module")
+            raise ValueError(f"the attention of {name} runs twice in one forward pass; use one module per place")
         maps[name] = _as_maps(module, module.gates(arguments[0]))  # type: ignore[operator]
 
     network = unwrap(network)
-    with _evaluation(network), torch.no_grad(), _hooks() as hooks:
+    with evaluation_mode(network), torch.no_grad(), _hooks() as hooks:
         for name, module in _attention_modules(network).items():
-            hooks.append(module.register_forward_pre_hook(partial(note, name)))
-        network(_as_input(images, network))
+            hooks.append(module.register_forward_pre_hook(partial(record, name)))
+        network(as_input(images, network))
     return maps
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
-    """The output of each convolution block and the logits, in evaluation.
+    """The output of each convolution block, and the logits, in evaluation mode.
 
     Args:
-        network: a cnn or ResNet of this program, compiled and wrapped or not.
+        network: a CNN or ResNet of cbam_pl.models, also compiled or wrapped.
         images: (B, 3, H, W), normalised as in training.
 
     Raises:
         ValueError: another network, or images that are not (B, 3, H, W).
     """
     network = unwrap(network)
-    layers = {**_convolution_blocks(network), "": _last_activation(network)}
+    layers = {**_convolution_blocks(network), "": last_activation(network)}
     seen: dict[str, Tensor] = {}
 
-    def note(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
+    def record(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
         seen[name] = output
 
-    with _evaluation(network), torch.no_grad(), _hooks() as hooks:
+    with evaluation_mode(network), torch.no_grad(), _hooks() as hooks:
         for name, module in layers.items():
-            hooks.append(module.register_forward_hook(partial(note, name)))
-        logits = network(_as_input(images, network))
+            hooks.append(module.register_forward_hook(partial(record, name)))
+        logits = network(as_input(images, network))
     last = seen.pop("")
     return FeatureMaps(logits, {name: seen[name] for name in layers if name}, last)
-
-
-def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Which places of the last convolution's activations speak for a class.
-
-    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
-
-    Args:
-        network: a cnn or ResNet of this program, compiled and wrapped or not.
-        images: normalised as in training.
-        classes: the class to speak for, of each image.
-
-    Shape:
-        images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
-
-    Raises:
-        ValueError: another network, or images that are not (B, 3, H, W).
-    """
-    from captum.attr import LayerGradCam  # takes a second to import
-
-    network = unwrap(network)
-    with _evaluation(network), torch.enable_grad():
-        images = _as_input(images, network)
-        explain = LayerGradCam(network, _last_activation(network))
-        coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
-    return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
 
 
 def upsample(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
@@ -148,13 +121,13 @@ def upsample(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def gate_health(maps: AttentionMaps) -> dict[str, float]:
-    """A few numbers that tell a working gate from a dead one.
+    """Summary statistics that show whether a gate is saturated or constant.
 
     Returns:
-        Name → value, for each gate that there is: `channel_mean` and `spatial_mean`; `…_below_0.05` and
+        Name → value, for each gate that the block has: `channel_mean` and `spatial_mean`; `…_below_0.05` and
         `…_above_0.95`, the fractions of nearly closed and nearly open gates; `spatial_std`, the standard deviation
-        over the places, the mean over the images; `channel_entropy`, that of the gates as shares of their sum, over
-        its largest value: 1 where all channels are alike, 0 where one alone is open; NaN for a single channel.
+        over positions, averaged over images; `channel_entropy`, the entropy of the gates normalised to sum 1, divided
+        by its maximum: 1 if all channels are equal, 0 if one alone is open; missing if there is a single channel.
     """
     health = {}
     for name, gate in (("channel", maps.channel), ("spatial", maps.spatial)):
@@ -165,32 +138,32 @@ def gate_health(maps: AttentionMaps) -> dict[str, float]:
     if maps.spatial is not None:
         health["spatial_std"] = maps.spatial.flatten(1).std(1, correction=0).mean()
     if maps.channel is not None and maps.channel.shape[1] > 1:
-        shares = maps.channel / maps.channel.sum(1, keepdim=True)  # (B, C)
-        health["channel_entropy"] = torch.special.entr(shares).sum(1).mean() / math.log(shares.shape[1])
+        fractions = maps.channel / maps.channel.sum(1, keepdim=True)  # (B, C)
+        health["channel_entropy"] = torch.special.entr(fractions).sum(1).mean() / math.log(fractions.shape[1])
     values = torch.stack(list(health.values())).tolist()  # one fetch from the device
     return dict(zip(health, values, strict=True))
 
 
 def is_constant(maps: AttentionMaps) -> bool:
-    """Whether the spatial gate is the same at all places, in every image; no question where there is one place."""
+    """Whether the spatial gate is constant over positions in every image; False if there is a single position."""
     if maps.spatial is None or maps.spatial[0].numel() == 1:
         return False
-    return bool((maps.spatial.flatten(1).std(1, correction=0) < CONSTANT).all())
+    return bool((maps.spatial.flatten(1).std(1, correction=0) < CONSTANT_STD).all())
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The plain network inside torch.compile, DistributedDataParallel and DataParallel."""
+    """The network itself, without the wrappers of torch.compile, DistributedDataParallel and DataParallel."""
     while True:
         if isinstance(network, (DistributedDataParallel, DataParallel)):
             network = network.module
-        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):  # torch.compile's
-            network = network._orig_mod  # type: ignore[assignment]
+        elif type(network).__name__ == "OptimizedModule":  # of torch.compile, whose class is not public
+            network = next(network.children())
         else:
             return network
 
 
 def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
-    """The outermost modules with gates, by the name of the block they stand in."""
+    """The outermost modules with gates, by the name of their block."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in network.named_modules():
@@ -202,7 +175,7 @@ def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _plain_name(path: str) -> str:
-    """A module's name as it is without torch.compile around some part."""
+    """A module's name without the parts that torch.compile inserts."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
@@ -225,15 +198,17 @@ def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
     if isinstance(network, ResNet):
         blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
         return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
-    raise ValueError(f"network is a {type(network).__name__}; only a CNN or ResNet of cbam_pl.models has known blocks")
+    raise ValueError(f"network is a {type(network).__name__}; only a CNN or ResNet of cbam_pl.models is supported")
 
 
-def _last_activation(network: nn.Module) -> nn.Module:
+def last_activation(network: nn.Module) -> nn.Module:
+    """The module whose output is the last convolution's activation map, of a CNN or ResNet of cbam_pl.models."""
     block = list(_convolution_blocks(network).values())[-1]
     return block.get_submodule("relu") if isinstance(network, CNN) else block
 
 
-def _as_input(images: Tensor, network: nn.Module) -> Tensor:
+def as_input(images: Tensor, network: nn.Module) -> Tensor:
+    """Images (B, 3, H, W) on the device and in the precision of the network's weights."""
     if images.ndim != 4:
         raise ValueError(f"images of shape {tuple(images.shape)} must be (B, 3, H, W)")
     weights = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), images)
@@ -241,10 +216,10 @@ def _as_input(images: Tensor, network: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _evaluation(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without compilation and automatic mixed precision; the modes are given back.
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without compilation and automatic mixed precision; restores each module's mode.
 
-    Compiled code does not see hooks that are set after it was compiled, so all of it runs as written.
+    Compiled code ignores hooks that are registered after the compilation, so it runs eagerly.
     """
     modes = {module: module.training for module in network.modules()}
     devices = {parameter.device.type for parameter in network.parameters()} or {"cpu"}
@@ -259,7 +234,7 @@ def _evaluation(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooks() -> Iterator[list[Any]]:
-    """A list of hooks that are removed at the end, whatever happens."""
+    """A list of hooks that are removed at the end, also after an error."""
     hooks: list[Any] = []
     try:
         yield hooks

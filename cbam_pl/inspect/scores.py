@@ -7,7 +7,8 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam, upsample
+from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
+from cbam_pl.inspect.grad_cam import grad_cam
 
 DELETED = tuple(range(10, 100, 10))  # percent of the pixels
 UNIFORM = "uniform"
@@ -29,11 +30,11 @@ class Mean:
 
 @dataclass(frozen=True)
 class Measure:
-    """How one map of importance does.
+    """Scores of one importance map.
 
     Args:
         name: the block whose spatial gate it is, or Grad-CAM, or uniform.
-        inside: share of the map's excess mass inside the object; None where the object's place is unknown.
+        inside: fraction of the map's energy inside the object; None if the object's mask is unknown.
         pointing: how often the map's maximum is inside the object; likewise.
         accuracy: percent of pixels deleted, the most important first → accuracy; 0 for the whole image.
     """
@@ -44,22 +45,21 @@ class Measure:
     accuracy: dict[int, float]
 
 
-def mass_inside(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of a map's excess mass inside the object; the excess is over the lowest value of the image's map.
+def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
+    """Fraction of a map's energy inside the object; the energy is the map minus its minimum in the image.
 
-    Where the map is the same everywhere there is no excess, and the share is that of the object in the image: what a
-    map that knows nothing would have.
+    A constant map has no energy; its fraction is that of the object in the image, as for an uninformative map.
 
     Shape:
         maps (N, H, W), masks (N, H, W) bool → (N,) in [0, 1].
     """
-    excess = (maps - maps.amin((1, 2), keepdim=True)).double()
-    excess = torch.where(excess.sum((1, 2), keepdim=True) > 0, excess, 1.0)
-    return (excess * masks).sum((1, 2)) / excess.sum((1, 2))
+    energy = (maps - maps.amin((1, 2), keepdim=True)).double()
+    energy = torch.where(energy.sum((1, 2), keepdim=True) > 0, energy, 1.0)
+    return (energy * masks).sum((1, 2)) / energy.sum((1, 2))
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """Whether a map's maximum is inside the object; with several equal maxima, the share of them.
+    """Whether a map's maximum is inside the object; with several equal maxima, their fraction inside.
 
     Source: Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, arXiv:1608.00507, section 4.2,
     without its tolerance of 15 pixels.
@@ -72,7 +72,7 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def deletion_order(maps: Tensor, seed: int = 0) -> Tensor:
-    """The pixels of each image, most important first; equal ones in random order, so that uniform maps give any.
+    """The pixels of each image, most important first; ties in random order, so a uniform map gives a random order.
 
     Shape:
         maps (N, H, W) → (N, H · W) int64, indices into the flattened image.
@@ -87,7 +87,7 @@ def deletion_order(maps: Tensor, seed: int = 0) -> Tensor:
 def deletion_curve(
     classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor, deleted: Sequence[int] = DELETED
 ) -> dict[int, float]:
-    """Accuracy after the most important pixels are replaced by the data's mean colour.
+    """Accuracy after the most important pixels were replaced by the data's mean colour.
 
     Source: Petsiuk, Das, Saenko, "RISE", BMVC 2018, arXiv:1806.07421, section 4.2, with accuracy for probability.
 
@@ -113,13 +113,13 @@ def deletion_curve(
 def measure(
     network: nn.Module, images: Tensor, labels: Tensor, masks: Tensor | None, batch_size: int = 250
 ) -> list[Measure]:
-    """Measure every spatial gate, Grad-CAM of the predicted class, and the uniform map, whose deletion is random.
+    """Score every spatial gate, Grad-CAM of the predicted class, and a uniform map, whose deletion is random.
 
     Args:
-        network: a cnn or ResNet of this program.
+        network: a CNN or ResNet of cbam_pl.models.
         images: (N, 3, H, W), normalised, on any device.
         labels: (N,).
-        masks: (N, 1, H, W) bool, True on the object; None where it is unknown.
+        masks: (N, 1, H, W) bool, True on the object; None if unknown.
         batch_size: images per forward pass.
     """
     size = images.shape[2:]
@@ -143,7 +143,7 @@ def measure(
     return [
         Measure(
             name,
-            None if objects is None else Mean.of(mass_inside(values, objects)),
+            None if objects is None else Mean.of(energy_inside(values, objects)),
             None if objects is None else Mean.of(pointing_game(values, objects)),
             whole | deletion_curve(classify, images, labels, values),
         )

@@ -1,12 +1,13 @@
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cbam_pl.commands.visualize import _evenly
+from cbam_pl.commands.visualize import _evenly, unique_names
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def visualize(command, root, *options):
     return command("visualize", "--trainer.default_root_dir", root, *options)
 
 
-def assert_refused(outcome, *parts):
+def assert_rejected(outcome, *parts):
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1, outcome.err
     assert outcome.err.startswith("error: ")
@@ -53,8 +54,9 @@ def test_images_are_spread_over_the_classes_unless_they_are_chosen(command, run,
         outcome = visualize(command, run, "--output", tmp_path / "out", *options)
         assert outcome.status == 0, outcome.err
         pixels = np.asarray(Image.open(tmp_path / "out/attention.png").convert("RGB"))
-        rows = round((pixels.shape[0] - 124) / 198)
-        return [pixels[104 + 198 * row :][:128, 20:148][2::4, 2::4] for row in range(rows)]
+        count = (len(pixels) - 40) // 142  # below the title, and 40 pixels above the lower edge
+        tops = [len(pixels) - 40 - (count - row) * 142 for row in range(count)]
+        return [pixels[top:][:128, 160:288][2::4, 2::4] for top in tops]
 
     def test_image(name, index):
         return np.asarray(Image.open(image_folder / f"test/{name}/{index}.png"))
@@ -103,6 +105,55 @@ def test_several_runs_share_the_curves(command, run, plain, tmp_path):
     assert "tiny-version_1 (none)" in svg
 
 
+def names_of(outcome, folder):
+    assert outcome.status == 0, outcome.err
+    names = sorted(path.name for path in folder.iterdir())
+    assert sorted(outcome.out.splitlines()) == [str(folder / name) for name in names]  # each is printed once
+    return names
+
+
+def test_two_checkpoints_of_one_run_have_files_of_their_own_and_one_curve(command, run, tmp_path):
+    paths = [run / f"checkpoints/tiny/version_0/{name}.ckpt" for name in ("best", "last")]
+    outcome = visualize(command, run, "--ckpt_path", *paths, "--output", tmp_path, "--format", "svg")
+    kinds = ("attention", "features", "grad_cam", "heat_maps")
+    both = [f"tiny-version_0-{stem}-{kind}.svg" for stem in ("best", "last") for kind in kinds]
+    assert names_of(outcome, tmp_path) == ["curves.svg", *both]
+    assert (tmp_path / "curves.svg").read_text().count("tiny-version_0 (cbam)") == 1
+
+
+def test_runs_of_the_same_name_have_files_and_curves_of_their_own(command, run, plain, tmp_path):
+    paths = [root / "checkpoints/tiny/version_0/best.ckpt" for root in (run, plain)]
+    options = ("--output", tmp_path, "--format", "svg", "--measure", "--measure_images", 5)
+    outcome = visualize(command, run, "--ckpt_path", *paths, *options)
+    assert outcome.status == 0, outcome.err
+    names = {path.name for path in tmp_path.iterdir()}
+    for kind in ("features.svg", "heat_maps.svg", "grad_cam.svg", "measures.csv"):
+        assert {f"tiny-version_0-best-{kind}", f"tiny-version_0-best-2-{kind}"} <= names
+    assert "(cnn, attention none, epoch 1)" in (tmp_path / "tiny-version_0-best-2-features.svg").read_text()
+    curves = (tmp_path / "curves.svg").read_text()
+    assert "tiny-version_0 (cbam)" in curves
+    assert "tiny-version_0-2 (none)" in curves
+
+
+def test_names_are_unique_whatever_the_files_are_called():
+    paths = [Path(path) for path in ("a/x.ckpt", "b/x.ckpt", "x-2.ckpt", "r/checkpoints/x/version_1/best.ckpt")]
+    assert unique_names(paths) == ["x", "x-2", "x-2-2", "x-version_1"]
+    assert unique_names(paths[:1]) == ["x"]
+
+
+def test_a_recipes_name_may_hold_any_sign(command, run, tmp_path):
+    name = "a[v1]|<b>$x$"
+    for kind in ("checkpoints", "logs"):
+        shutil.copytree(run / kind / "tiny", tmp_path / kind / name)
+    outcome = visualize(command, tmp_path, "--format", "svg", "--measure", "--measure_images", 5)
+    assert outcome.status == 0, outcome.err
+    folder = tmp_path / "logs" / name / "version_0/pictures"
+    assert str(folder / "curves.svg") in outcome.out
+    assert f"{name}-version_0 (cnn, attention cbam, epoch" in outcome.out  # above the table
+    assert "a[v1]|&lt;b&gt;$x$-version_0 (cnn, attention cbam" in (folder / "attention.svg").read_text()
+    assert "a[v1]|&lt;b&gt;$x$-version_0 (cbam)" in (folder / "curves.svg").read_text()
+
+
 def test_a_network_without_attention_says_that_it_has_no_gates(command, plain):
     outcome = visualize(command, plain, "--measure")
     assert outcome.status == 0, outcome.err
@@ -143,55 +194,55 @@ def test_measure_on_shapes_knows_where_the_object_is(command, tmp_path):
     assert 0.1 < uniform < 0.2  # the object covers 110 to 200 of 1024 parts
     assert float(rows["uniform"]["pointing"]) == pytest.approx(uniform)
     assert all(0 < float(row["inside"]) < 1 for row in rows.values())
-    assert "inside: share of the map's mass" in outcome.out
+    assert "inside: fraction of the map's energy" in outcome.out
 
 
 def test_no_run_yet(command, tmp_path):
-    assert_refused(visualize(command, tmp_path), "no best.ckpt under", "train first")
+    assert_rejected(visualize(command, tmp_path), "no best.ckpt under", "train first")
 
 
 def test_a_checkpoint_without_network_settings(command, run, tmp_path):
     checkpoint = torch.load(run / "checkpoints/tiny/version_0/best.ckpt", weights_only=True)
     path = tmp_path / "bare.ckpt"
     torch.save({**checkpoint, "hyper_parameters": {}}, path)
-    assert_refused(visualize(command, run, "--ckpt_path", path), str(path), "does not hold the settings of its network")
+    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "has no hyper_parameters.num_classes")
     torch.save({"state_dict": checkpoint["state_dict"]}, path)
-    assert_refused(visualize(command, run, "--ckpt_path", path), str(path), "is not a checkpoint of this program")
+    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "is not a checkpoint of this program")
     changed = {**checkpoint["hyper_parameters"], "arch": "resnet18"}
     torch.save({**checkpoint, "hyper_parameters": changed}, path)
-    assert_refused(visualize(command, run, "--ckpt_path", path), str(path), "the weights of another network")
+    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "the weights of another network")
 
 
 def test_an_index_outside_the_data(command, run):
-    assert_refused(visualize(command, run, "--indices", 3, 21), "--indices 21 is outside the test split; use 0 to 20")
-    assert_refused(visualize(command, run, "--indices", -1), "--indices -1 is outside the test split")
+    assert_rejected(visualize(command, run, "--indices", 3, 21), "--indices 21 is outside the test split; use 0 to 20")
+    assert_rejected(visualize(command, run, "--indices", -1), "--indices -1 is outside the test split")
 
 
 def test_an_unreadable_image(command, run, tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n, and then nothing")
-    assert_refused(visualize(command, run, "--images", path), str(path), "cannot be decoded")
-    assert_refused(visualize(command, run, "--images", tmp_path / "missing.png"), "missing.png does not exist")
+    assert_rejected(visualize(command, run, "--images", path), str(path), "cannot be decoded")
+    assert_rejected(visualize(command, run, "--images", tmp_path / "missing.png"), "missing.png does not exist")
 
 
 def test_an_output_folder_that_cannot_be_written(command, run, tmp_path):
     (tmp_path / "file").write_text("")
     outcome = visualize(command, run, "--output", tmp_path / "file")
-    assert_refused(outcome, f"cannot write {tmp_path / 'file'}", "--output")
-    assert_refused(visualize(command, run, "--output", "/proc/nowhere"), "cannot write /proc/nowhere", "--output")
+    assert_rejected(outcome, f"cannot write {tmp_path / 'file'}", "--output")
+    assert_rejected(visualize(command, run, "--output", "/proc/nowhere"), "cannot write /proc/nowhere", "--output")
 
 
 def test_options_that_make_no_sense(command, run):
-    assert_refused(
-        visualize(command, run, "--class_name", "gren"), "--class_name gren is no class", "did you mean green?"
+    assert_rejected(
+        visualize(command, run, "--class_name", "gren"), "--class_name gren is not a class", "did you mean green?"
     )
-    assert_refused(visualize(command, run, "--indices", 1, "--class_name", "red"), "exclude one another")
-    assert_refused(visualize(command, run, "--indices", 1, "--num_images", 2), "--num_images has no effect")
-    assert_refused(visualize(command, run, "--num_images", 0), "num_images=0 must be at least 1")
-    assert_refused(visualize(command, run, "--measure_images", 9), "no effect without --measure")
-    assert_refused(visualize(command, run, "--images", "x.png", "--measure"), "leave --images out")
-    assert_refused(visualize(command, run, "--format", "gif"), "gif")
-    assert_refused(visualize(command, run, "--formt", "png"), "formt")
+    assert_rejected(visualize(command, run, "--indices", 1, "--class_name", "red"), "exclude one another")
+    assert_rejected(visualize(command, run, "--indices", 1, "--num_images", 2), "--num_images has no effect")
+    assert_rejected(visualize(command, run, "--num_images", 0), "num_images", "0 does not conform to restriction v>0")
+    assert_rejected(visualize(command, run, "--measure_images", 9), "no effect without --measure")
+    assert_rejected(visualize(command, run, "--images", "x.png", "--measure"), "leave --images out")
+    assert_rejected(visualize(command, run, "--format", "gif"), "gif")
+    assert_rejected(visualize(command, run, "--formt", "png"), "formt")
 
 
 def test_a_diverged_network_gets_no_pictures(command, run, tmp_path):
@@ -200,7 +251,7 @@ def test_a_diverged_network_gets_no_pictures(command, run, tmp_path):
     path = tmp_path / "diverged.ckpt"
     torch.save(checkpoint, path)
     outcome = visualize(command, run, "--ckpt_path", path, "--output", tmp_path / "out")
-    assert_refused(outcome, "no attention.png: the spatial gate of blocks.1 holds NaN or infinity", "no features.png")
+    assert_rejected(outcome, "no attention.png: the spatial gate of blocks.1 holds NaN or infinity", "no features.png")
     assert not any((tmp_path / "out").iterdir())
 
 
@@ -210,5 +261,5 @@ def test_a_blank_gate_does_not_keep_the_other_pictures_away(command, run, tmp_pa
     path = tmp_path / "blank.ckpt"
     torch.save(checkpoint, path)
     outcome = visualize(command, run, "--ckpt_path", path, "--output", tmp_path / "out")
-    assert_refused(outcome, "no attention.png: the spatial gate of blocks.1 is 0.500 everywhere in every image")
+    assert_rejected(outcome, "no attention.png: the spatial gate of blocks.1 is 0.500 everywhere in every image")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["features.png", "heat_maps.png"]

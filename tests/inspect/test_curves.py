@@ -5,7 +5,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from cbam_pl.inspect.curves import History, draw_curves, read_history, smooth
-from cbam_pl.inspect.page import rasterise
+from cbam_pl.inspect.drawing import rasterise
 
 HEADER = "epoch,lr,train/loss,train/acc,val/loss,val/acc\n"
 
@@ -40,7 +40,7 @@ def test_smoothing_is_the_mean_of_neighbours():
 
 def test_curves_are_the_runs_figures():
     history = history_of()
-    by_step, loss, accuracy, rate = draw_curves([history], "curves").axes
+    by_step, loss, accuracy, rate = draw_curves([history]).axes
     raw, smoothed = by_step.lines
     assert raw.get_xydata().tolist() == np.stack([history.steps, history.losses], 1).tolist()
     assert smoothed.get_xdata().tolist() == list(range(3, 99))  # the middle of each five
@@ -53,7 +53,7 @@ def test_curves_are_the_runs_figures():
 
 def test_several_runs_share_one_picture_each_in_its_colour():
     histories = [history_of(f"cnn-version_{number} ({kind})") for number, kind in enumerate(("none", "se", "cbam"))]
-    figure = draw_curves(histories, "curves")
+    figure = draw_curves(histories)
     by_step, loss, accuracy, rate = figure.axes
     colours = [line.get_color() for line in loss.lines]
     assert len(set(colours)) == 3
@@ -69,12 +69,26 @@ def test_several_runs_share_one_picture_each_in_its_colour():
     assert not any(axes.get_tightbbox().overlaps(key) for axes in figure.axes)
 
 
+def test_a_name_with_signs_of_mathematics_is_written_as_it_is(tmp_path):
+    figure = draw_curves([history_of("r$e$c[v1]<b>|x (cbam)")])
+    figure.savefig(tmp_path / "curves.svg")  # in which matplotlib notes each text
+    assert "<!-- r$e$c[v1]&lt;b&gt;|x (cbam) -->" in (tmp_path / "curves.svg").read_text()
+
+
+def test_a_legend_of_long_names_is_inside_the_figure():
+    figure = draw_curves([history_of("a_recipe_with_a_long_name" * 3 + f"-version_{number}") for number in range(5)])
+    rasterise(figure)
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
 def test_curves_are_drawn_from_little():
     one = history_of(epochs=1)
-    assert [line.get_marker() for line in draw_curves([one], "").axes[1].lines] == ["o", "o"]
+    assert [line.get_marker() for line in draw_curves([one]).axes[1].lines] == ["o", "o"]
     bare = dataclasses.replace(one, steps=np.array([]), losses=np.array([]))
-    assert "the logs hold no steps" in [text.get_text() for text in draw_curves([bare], "").axes[0].texts]
+    assert "the logs hold no steps" in [text.get_text() for text in draw_curves([bare]).axes[0].texts]
     diverged = dataclasses.replace(one, losses=np.full(100, np.nan))
-    rasterise(draw_curves([diverged], "$5"))
+    rasterise(draw_curves([diverged]))
     with pytest.raises(ValueError, match="no run has logs"):
-        draw_curves([], "")
+        draw_curves([])

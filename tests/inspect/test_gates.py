@@ -14,10 +14,10 @@ from cbam_pl.inspect.gates import (
     attention_maps,
     feature_maps,
     gate_health,
-    grad_cam,
     is_constant,
     unwrap,
 )
+from cbam_pl.inspect.grad_cam import grad_cam
 from cbam_pl.models import build_network, insert_attention
 
 
@@ -236,7 +236,9 @@ def test_bad_input():
     shared = SpatialAttention(3)
     with pytest.raises(ValueError, match="the attention of 0 runs twice in one forward pass"):
         attention_maps(nn.Sequential(shared, shared), images_of())
-    with pytest.raises(ValueError, match="network is a Sequential; only a CNN or ResNet"):
+    with pytest.raises(
+        ValueError, match=r"network is a Sequential; only a CNN or ResNet of cbam_pl\.models is supported"
+    ):
         feature_maps(nn.Sequential(shared), images_of())
 
 

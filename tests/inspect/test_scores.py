@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam, upsample
-from cbam_pl.inspect.scores import DELETED, deletion_curve, deletion_order, mass_inside, measure, pointing_game
+from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
+from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.inspect.scores import DELETED, deletion_curve, deletion_order, energy_inside, measure, pointing_game
 from cbam_pl.models import build_network
 
 
@@ -10,11 +11,11 @@ def masks_of(*rows):
     return torch.tensor(rows).bool()
 
 
-def test_mass_inside_counts_what_exceeds_the_lowest_value():
+def test_energy_inside_is_above_the_maps_minimum():
     maps = torch.tensor([[[0.5, 0.5], [0.8, 0.6]], [[0.2, 0.2], [0.2, 0.2]]])
     masks = masks_of([[0, 0], [1, 0]], [[0, 1], [1, 1]])
-    # 0.3 of 0.4; and a map without excess has what chance has, the object's share of the image
-    assert mass_inside(maps, masks).tolist() == pytest.approx([0.75, 0.75])
+    # 0.3 of 0.4; and a constant map has the object's fraction of the image, as by chance
+    assert energy_inside(maps, masks).tolist() == pytest.approx([0.75, 0.75])
 
 
 def test_pointing_game_asks_for_the_maximum_and_shares_ties():
@@ -65,7 +66,7 @@ def test_measure_has_every_gate_grad_cam_and_the_uniform_map():
     assert measures["uniform"].inside.value == pytest.approx(1 / 8)
     assert measures["uniform"].pointing.value == pytest.approx(1 / 8)
     gates = upsample(attention_maps(network, images)["blocks.1"].spatial, (32, 32))
-    inside = mass_inside(gates, masks[:, 0])
+    inside = energy_inside(gates, masks[:, 0])
     assert measures["blocks.1"].inside.value == pytest.approx(inside.mean().item())
     assert measures["blocks.1"].inside.error == pytest.approx(inside.std().item() / 30**0.5)
     cams = grad_cam(network, images, logits.argmax(1))

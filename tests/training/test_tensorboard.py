@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbam_pl.inspect.page import COLOURS, blend
+from cbam_pl.inspect.drawing import COLOURS, OPACITY
 
 RUN = "tiny/version_0"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -132,8 +132,9 @@ def image_of(data):
 
 def count_map_colours(pixels, overlay):
     """How many of the maps' colours, or of these over medium grey, are in the image; to 5 bits a channel."""
-    ramp = np.linspace(0, 1, 128)[None]
-    known = blend(np.full((1, 128), 0.5), ramp)[0] if overlay else COLOURS(ramp)[0, :, :3]
+    known = COLOURS(np.linspace(0, 1, 128))[:, :3]
+    if overlay:
+        known = OPACITY * known + (1 - OPACITY) * 0.5
     codes, present = ((colours.astype(int) >> 3) @ [1024, 32, 1] for colours in (255 * known, pixels.reshape(-1, 3)))
     return int(np.isin(np.unique(codes), present).sum())
 

@@ -1,4 +1,4 @@
-"""The report's figures: small enough that one fills a phone's width, and readable without colours."""
+"""The report's charts: small enough that one fills a phone's width, and readable without colours."""
 
 from collections.abc import Sequence
 from io import BytesIO, StringIO
@@ -12,49 +12,37 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from cbam_pl.inspect.curves import LINE_COLOURS
-from cbam_pl.inspect.page import DPI, NORMAL, SMALL
+from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
+from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise
 
-_WIDTH, _HEIGHT = 4.1, 2.9  # inches
+_WIDTH = 4.1  # inches
 _MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
-_MOST_CLASSES = 20
+_MAX_CLASSES = 20
 
 
 def draw_epochs(recipes: dict[str, Any]) -> Figure:
-    """Validation accuracy by epoch: mean over the seeds, with a band of one standard deviation either way."""
-    figure, axes = _new(_HEIGHT)
+    """Validation accuracy by epoch: mean over the seeds, with a band of ± one standard deviation."""
+    figure, axes = _new(2.9)
     for number, recipe in enumerate(recipes.values()):
-        curve = {name: np.array(values) for name, values in recipe["curve"].items()}
-        style = {"color": _colour(number), "label": recipe["label"]}
-        every = max(1, len(curve["epoch"]) // 6)
-        axes.plot(curve["epoch"], curve["mean"], marker=_marker(number), markevery=every, markersize=4, **style)
-        axes.fill_between(
-            curve["epoch"],
-            curve["mean"] - curve["sd"],
-            curve["mean"] + curve["sd"],
-            color=_colour(number),
-            alpha=0.18,
-            lw=0,
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        epochs, mean, sd = (np.array(recipe["curve"][name]) for name in ("epoch", "mean", "sd"))
+        every = max(1, len(epochs) // 6)
+        (line,) = axes.plot(epochs, mean, label=recipe["label"], **_style(number, markersize=4, markevery=every))
+        axes.fill_between(epochs, mean - sd, mean + sd, color=line.get_color(), alpha=0.18, lw=0)
     _label(axes, "epoch", "validation accuracy, %")
-    axes.legend(fontsize=SMALL, frameon=False)
+    for text in axes.legend(fontsize=SMALL, frameon=False).get_texts():
+        text.set_parse_math(False)
     return figure
 
 
 def draw_differences(recipes: dict[str, Any]) -> Figure:
     """Each recipe's difference to the baseline: the pairs as dots, their mean and 95 % interval."""
-    shown = [(number, one) for number, one in enumerate(recipes.values()) if one["difference"]]
+    shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["difference"]]
     figure, axes = _new(0.9 + 0.5 * len(shown))
-    axes.axvline(0, color="0.4", linewidth=1)
     for row, (number, recipe) in enumerate(shown):
         difference = recipe["difference"]
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
-        if difference["interval"]:
-            axes.plot(difference["interval"], [row, row], color=_colour(number), linewidth=2.5)
-        axes.plot(difference["mean"], row, _marker(number), color=_colour(number), markersize=7)
-    axes.set_yticks(range(len(shown)), [fill(recipe["label"], 16) for _, recipe in shown])
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+        _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
+    _label_rows(axes, [fill(recipe["label"], 16) for _, recipe in shown])
     _label(axes, "test accuracy minus baseline's, points", "")
     return figure
 
@@ -68,19 +56,10 @@ def draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: 
             continue
         test = recipe["test_acc"]
         costs.append(recipe["cost"][key] / divisor)
-        axes.errorbar(
-            costs[-1],
-            test["mean"],
-            yerr=test["sd"] or None,
-            fmt=_marker(number),
-            color=_colour(number),
-            markersize=6,
-            capsize=3,
-            label=recipe["label"],
-        )
+        axes.errorbar(costs[-1], test["mean"], yerr=test["sd"] or None, **_style(number, markersize=6, capsize=3))
     if costs and max(costs) - min(costs) < 0.02 * max(costs):
         middle = (max(costs) + min(costs)) / 2
-        axes.set_xlim(0.985 * middle, 1.015 * middle)  # costs that hardly differ are not to look far apart
+        axes.set_xlim(0.985 * middle, 1.015 * middle)  # nearly equal costs must not look far apart
     axes.margins(0.12)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if costs and max(costs) >= 10_000:
@@ -90,34 +69,29 @@ def draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: 
 
 
 def draw_classes(recipes: dict[str, Any]) -> Figure | None:
-    """Differences of each class's accuracy with their 95 % intervals; of many classes the largest differences."""
-    shown = [(number, one) for number, one in enumerate(recipes.values()) if one["per_class"]]
+    """Differences in accuracy by class, with 95 % intervals; of many classes those with the largest differences."""
+    shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["per_class"]]
     if not shown:
         return None
     largest: dict[str, float] = {}
     for _, recipe in shown:
         for row in recipe["per_class"]:
             largest[row["class"]] = max(largest.get(row["class"], 0.0), abs(row["mean"]))
-    chosen = set(sorted(largest, key=lambda name: -largest[name])[:_MOST_CLASSES])
+    chosen = set(sorted(largest, key=lambda name: -largest[name])[:_MAX_CLASSES])
     classes = [name for name in largest if name in chosen]
     figure, axes = _new(0.9 + len(classes) * (0.16 + 0.1 * len(shown)))
-    axes.axvline(0, color="0.4", linewidth=1)
     for place, (number, recipe) in enumerate(shown):
         offset = 0.6 * ((place + 0.5) / len(shown) - 0.5)
         rows = {row["class"]: row for row in recipe["per_class"]}
         for height, name in enumerate(classes):
-            row, colour = rows[name], _colour(number)
-            if row["interval"]:
-                axes.plot(row["interval"], [height + offset] * 2, linewidth=1.2, color=colour)
-            axes.plot(row["mean"], height + offset, _marker(number), markersize=4, color=colour)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_ylim(len(classes) - 0.5, -0.5)
+            _draw_interval(axes, height + offset, rows[name], _style(number, markersize=4, linewidth=1.2))
+    _label_rows(axes, [cut(name, 16) for name in classes])
     _label(axes, "class's accuracy minus baseline's, points", "")
     return figure
 
 
 def as_svg(figure: Figure) -> str:
-    """A figure as an SVG element to stand in a page, its text as text."""
+    """A figure as an SVG element to embed in a page, its text as text."""
     # "none": text is set in the page's own font, and can be searched and read aloud.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "font.family": "sans-serif"}):
         stream = StringIO()
@@ -128,11 +102,15 @@ def as_svg(figure: Figure) -> str:
 
 def as_png(figure: Figure) -> bytes:
     """A figure as a small PNG file: 256 colours."""
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
     small = BytesIO()
-    Image.open(stream).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    Image.fromarray(rasterise(figure)).quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
+
+
+def legend(recipes: dict[str, Any]) -> Sequence[tuple[str, str, str]]:
+    """Label, colour and mark of each recipe."""
+    numbered = enumerate(recipes.values())
+    return [(recipe["label"], _style(number)["color"], _SIGNS[number % len(_SIGNS)]) for number, recipe in numbered]
 
 
 def _new(height: float) -> tuple[Figure, Axes]:
@@ -140,26 +118,26 @@ def _new(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def _draw_interval(axes: Axes, y: float, row: dict[str, Any], style: dict[str, Any]) -> None:
+    """Draw a mean difference, and its 95 % interval where there is one."""
+    if row["interval"]:
+        axes.plot(row["interval"], [y, y], **{**style, "marker": None})
+    axes.plot(row["mean"], y, **style)
+
+
+def _label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows from top to bottom, and mark no difference."""
+    axes.axvline(0, color="0.4", linewidth=1, zorder=1)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
 def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=NORMAL)
-    axes.set_ylabel(y, fontsize=NORMAL)
+    label_axes(axes, x, y)
     axes.tick_params(labelsize=NORMAL)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colour(number: int) -> str:
-    return LINE_COLOURS[number % len(LINE_COLOURS)]
-
-
-def _marker(number: int) -> str:
-    return _MARKERS[number % len(_MARKERS)]
-
-
-def legend(recipes: dict[str, Any]) -> Sequence[tuple[str, str, str]]:
-    """Label, colour and mark of each recipe."""
-    return [
-        (recipe["label"], _colour(number), _SIGNS[number % len(_SIGNS)])
-        for number, recipe in enumerate(recipes.values())
-    ]
+def _style(number: int, **more: Any) -> dict[str, Any]:
+    """Colour and marker of the recipe with this number."""
+    return {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)], **more}

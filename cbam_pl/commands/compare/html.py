@@ -53,9 +53,10 @@ def _svg(figure: Figure) -> Markup:
 
 def _pictures(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> list[dict[str, str]]:
     """Gates and Grad-CAM of the same test images for each recipe, of the first seed that all have."""
-    from cbam_pl.commands.visualize import Choice, Subject, look
+    from cbam_pl.commands.visualize import Choice, LoadedCheckpoint, look
     from cbam_pl.inspect.drawing import draw_attention, draw_grad_cam
-    from cbam_pl.inspect.gates import attention_maps, feature_maps, grad_cam
+    from cbam_pl.inspect.gates import attention_maps, feature_maps
+    from cbam_pl.inspect.grad_cam import grad_cam
     from cbam_pl.training.checkpoint import read_checkpoint
 
     recipes = content["recipes"]
@@ -67,8 +68,10 @@ def _pictures(plan: Plan, content: dict[str, Any], results: Sequence[Result]) ->
             one for one in results if one.name == name and one.seed in (seed, one.seed if seed is None else seed)
         )
         data = nest(plan.configs[name])["data"]
-        subject = Subject(own.checkpoint, read_checkpoint(own.checkpoint), {**data, "seed": own.seed})
-        network, pictured, inputs = look(subject, Choice())
+        loaded = LoadedCheckpoint(
+            own.checkpoint, own.checkpoint.stem, read_checkpoint(own.checkpoint), {**data, "seed": own.seed}
+        )
+        network, pictured, inputs = look(loaded, Choice())
         maps = attention_maps(network, inputs)
         title = f"{recipe['label']}, seed {own.seed}, epoch {own.epoch}"
         cams = grad_cam(network, inputs, feature_maps(network, inputs).logits.argmax(1))
