@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from cbam_pl.memory import keep_freed_memory
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
 
@@ -31,10 +30,12 @@ from benchmarks.measure import (
 )
 from cbam_pl.attention import AttentionConfig, AttentionKind
 from cbam_pl.models import build_network
+from cbam_pl.process import keep_freed_memory
 from cbam_pl.timing import time_in_turns
 
-_SHAPES = {  # arch → (channels, height and width) of each attention's input, for images of 32×32
+SHAPES = {  # arch → (channels, height and width) of each attention's input, for images of 32×32
     "resnet18": [(64, 32), (128, 16), (256, 8), (512, 4)],
+    "resnet20": [(16, 32), (32, 16), (64, 8)],
     "cnn": [(32, 16), (64, 8), (128, 4)],
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,7 +52,7 @@ def _compiled(layer: Callable[[Tensor], Tensor], mode: str) -> Callable[[Tensor]
     return torch.compile(layer, dynamic=False, fullgraph=True) if mode == "compiled" else layer
 
 
-def _layer_calls(
+def layer_calls(
     kind: str, channels: int, x: Tensor, dtype: torch.dtype, mode: str
 ) -> tuple[Callable[[], Tensor], Callable[[], None], str]:
     """The forward pass without gradients; forward and backward; and the memory of the latter. x (B, C, H, W)."""
@@ -97,7 +98,7 @@ def layers(options: argparse.Namespace) -> list[Table]:
         rows: list[list[Any]] = []
         best: dict[tuple[int, int], dict[str, float]] = {}
         for arch in options.archs:
-            for channels, size in _SHAPES[arch]:
+            for channels, size in SHAPES[arch]:
                 # Every shape is compiled for itself; of one function dynamo compiles eight at most, then none.
                 torch.compiler.reset()
                 x = torch.randn(options.batch_size, channels, size, size, device=device, dtype=_DTYPES[name])
@@ -108,7 +109,7 @@ def layers(options: argparse.Namespace) -> list[Table]:
                 for mode in options.modes:
                     for kind in [*options.kinds, "timm"]:
                         key = f"{kind} {mode}"
-                        forward, both, memory[key] = _layer_calls(kind, channels, x, _DTYPES[name], mode)
+                        forward, both, memory[key] = layer_calls(kind, channels, x, _DTYPES[name], mode)
                         functions[f"{key} forward"], functions[f"{key} both"] = forward, both
                 times = time_in_turns(functions, options.rounds, options.seconds, device)
                 # One copy reads and writes once, as the forward pass must; the backward pass has half as much again.
@@ -191,7 +192,7 @@ def main() -> None:
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = [kind for kind in get_args(AttentionKind) if kind != "none"]
     options.add_argument("--part", choices=["layers", "networks"], default="layers", help="default: %(default)s")
-    options.add_argument("--archs", nargs="+", choices=list(_SHAPES), default=list(_SHAPES))
+    options.add_argument("--archs", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     options.add_argument("--kinds", nargs="+", choices=kinds, default=["cbam"], help="default: cbam")
     options.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     options.add_argument("--dtypes", nargs="+", choices=list(_DTYPES), default=["float32"], help="default: float32")

@@ -11,11 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from cbam_pl.environment import commit, processor_name
 from cbam_pl.timing import peak_memory, synchronise
@@ -219,8 +222,6 @@ def take_turns(
 
 def machine(device: str, threads: int) -> dict[str, str]:
     """What was measured on: processor, device, versions, commit, date, and what else the machine was doing."""
-    from importlib.metadata import version
-
     names = ("torch", "torchvision", "lightning", "timm")
     return {
         "processor": f"{processor_name()}, {os.cpu_count()} cores, {threads} threads used",
@@ -262,9 +263,6 @@ def parser(purpose: str, rounds: int, seconds: float) -> argparse.ArgumentParser
 
 def report(header: dict[str, str], tables: Iterable[Table], json_path: str | None) -> None:
     """Print the machine and the tables, and write both as JSON where a path is given."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
     # On a terminal as wide as it is; elsewhere no figure is cut off.
     console = Console(width=None if Console().is_terminal else 150)
     for name, value in header.items():

@@ -14,8 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torchvision.io import write_png
+
 from benchmarks import variants as loops
 from benchmarks.measure import Measurement, Spread, Table, machine, parser, ratio, report, take_turns
+from cbam_pl.data.folder import load_folder
+from cbam_pl.data.shapes import load_shapes
 
 _LARGE_BATCH = 512
 _NUM_TRAIN, _NUM_TEST = 5_120, 512  # a tenth is held out; batches of 64 and of 512 divide the rest
@@ -23,11 +27,6 @@ _NUM_TRAIN, _NUM_TEST = 5_120, 512  # a tenth is held out; batches of 64 and of 
 
 def shapes_as_files(root: Path) -> None:
     """Write generated shapes as PNG files, the way a user's own images come."""
-    from torchvision.io import write_png
-
-    from cbam_pl.data.folder import load_folder
-    from cbam_pl.data.shapes import load_shapes
-
     source = load_shapes(0, _NUM_TRAIN, _NUM_TEST)
     for split, images in (("train", source.train), ("test", source.test)):
         for name in source.classes:

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cbam_pl.command_options import command_parser
-from cbam_pl.memory import keep_freed_memory
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from benchmarks.measure import RoundClock
 from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
-from cbam_pl import cli
+from cbam_pl.commands.fit import fit as fit_command
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
-from cbam_pl.settings import parse
+from cbam_pl.process import keep_freed_memory
+from cbam_pl.settings import command_parser, parse_with_recipes
 from cbam_pl.training.classifier import Classifier
 
 _clock: RoundClock  # of `fit`, whose callback Lightning makes
@@ -26,7 +25,7 @@ _clock: RoundClock  # of `fit`, whose callback Lightning makes
 def _classifier_and_data(options: list[str]) -> tuple[Classifier, ImageDataModule]:
     """What `train.py fit OPTIONS` would train, and on what."""
     parser = command_parser("fit")
-    values = parser.instantiate(parse(parser, options))
+    values = parser.instantiate(parse_with_recipes(parser, options))
     data = ImageDataModule(**values.data)
     data.setup()
     return Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model), data
@@ -129,7 +128,7 @@ def fit(clock: RoundClock, options: list[str]) -> None:
     extra = ["--trainer.callbacks+", "benchmarks.variants.FitClock", "--trainer.max_epochs", "1000000"]
     accelerator = "gpu" if clock.device.type == "cuda" else "cpu"
     with contextlib.redirect_stderr(_UnseenTerminal()):
-        cli.fit([*options, *extra, "--trainer.accelerator", accelerator])
+        fit_command([*options, *extra, "--trainer.accelerator", accelerator])
 
 
 def _train(clock: RoundClock, model: Classifier, batches: Iterator[tuple[Tensor, Tensor]], bfloat16: bool) -> None:
