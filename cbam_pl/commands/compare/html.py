@@ -57,15 +57,15 @@ def _svg(figure: Figure) -> Markup:
 
 def _pictures(plan: Plan, name: str, results: Sequence[report.Result]) -> list[dict[str, str]]:
     """Gates and Grad-CAM of a recipe, of the first seed that all recipes have: the same test images for each."""
-    done = {(one.name, one.seed): one for one in results}
-    own = [done[name, seed] for seed in plan.seeds if (name, seed) in done]
-    common = [one for one in own if all((other, one.seed) in done for other, _ in done)]
-    result = (common or own)[0]
-    data = {**nest(plan.configs[name])["data"], "seed": result.seed}
-    network, pictured, inputs = look(Subject(result.checkpoint, read_checkpoint(result.checkpoint), data), Choice())
+    seeds = {other: [one["seed"] for one in results if one["recipe"] == other] for other in plan.configs}
+    common = [seed for seed in seeds[name] if all(seed in given for given in seeds.values() if given)]
+    seed = (common or seeds[name])[0]
+    (result,) = (one for one in results if (one["recipe"], one["seed"]) == (name, seed))
+    path, data = Path(result["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
+    network, pictured, inputs = look(Subject(path, read_checkpoint(path), data), Choice())
     maps = attention_maps(network, inputs)
     cams = grad_cam(network, inputs, feature_maps(network, inputs).logits.argmax(1))
-    title = f"{plan.labels[name]}, seed {result.seed}, epoch {result.tested['epoch']}"
+    title = f"{plan.labels[name]}, seed {seed}, epoch {result['epoch']}"
     drawings: dict[str, Any] = {
         "Grad-CAM and spatial gates": lambda: draw_grad_cam(pictured, cams, maps, f"Grad-CAM\n{title}")
     }

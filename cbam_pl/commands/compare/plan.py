@@ -68,22 +68,21 @@ class Plan:
         try:
             if self.output.exists() and not self.output.is_dir():
                 raise NotADirectoryError("it is not a folder")
-            differing = self._differing(json.loads(record.read_text())) if record.exists() else ""
+            saved = json.loads(record.read_text()) if record.exists() else self._record()
+            same = saved["seeds"] == self.seeds and list(saved["configs"]) == list(self.configs)
+            same = same and all(
+                same_settings(saved["configs"][n], self.configs[n], self.defaults) for n in self.configs
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
-        if differing:
+        if not same:
             raise UserError(
-                f"{self.output} holds a comparison with other {differing}; name another folder with --output (runs "
-                "that are done are not repeated)"
+                f"{self.output} holds a comparison of other recipes, settings or seeds; name another folder with "
+                "--output (runs that are done are not repeated)"
             )
 
-    def _differing(self, saved: dict[str, Any]) -> str:
-        if saved["seeds"] != self.seeds:
-            return f"seeds ({' '.join(map(str, saved['seeds']))})"
-        if list(saved["configs"]) != list(self.configs):
-            return f"configs ({', '.join(saved['configs'])})"
-        names = (n for n in self.configs if not same_settings(saved["configs"][n], self.configs[n], self.defaults))
-        return next((f"settings of {name}" for name in names), "")
+    def _record(self) -> dict[str, Any]:
+        return {"configs": self.configs, "seeds": self.seeds}
 
     def claim_output(self) -> None:
         """Write the settings into the output folder.
@@ -96,8 +95,7 @@ class Plan:
                 file = self.config_file(name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}")
-            record = {"configs": self.configs, "seeds": self.seeds}
-            (self.output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
+            (self.output / "comparison.json").write_text(json.dumps(self._record(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
 
@@ -275,8 +273,7 @@ def _full_key(key: str, parser: Any) -> str:
         # Arguments of a class, such as model.optimizer.lr, are known only once the class is.
         if candidate in known or candidate.startswith(("model.optimizer.", "model.lr_scheduler.")):
             return candidate
-    names = [*known, *(name.split(".", 1)[1] for name in known)]
-    raise UserError(f"grid: {key} is not a setting of model, data or trainer{closest(key, names)}")
+    raise UserError(f"grid: {key} is not a setting of model, data or trainer{closest(key, known)}")
 
 
 def _variations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,35 +34,30 @@ MEANING = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """One run that is done.
-
-    Args:
-        name: of the recipe.
-        seed: of the run.
-        checkpoint: best.ckpt.
-        val_acc: of the checkpoint, as a fraction.
-        tested: what `test` wrote into test.json.
-        epochs: rows of metrics.csv.
-    """
-
-    name: str
-    seed: int
-    checkpoint: Path
-    val_acc: float
-    tested: dict[str, Any]
-    epochs: list[dict[str, float]]
+Result = dict[str, Any]  # of one run
 
 
 def read_results(jobs: Iterable[Job]) -> list[Result]:
-    """The results of all jobs that are done."""
+    """Of each job that is done: its row in report.csv, and below `test` and `epochs` test.json and metrics.csv.
+
+    Accuracies of the row are in per cent.
+    """
     results = []
     for job in jobs:
         state, run = find(job)
-        if state == "done" and run is not None and (best := read_progress(run, "best")) and (tested := read_test(run)):
-            path = run.checkpoints / "best.ckpt"
-            results.append(Result(job.name, job.seed, path, best["val/acc"], tested, read_epochs(run)))
+        if state == "done" and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
+            path, here = run.checkpoints / "best.ckpt", Path.cwd()
+            result = {
+                "recipe": job.name,
+                "seed": job.seed,
+                "epoch": test["epoch"],
+                "val_acc": 100 * best["val/acc"],
+                "test_acc": 100 * test["test/acc"],
+                "test_loss": test["test/loss"],
+                "checkpoint": str(path.relative_to(here) if path.is_relative_to(here) else path),
+                **test["environment"],
+            }
+            results.append(result | {"test": test, "epochs": read_epochs(run)})
     return results
 
 
@@ -77,20 +72,20 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         results: the runs that are done, at least one.
         costs: recipe → its costs by name, or None.
     """
-    runs = {(result.name, result.seed): result for result in results}
+    runs = {(result["recipe"], result["seed"]): result for result in results}
     names = [name for name in plan.configs if any((name, seed) in runs for seed in plan.seeds)]
     labels, baseline = plan.labels, next(iter(plan.configs))
-    images = results[0].tested["images"]
+    test = results[0]["test"]
     recipes: dict[str, Any] = {}
     for name in names:
         own = [runs[name, seed] for seed in plan.seeds if (name, seed) in runs]
-        pairs = [(one, runs[baseline, one.seed]) for one in own if (baseline, one.seed) in runs]
+        pairs = [(one, runs[baseline, one["seed"]]) for one in own if (baseline, one["seed"]) in runs]
         compared = name != baseline and bool(pairs)
         recipes[name] = {
             "label": labels[name],
-            "test_acc": asdict(summarise([100 * one.tested["test/acc"] for one in own])),
-            "val_acc": asdict(summarise([100 * one.val_acc for one in own])),
-            "difference": _difference(pairs, images) if compared else None,
+            "test_acc": asdict(summarise([one["test_acc"] for one in own])),
+            "val_acc": asdict(summarise([one["val_acc"] for one in own])),
+            "difference": _difference(pairs, test["images"]) if compared else None,
             "cost": costs.get(name),
             "curve": _curve(own),
             "per_class": _per_class(pairs) if compared else None,
@@ -107,20 +102,20 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         "baseline": baseline,
         "labels": labels,
         "seeds": plan.seeds,
-        "test_images": images,
+        "test_images": test["images"],
         "sentences": [difference["sentence"] for difference in differences.values()],
         "notes": _notes(plan, missing, results),
         "recipes": recipes,
-        "runs": [_row(one) for one in results],
+        "runs": [{key: value for key, value in one.items() if key not in ("test", "epochs")} for one in results],
         "settings": _split_settings(plan.configs),
-        "classes": results[0].tested["classes"],
-        "confusion": {f"{one.name} seed {one.seed}": one.tested["confusion"] for one in results},
+        "classes": test["classes"],
+        "confusion": {f"{one['recipe']} seed {one['seed']}": one["test"]["confusion"] for one in results},
         "threads": threads_per_job(),
     }
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str, Any]:
-    ours, baseline = ([100 * one.tested["test/acc"] for one in side] for side in zip(*pairs, strict=True))
+    ours, baseline = ([one["test_acc"] for one in side] for side in zip(*pairs, strict=True))
     difference = compare_pairs(ours, baseline)
     return asdict(difference) | {
         "pairs": [one - other for one, other in zip(ours, baseline, strict=True)],
@@ -130,18 +125,9 @@ def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str
     }
 
 
-def _row(one: Result) -> dict[str, Any]:
-    """A run's row of report.csv."""
-    here = Path.cwd()
-    path = one.checkpoint.relative_to(here) if one.checkpoint.is_relative_to(here) else one.checkpoint
-    row = {"recipe": one.name, "seed": one.seed, "epoch": one.tested["epoch"], "val_acc": 100 * one.val_acc}
-    row |= {"test_acc": 100 * one.tested["test/acc"], "test_loss": one.tested["test/loss"], "checkpoint": str(path)}
-    return row | one.tested["environment"]
-
-
 def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
     """Validation accuracy by epoch in per cent: mean and, of several seeds, standard deviation."""
-    values = [{row["epoch"]: 100 * row["val/acc"] for row in one.epochs if "val/acc" in row} for one in own]
+    values = [{row["epoch"]: 100 * row["val/acc"] for row in one["epochs"] if "val/acc" in row} for one in own]
     epochs = sorted(set.intersection(*map(set, values)))
     summaries = [summarise([one[epoch] for one in values]) for epoch in epochs]
     means, sds = [summary.mean for summary in summaries], [summary.sd or 0.0 for summary in summaries]
@@ -150,7 +136,7 @@ def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
 
 def _per_class(pairs: Sequence[tuple[Result, Result]]) -> list[dict[str, Any]] | None:
     """Difference of each class's accuracy, in percentage points."""
-    ours, baseline = ([one.tested for one in side] for side in zip(*pairs, strict=True))
+    ours, baseline = ([one["test"] for one in side] for side in zip(*pairs, strict=True))
     if ours[0]["classes"] != baseline[0]["classes"]:
         return None
     rows = []
@@ -182,7 +168,7 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
     if missing:
         notes.append(f"Not done, so missing: {', '.join(missing)}. A pair without both runs is left out.")
     for key in ("device", "versions", "commit"):
-        if len(values := {one.tested["environment"][key]: None for one in results}) > 1:
+        if len(values := {one[key]: None for one in results}) > 1:
             notes.append(f"The runs do not have the same {key}: {'; '.join(values)}.")
     return notes
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, Future, wait
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -25,35 +26,30 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
         TextColumn("{task.fields[accuracy]}", markup=False),
         TimeRemainingColumn(),
     )
-    hours = 12 * 3600  # speed is estimated from all epochs so far, which may take minutes each
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=hours
-    ) as progress:
-        before = {job: len(_epochs(job)) for job in futures}
-        total = sum(job.epochs - before[job] for job in futures)
-        overall = progress.add_task(f"{len(futures)} runs, epochs", total=total, accuracy="")
+    # The speed is estimated from all epochs so far, which may take minutes each.
+    options: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "speed_estimate_period": 1e6}
+    with Progress(*columns, console=console, **options) as progress:
+        epochs = {job: len(_epochs(job)) for job in futures}
+        total = sum(job.epochs for job in futures)
+        overall = progress.add_task(f"{len(futures)} runs", total=total, completed=sum(epochs.values()), accuracy="")
         tasks: dict[Job, TaskID] = {}
         states = dict.fromkeys(futures, "waiting")
         while True:
             ended = all(future.done() for future in futures.values())
-            num_trained = 0
             for job, future in futures.items():
-                epochs = _epochs(job)
+                rows = _epochs(job)
+                epochs[job] = job.epochs if future.done() else len(rows)
                 state = _state(future, remote and bool(runs_of(job)))
-                accuracy = f"{100 * epochs[-1]['val/acc']:.2f} %" if epochs and "val/acc" in epochs[-1] else ""
+                name = f"{job.name} seed {job.seed}"
+                accuracy = f"{100 * rows[-1]['val/acc']:.2f} %" if rows and "val/acc" in rows[-1] else ""
                 if state != states[job]:
-                    line = f"{job.name} seed {job.seed}: {state} {accuracy}".rstrip()
-                    progress.console.print(line, highlight=False, markup=False)
+                    progress.console.print(f"{name}: {state} {accuracy}".rstrip(), highlight=False, markup=False)
                     states[job] = state
-                if state == "running":
-                    if job not in tasks:
-                        name = f"{job.name} seed {job.seed}"
-                        tasks[job] = progress.add_task(name, total=job.epochs, completed=len(epochs), accuracy="")
-                    progress.update(tasks[job], completed=len(epochs), accuracy=accuracy)
-                elif job in tasks:
-                    progress.remove_task(tasks.pop(job))
-                num_trained += (job.epochs if future.done() else len(epochs)) - before[job]
-            progress.update(overall, completed=num_trained)
+                if state == "running" and job not in tasks:
+                    tasks[job] = progress.add_task(name, total=job.epochs, completed=len(rows), accuracy="")
+                if job in tasks:
+                    progress.update(tasks[job], completed=epochs[job], accuracy=accuracy, visible=state == "running")
+            progress.update(overall, completed=sum(epochs.values()))
             if ended:
                 return
             yield

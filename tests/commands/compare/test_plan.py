@@ -174,12 +174,8 @@ def test_an_output_with_other_settings_is_refused(recipes, command, tmp_path):
     plan = plan_of(*words)
     plan.claim_output()
     plan.check_output()
-    for other, differing in (
-        (["--seeds", 0, 1], r"other seeds \(0 1 2 3 4\)"),
-        (["--trainer.max_epochs", 3], "other settings of none"),
-        (["--grid", "attention.kind=none,se"], r"other configs \(none, se\)"),
-    ):
-        with pytest.raises(UserError, match=f"{differing}; name another folder"):
+    for other in (["--seeds", 0, 1], ["--trainer.max_epochs", 3], ["--grid", "attention.kind=none,se"]):
+        with pytest.raises(UserError, match="of other recipes, settings or seeds; name another folder"):
             plan_of(*words, *other).check_output()
     plan_of(*words, "--pictures_every", 3).check_output()
     (tmp_path / "report/comparison.json").write_text(json.dumps({"seeds": [0]})[:-3])

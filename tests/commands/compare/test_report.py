@@ -5,14 +5,13 @@ import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cbam_pl.commands.compare.report import Result, accuracy_table, analyse, markdown, signed
+from cbam_pl.commands.compare.report import accuracy_table, analyse, markdown, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, seeds_needed
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
@@ -30,9 +29,10 @@ def result(name, seed, accuracy, classes=("a", "b")):
     epochs = [{"epoch": 1.0, "val/acc": accuracy - 0.1}, {"epoch": 2.0, "val/acc": accuracy + 0.01}]
     environment = {"device": "cpu: abacus", "versions": "torch 0", "commit": "c0ffee", "date": "2024-05-06"}
     confusion = [[right, 100 - right], [0, 100]]
-    tested = {"epoch": 2, "images": 200, "test/acc": accuracy, "test/loss": 0.5, "classes": list(classes)}
-    tested |= {"confusion": confusion, "environment": environment}
-    return Result(name, seed, Path("best.ckpt"), accuracy + 0.01, tested, epochs)
+    test = {"images": 200, "classes": list(classes), "confusion": confusion}
+    row = {"recipe": name, "seed": seed, "epoch": 2, "val_acc": 100 * accuracy + 1, "test_acc": 100 * accuracy}
+    row |= {"test_loss": 0.5, "checkpoint": "best.ckpt", **environment}
+    return row | {"test": test, "epochs": epochs}
 
 
 def plan_for(accuracies, unequal=()):
@@ -130,7 +130,7 @@ def test_a_recipe_without_runs_is_left_out_and_named():
 
 def test_an_epoch_without_validation_is_not_in_the_curve():
     runs = [result("k=none", seed, accuracy) for seed, accuracy in enumerate([0.7, 0.9])]
-    del runs[1].epochs[0]["val/acc"]
+    del runs[1]["epochs"][0]["val/acc"]
     (recipe,) = analyse(plan_for({"k=none": [0.7, 0.9]}), runs, {})["recipes"].values()
     assert recipe["curve"] == {"epoch": [2], "mean": [pytest.approx(81)], "sd": [pytest.approx(200**0.5)]}
 
