@@ -239,21 +239,35 @@ def test_a_budget_below_one_epoch_is_trained_tested_and_found_again(recipes, qui
         assert 0 <= run["val_acc"] <= 100
 
 
-def test_a_run_that_is_deleted_meanwhile_is_reported_in_one_line(recipes, quick, command, tmp_path, monkeypatch):
-    ordinary = jobs_module._call
+@pytest.mark.parametrize("moment", ["in its training", "after its training"])
+def test_a_run_that_is_deleted_is_reported_in_one_line(moment, recipes, quick, command, tmp_path, monkeypatch):
+    ordinary, logs = jobs_module._call, tmp_path / "logs/se/version_0"
+
+    def delete(self, trainer, pl_module):
+        if trainer.current_epoch:
+            shutil.rmtree(logs, ignore_errors=True)
 
     def call(job, environment, stop, arguments):
-        failure = ordinary(job, environment, stop, arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            if job.name == "se" and moment == "in its training":
+                patch.setattr(InterruptCheckpoint, "on_train_epoch_start", delete)
+            failure = ordinary(job, environment, stop, arguments)
         if job.name == "se" and arguments[0] == "fit":
-            shutil.rmtree(tmp_path / "logs/se/version_0")
+            shutil.rmtree(logs, ignore_errors=True)
         return failure
 
     monkeypatch.setattr(jobs_module, "_call", call)
     options = ["--configs", recipes["none"], recipes["se"], "--seeds", 0, "--jobs", 1, "--output", tmp_path / "report"]
-    outcome = command("compare", *options, "--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 1)
+    outcome = command("compare", *options, "--trainer.default_root_dir", tmp_path)
     assert outcome.status == 2
-    expected = f"error: 1 of 2 runs failed: se seed 0: its run is no longer in {tmp_path}/logs/se; it was deleted or "
-    assert outcome.err.splitlines()[-1].startswith(expected)
+    error = outcome.err.splitlines()[-1]
+    if moment == "in its training":
+        (log,) = logs.parent.glob("job-*.log")
+        assert log.read_text().splitlines()[-1] == f"error: {logs} was deleted or moved meanwhile; start the run again"
+        assert error.startswith("error: 1 of 2 runs failed: se seed 0: fit ended with status 2; ")
+    else:
+        reason = f"its run is no longer in {logs.parent}; it was deleted or changed meanwhile; "
+        assert error.startswith(f"error: 1 of 2 runs failed: se seed 0: {reason}")
     assert (tmp_path / "report/report.md").exists()
 
 
