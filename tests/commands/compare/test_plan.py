@@ -165,10 +165,10 @@ def test_bad_input_ends_with_one_line_and_status_two(name, recipes, command, tmp
     assert outcome.err.startswith("error: ")
 
     assert re.search(message, outcome.err), outcome.err
-    assert not list(tmp_path.iterdir()), "a refused comparison leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "a rejected comparison writes nothing"
 
 
-def test_an_output_with_other_settings_is_refused(recipes, command, tmp_path):
+def test_an_output_with_other_settings_is_rejected(recipes, command, tmp_path):
     words = ("--configs", recipes["none"], recipes["se"], "--output", tmp_path / "report")
     words += ("--trainer.default_root_dir", tmp_path)
     plan = plan_of(*words)
