@@ -80,6 +80,7 @@ def test_a_dry_run_trains_and_writes_nothing(recipes, command, quick, tmp_path, 
     assert outcome.out.count(" new ") == 6
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_runs_save_their_state_and_the_same_command_goes_on(recipes, quick, command, tmp_path):
     words = ["--configs", recipes["none"], recipes["cbam"], "--seeds", "0", "--output", tmp_path / "report"]
     words += ["--jobs", "2", "--trainer.max_epochs", "2000", "--trainer.default_root_dir", tmp_path]

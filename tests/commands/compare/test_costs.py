@@ -37,6 +37,7 @@ def test_every_precision_can_be_timed(plan, precision):
     assert 0 < costs["latency_1"] < costs["latency_256"]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(plan):
     hog = bytearray(1_500_000_000)
     hog[::4096] = b"x" * len(hog[::4096])  # resident here, so that it would show if it were counted
@@ -49,6 +50,7 @@ def _fail():
     raise RuntimeError(f"{torch.get_num_threads()} threads")
 
 
+@pytest.mark.slow
 def test_costs_are_left_out_only_where_memory_ran_out():
     assert in_new_process(1, os._exit, 9) is None
     with pytest.raises(RuntimeError, match="3 threads"):

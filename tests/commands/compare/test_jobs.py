@@ -191,6 +191,7 @@ def test_waiting_ends_when_all_is_stopped(compared, recipes, quick, lock, tmp_pa
     assert not quick
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_comparison_that_waits(recipes, tmp_path):
     words = ["--configs", recipes["none"], recipes["cbam"], "--seeds", 0, "--output", tmp_path / "report"]
     words += ["--trainer.default_root_dir", tmp_path, "--jobs", 2]
