@@ -127,10 +127,15 @@ def running(run: Run | None = None) -> Iterator[None]:
         run: the run whose logs are written.
     """
     of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+    existed = run is not None and run.logs.is_dir()
     try:
         with as_user_error():
             yield
-    except OSError as error:
+    except (OSError, UserError) as error:
+        if run is not None and existed and not run.logs.is_dir():
+            raise UserError(f"{run.logs} was deleted or moved meanwhile; start the run again") from error
+        if isinstance(error, UserError):
+            raise
         if error.errno == errno.ENOMEM:
             with as_user_error():
                 raise MemoryError from error

@@ -1,4 +1,4 @@
-"""A command of a job: the ordinary `train.py fit` or `test`, which is told to stop when its parent has gone."""
+"""A command of a job: the ordinary `train.py fit` or `test`, which stops when its parent has ended."""
 
 import os
 import signal

@@ -1,175 +1,153 @@
-"""What each recipe costs: parameters, operations, speed of training, latency, memory; measured in turns."""
+"""What each recipe costs: parameters, operations, training speed, latency and memory, measured in turns."""
 
 import itertools
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 from lightning import Fabric
-from torch import Tensor
 
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
+from cbam_pl.errors import is_out_of_memory
 from cbam_pl.models.cost import count_flops, count_parameters
+from cbam_pl.process import configure_process
 from cbam_pl.settings import command_parser
 from cbam_pl.timing import peak_memory, time_in_turns
 from cbam_pl.training.classifier import Classifier
 
-_LATENCY_BATCHES = (1, 256)
 _MEMORY_STEPS = 5
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one recipe costs.
+class TimedRecipe:
+    """A recipe's training step and forward pass, on random images: speed does not depend on the pixels.
 
     Args:
-        parameters: trainable ones.
-        flops: floating-point operations of one image's forward pass; a multiplication and an addition are two.
-        train_images_per_second: images a second of training steps, augmentation included.
-        latency_1: milliseconds of the forward pass of 1 image.
-        latency_256: milliseconds of the forward pass of 256 images.
-        memory: peak in MB of a process that trains: on the GPU, or resident; None where it could not be measured.
-    """
-
-    parameters: int
-    flops: int
-    train_images_per_second: float
-    latency_1: float
-    latency_256: float
-    memory: float | None
-
-
-class Subject:
-    """A recipe's network with the steps that are timed, on generated noise: speed does not depend on the pixels.
-
-    Args:
-        settings: of the recipe, by key with dots.
+        settings: of the recipe, by dotted key.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         parser = command_parser("fit")
         values = parser.instantiate(parser.parse_object(nest(settings)))
         data = ImageDataModule(**values.data)
-        fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
-        self._precision = fabric.strategy.precision
-        self.device = fabric.device
-        torch.manual_seed(0)
-        self.classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
-        self.classifier.network = self._precision.convert_module(self.classifier.network)
-        self.classifier.to(self.device)
-        self.classifier.configure_memory_format_and_compile(self.device, training=True)
+        classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        self._shape = (3, data.image_size, data.image_size)
+        # Before the network is moved and converted to another type, which counting does not know.
+        self.parameters = count_parameters(classifier.network)
+        self.flops = count_flops(classifier.network, self._shape)
+        # Fabric applies the precision as Lightning's Trainer does, without the Trainer's own loop.
+        self._fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
+        self._convert = self._fabric.strategy.precision.convert_input
+        self.device = self._fabric.device
+        self.classifier = classifier
+        _, self._optimizer = self._fabric.setup(classifier, classifier.optimizer(classifier.parameters()))
+        classifier.configure_memory_format_and_compile(self.device, training=True)
         self.batch_size = data.batch_size
-        self._size = data.image_size
-        self._optimizer = self.classifier.optimizer(self.classifier.parameters())
         count = 4 * data.batch_size
-        pixels = torch.randint(256, (count, 3, data.image_size, data.image_size), dtype=torch.uint8)
-        normalise = Normalise([0.5] * 3, [0.25] * 3, self.device)
+        pixels = torch.randint(256, (count, *self._shape), dtype=torch.uint8)
         images = Images(pixels, torch.arange(count) % data.num_classes)
+        normalise = Normalise([0.5] * 3, [0.25] * 3, self.device)
         arguments = (images, data.batch_size, data.augmentation, normalise, self.device, 0, lambda: 0, Shard())
         self._batches = itertools.chain.from_iterable(itertools.repeat(TrainingLoader(*arguments)))
 
     def train_step(self) -> None:
         """One optimizer step, from uint8 pixels on."""
-        images, labels = next(self._batches)
         self.classifier.train()
-        with self._precision.forward_context():
-            logits = self.classifier.training_logits(self._precision.convert_input(images))
-            loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()
+        batch = self._convert(next(self._batches))
+        with self._fabric.autocast():
+            loss = self.classifier.training_step(batch, 0)
+        self._fabric.backward(loss)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def forward_pass(self, batch_size: int) -> Callable[[], None]:
         """What computes the logits of a batch, in evaluation mode."""
-        images = self._precision.convert_input(torch.randn(batch_size, 3, self._size, self._size, device=self.device))
+        images = self._convert(torch.randn(batch_size, *self._shape, device=self.device))
 
-        def run(images: Tensor = images) -> None:
+        def run() -> None:
             self.classifier.eval()
-            with torch.inference_mode(), self._precision.forward_context():
+            with torch.inference_mode(), self._fabric.autocast():
                 self.classifier(images)
 
         return run
 
 
-def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int, seconds: float) -> dict[str, Cost]:
-    """Measure all recipes in interleaved rounds, so that a busy moment of the machine meets all alike.
+def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """What `time_recipes` measures, and memory: peak in MB of a process that trains, on the GPU or resident.
+
+    Returns:
+        Recipe → its costs by name; None in place of what memory did not suffice for.
+    """
+    memory = {name: in_new_process(threads, peak_training_memory, settings) for name, settings in configs.items()}
+    timed = in_new_process(threads, time_recipes, configs, rounds, seconds, (1, 256))
+    return {name: timed and timed[name] | {"memory": memory[name]} for name in configs}
+
+
+def time_recipes(
+    configs: dict[str, dict[str, Any]], rounds: int, seconds: float, batch_sizes: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Time all recipes in interleaved rounds, so that a busy moment of the machine affects all alike.
 
     Args:
-        configs: recipe → settings, by key with dots.
-        threads: of the CPU.
-        rounds: turns of each measurement; the median counts.
+        configs: recipe → settings, by dotted key.
+        rounds: of turns; the median counts.
         seconds: of each turn, at least one step.
+        batch_sizes: of the forward passes.
+
+    Returns:
+        Recipe → trainable parameters; flops of one image's forward pass, a multiplication and an addition being two;
+        train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images.
     """
-    memory = {name: measure_memory(settings, threads) for name, settings in configs.items()}
-    with _threads(threads):
-        subjects = {name: Subject(settings) for name, settings in configs.items()}
-        works: dict[tuple[str, int], Callable[[], None]] = {}
-        for name, subject in subjects.items():
-            works[name, 0] = subject.train_step
-            works |= {(name, batch_size): subject.forward_pass(batch_size) for batch_size in _LATENCY_BATCHES}
-        times = median_times(works, rounds, seconds, subject.device)
-    costs = {}
-    for name, subject in subjects.items():
-        network, size = subject.classifier.network, subject._size
-        costs[name] = Cost(
-            count_parameters(network),
-            count_flops(network, (3, size, size)),
-            subject.batch_size / times[name, 0],
-            1000 * times[name, 1],
-            1000 * times[name, 256],
-            memory[name],
-        )
-    return costs
+    recipes = {name: TimedRecipe(settings) for name, settings in configs.items()}
+    works: dict[tuple[str, int], Callable[[], None]] = {}
+    for name, recipe in recipes.items():
+        works[name, 0] = recipe.train_step
+        works |= {(name, size): recipe.forward_pass(size) for size in batch_sizes}
+    turns = time_in_turns(works, rounds, seconds, next(iter(recipes.values())).device)
+    times = {key: statistics.median(values) for key, values in turns.items()}
+    return {
+        name: {
+            "parameters": recipe.parameters,
+            "flops": recipe.flops,
+            "train_images_per_second": recipe.batch_size / times[name, 0],
+            **{f"latency_{size}": 1000 * times[name, size] for size in batch_sizes},
+        }
+        for name, recipe in recipes.items()
+    }
 
 
-def measure_rates(configs: dict[str, dict[str, Any]], threads: int, seconds: float) -> dict[str, float]:
-    """Images a second of each recipe's training steps, quickly, to estimate by."""
-    with _threads(threads):
-        subjects = {name: Subject(settings) for name, settings in configs.items()}
-        works = {name: subject.train_step for name, subject in subjects.items()}
-        times = median_times(works, 2, seconds / 2, next(iter(subjects.values())).device)
-    return {name: subjects[name].batch_size / time for name, time in times.items()}
+def peak_training_memory(settings: dict[str, Any]) -> float:
+    """Peak memory in MB of this process after a few training steps."""
+    recipe = TimedRecipe(settings)
+    for _ in range(_MEMORY_STEPS):
+        recipe.train_step()
+    return peak_memory(recipe.device)
 
 
-def median_times(
-    works: dict[Any, Callable[[], None]], rounds: int, seconds: float, device: torch.device
-) -> dict[Any, float]:
-    """Seconds per call of each work: the median of its rounds."""
-    times = time_in_turns(works, rounds, seconds, device)
-    return {key: statistics.median(values) for key, values in times.items()}
+def in_new_process(threads: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a process that does nothing else; None if memory ran out.
 
-
-def measure_memory(settings: dict[str, Any], threads: int) -> float | None:
-    """Peak memory in MB of training steps, in a process that does nothing else; None where it cannot be measured."""
+    Args:
+        threads: of the CPU.
+        work: a function of a module.
+        arguments: of the function.
+    """
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(_peak_memory, settings, threads).result()
-    except Exception:  # out of memory, above all; the process may have been killed for it
-        return None
+        with ProcessPoolExecutor(1, context, _configure, (threads,)) as pool:
+            return pool.submit(work, *arguments).result()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenProcessPool) or is_out_of_memory(error):  # the kernel may have killed it
+            return None
+        raise
 
 
-def _peak_memory(settings: dict[str, Any], threads: int) -> float:
+def _configure(threads: int) -> None:
+    configure_process()  # as of the commands, whose speed and memory are measured
     torch.set_num_threads(threads)
-    subject = Subject(settings)
-    for _ in range(_MEMORY_STEPS):
-        subject.train_step()
-    return peak_memory(subject.device)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The report as one page that needs no other file: for a phone, a screen and paper."""
+"""The report as one HTML page that needs no other file: for a phone, a screen and paper."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -9,41 +9,46 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from cbam_pl.commands.compare import figures
+from cbam_pl.commands.compare import figures, report
 from cbam_pl.commands.compare.plan import Plan, nest
-from cbam_pl.commands.compare.report import (
-    _COSTS,
-    MEANING,
-    Result,
-    accuracy_table,
-    cost_meaning,
-    cost_table,
-    how_measured,
-)
+from cbam_pl.commands.visualize import Choice, LoadedCheckpoint, look
+from cbam_pl.inspect.drawing import draw_attention, draw_grad_cam
+from cbam_pl.inspect.gates import attention_maps, feature_maps
+from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.training.checkpoint import read_checkpoint
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
-def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> str:
+def render(plan: Plan, content: dict[str, Any], results: Sequence[report.Result]) -> str:
     """The page."""
-    recipes = content["recipes"]
+    recipes, labels = content["recipes"], content["labels"]
+    headings = ["recipe", "seed", "best epoch", "validation, %", "test, %", "test loss", "checkpoint"]
+    cells = {"val_acc": ".2f", "test_acc": ".2f", "test_loss": ".4f", "checkpoint": ""}
+    runs = [
+        (labels[run["recipe"]], run["seed"], run["epoch"], *(format(run[key], form) for key, form in cells.items()))
+        for run in content["runs"]
+    ]
+    differing = [(key, *values) for key, values in content["settings"]["differing"].items()]
     compared = any(recipe["difference"] for recipe in recipes.values())
     classes = figures.draw_classes(recipes)
-    costs = [figures.draw_against_cost(recipes, key, heading, divisor) for key, (heading, divisor, _) in _COSTS.items()]
+    costs = [figures.draw_against_cost(recipes, key, *column[:2]) for key, column in report.COSTS.items()]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE.read_text()).render(
         content=content,
-        accuracy=accuracy_table(content),
-        costs=cost_table(content),
-        meaning=MEANING,
-        cost_meaning=cost_meaning(content),
-        measured=how_measured(content),
+        accuracy=report.accuracy_table(content),
+        costs=report.cost_table(content),
+        meaning=report.MEANING,
+        cost_meaning=report.cost_meaning(content),
+        measured=report.how_measured(content),
         legend=figures.legend(recipes),
+        runs=(headings, runs),
+        differing=(["differing", *labels.values()], differing),
         epochs=_svg(figures.draw_epochs(recipes)),
         differences=_svg(figures.draw_differences(recipes)) if compared else None,
         classes=None if classes is None else _svg(classes),
         cost_figures=[_svg(figure) for figure in costs],
-        pictures=_pictures(plan, content, results),
+        pictures=[picture for name in recipes for picture in _pictures(plan, name, results)],
     )
 
 
@@ -51,37 +56,27 @@ def _svg(figure: Figure) -> Markup:
     return Markup(figures.as_svg(figure))
 
 
-def _pictures(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> list[dict[str, str]]:
-    """Gates and Grad-CAM of the same test images for each recipe, of the first seed that all have."""
-    from cbam_pl.commands.visualize import Choice, LoadedCheckpoint, look
-    from cbam_pl.inspect.drawing import draw_attention, draw_grad_cam
-    from cbam_pl.inspect.gates import attention_maps, feature_maps
-    from cbam_pl.inspect.grad_cam import grad_cam
-    from cbam_pl.training.checkpoint import read_checkpoint
-
-    recipes = content["recipes"]
-    done = {(one.name, one.seed): one for one in results}
-    seed = next((seed for seed in plan.seeds if all((name, seed) in done for name in recipes)), None)
-    pictures: list[dict[str, str]] = []
-    for name, recipe in recipes.items():
-        own = next(
-            one for one in results if one.name == name and one.seed in (seed, one.seed if seed is None else seed)
-        )
-        data = nest(plan.configs[name])["data"]
-        loaded = LoadedCheckpoint(
-            own.checkpoint, own.checkpoint.stem, read_checkpoint(own.checkpoint), {**data, "seed": own.seed}
-        )
-        network, pictured, inputs = look(loaded, Choice())
-        maps = attention_maps(network, inputs)
-        title = f"{recipe['label']}, seed {own.seed}, epoch {own.epoch}"
-        cams = grad_cam(network, inputs, feature_maps(network, inputs).logits.argmax(1))
-        drawings = [("Grad-CAM and spatial gates", lambda: draw_grad_cam(pictured, cams, maps, f"Grad-CAM\n{title}"))]  # noqa: B023
-        if maps:
-            drawings.append(("gates", lambda: draw_attention(pictured, maps, f"Attention\n{title}")))  # noqa: B023
-        for kind, draw in drawings:
-            try:
-                image = b64encode(figures.as_png(draw())).decode()
-                pictures.append({"caption": f"{title}: {kind}", "source": f"data:image/png;base64,{image}"})
-            except ValueError as error:
-                pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
+def _pictures(plan: Plan, name: str, results: Sequence[report.Result]) -> list[dict[str, str]]:
+    """Gates and Grad-CAM of a recipe, of the first seed that all recipes have: the same test images for each."""
+    seeds = {other: [one["seed"] for one in results if one["recipe"] == other] for other in plan.configs}
+    common = [seed for seed in seeds[name] if all(seed in given for given in seeds.values() if given)]
+    seed = (common or seeds[name])[0]
+    (result,) = (one for one in results if (one["recipe"], one["seed"]) == (name, seed))
+    path, data = Path(result["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
+    network, pictured, inputs = look(LoadedCheckpoint(path, path.stem, read_checkpoint(path), data), Choice())
+    maps = attention_maps(network, inputs)
+    cams = grad_cam(network, inputs, feature_maps(network, inputs).logits.argmax(1))
+    title = f"{plan.labels[name]}, seed {seed}, epoch {result['epoch']}"
+    drawings: dict[str, Any] = {
+        "Grad-CAM and spatial gates": lambda: draw_grad_cam(pictured, cams, maps, f"Grad-CAM\n{title}")
+    }
+    if maps:
+        drawings["gates"] = lambda: draw_attention(pictured, maps, f"Attention\n{title}")
+    pictures = []
+    for kind, draw in drawings.items():
+        try:
+            image = b64encode(figures.as_png(draw())).decode()
+            pictures.append({"caption": f"{title}: {kind}", "source": f"data:image/png;base64,{image}"})
+        except ValueError as error:
+            pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
     return pictures

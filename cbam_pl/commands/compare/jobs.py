@@ -1,7 +1,6 @@
-"""One job a recipe and seed: found by its files, trained, tested, and watched while it runs."""
+"""One job for each recipe and seed: find its run by its files, train it, test it."""
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -9,22 +8,25 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
-from cbam_pl.commands.compare.plan import Plan, flatten, same_settings
+from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, with_effect
+from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import Run
 
-State = Literal["new", "cut off", "trained", "done"]
+State = Literal["new", "interrupted", "trained", "done"]
+STOPPED = "it was stopped"
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +36,8 @@ class Job:
     Args:
         name: of the recipe.
         seed: of the run.
-        config: file that `fit --config` reads.
-        settings: as `fit` saves them, by key with dots, with the seed.
+        config: file for `fit --config`.
+        settings: as `fit` saves them, by dotted key, with the seed.
         defaults: value of each setting that a saved run may lack.
         root: folder that holds checkpoints and logs, absolute.
         folder: where the commands run, absolute.
@@ -56,211 +58,209 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the job's commands print; also its lock, so the same for every comparison that has this job."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        """What the job's commands print; the same for every comparison that has this job, as is the lock beside it."""
+        text = json.dumps(with_effect(self.settings), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return self.root / "logs" / self.name / f"job-seed{self.seed}-{digest}.log"
 
     @property
     def test_options(self) -> list[str]:
-        """Options of `test`, beside the checkpoint."""
+        """Options of `test`, besides the checkpoint."""
         given = {key: self.settings.get(f"trainer.{key}") for key in ("accelerator", "precision")}
         return [word for key, value in given.items() if value for word in (f"--trainer.{key}", str(value))]
 
 
 def jobs_of(plan: Plan) -> list[Job]:
     """Every recipe with every seed: seed by seed, so that pairs are complete early."""
-    folder = Path.cwd()
+    root, folder = plan.root.absolute(), Path.cwd()
     return [
-        Job(
-            name,
-            seed,
-            plan.config_file(name).absolute(),
-            {**settings, "seed": seed},
-            plan.defaults,
-            plan.root.absolute(),
-            folder,
-        )
+        Job(name, seed, plan.config_file(name).absolute(), {**settings, "seed": seed}, plan.defaults, root, folder)
         for seed in plan.seeds
         for name, settings in plan.configs.items()
     ]
 
 
+# Files of a run
+
+
 def find(job: Job) -> tuple[State, Run | None]:
-    """How far the job is, and its run, from the files alone.
+    """The job's state, and its run, from the files alone.
 
-    Of several runs with the job's settings the furthest counts, and of those the first; never the better result.
+    Of several runs with the job's settings the most advanced counts, and of those the first; never the better result.
     """
-    order: list[State] = ["new", "cut off", "trained", "done"]
-    best: tuple[State, Run | None] = ("new", None)
-    for run in _runs_of(job):
-        state = _state(run, job)
-        if order.index(state) > order.index(best[0]):
-            best = state, run
-    return best
+    found = [(state, run) for run in runs_of(job) if (state := _state(run, job)) != "new"]
+    return max(found, key=lambda pair: get_args(State).index(pair[0]), default=("new", None))
 
 
-def _runs_of(job: Job) -> list[Run]:
+def runs_of(job: Job) -> list[Run]:
+    """The runs with the job's settings, whoever started them, the oldest first."""
     runs = []
     for file in (job.root / "logs" / job.name).glob("version_*/config.yaml"):
         number = file.parent.name.removeprefix("version_")
-        if number.isdigit() and same_settings(
-            _saved_settings(file, file.stat().st_mtime_ns), job.settings, job.defaults
-        ):
-            runs.append(Run(job.root, job.name, int(number)))
+        with suppress(OSError):  # deleted at this moment
+            saved = _saved_settings(file, file.stat().st_mtime_ns)
+            if number.isdigit() and same_settings(saved, job.settings, job.defaults):
+                runs.append(Run(job.root, job.name, int(number)))
     return sorted(runs, key=lambda run: run.version)
 
 
-_SAVED: dict[tuple[Path, int], dict[str, Any]] = {}  # a live table asks for them again and again
-
-
+@cache
 def _saved_settings(file: Path, written: int) -> dict[str, Any]:
-    if (file, written) not in _SAVED:
-        try:
-            content = yaml.safe_load(file.read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            content = None
-        # A file that is not a run's has no settings, so it is no job's.
-        _SAVED[file, written] = flatten(content) if isinstance(content, dict) else {"broken": True}
-    return _SAVED[file, written]
+    """A run's settings by dotted key; none if the file is not a run's."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (ValueError, yaml.YAMLError):
+        return {}
+    return flatten(content) if isinstance(content, dict) else {}
 
 
 def _state(run: Run, job: Job) -> State:
-    last, best = (_progress(run.checkpoints / f"{name}.ckpt") for name in ("last", "best"))
+    last, best = read_progress(run, "last"), read_progress(run, "best")
     if last is None:
         return "new"  # nothing to resume from
     limit = job.settings.get("trainer.max_steps", -1)
     if last["epochs"] < job.epochs and not 0 <= limit <= last["steps"]:
-        return "cut off"
+        return "interrupted"
     if best is None:
         return "new"
-    try:
-        tested = json.loads((run.logs / "test.json").read_text())
-    except (OSError, ValueError):
-        return "trained"
+    tested = read_test(run)
     same = tested.get("epoch") == best["epoch"] and tested.get("options") == job.test_options
     return "done" if same else "trained"
 
 
-def _progress(path: Path) -> dict[str, int] | None:
-    """Whole epochs, steps and the epoch of a checkpoint, without its weights; None where there is none."""
+def read_progress(run: Run, name: str) -> dict[str, Any] | None:
+    """Completed epochs, steps, epoch (from 1) and val/acc of a checkpoint; None if it is missing or damaged."""
+    path = run.checkpoints / f"{name}.ckpt"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # without reading the weights
         return {
-            "epochs": checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
+            "epochs": completed_epochs(checkpoint),
             "steps": checkpoint["global_step"],
             "epoch": checkpoint["epoch"] + 1,
+            "val/acc": checkpoint["figures"].get("val/acc", float("nan")),
         }
-    except Exception:  # whatever is wrong with the file, it is not there for us; `fit` says more
+    except Exception:  # many types, of torch and of the archive; `fit` says what is wrong with the file
         return None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a job did not end.
-
-    Args:
-        reason: what it said last.
-        stopped: whether it was stopped from outside, rather than failed.
-    """
-
-    reason: str
-    stopped: bool = False
+def read_test(run: Run) -> dict[str, Any]:
+    """The figures of the run's test; empty if there are none."""
+    try:
+        return json.loads((run.logs / "test.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
-def run_job(job: Job, environment: dict[str, str] | None = None, stop: "Stop | None" = None) -> Failure | None:
-    """Bring a job to its end, from wherever it is: train, resume, test, or nothing.
+def read_epochs(run: Run) -> list[dict[str, float]]:
+    """The rows of metrics.csv so far, one per epoch, without empty cells."""
+    try:
+        with (run.logs / "metrics.csv").open(newline="") as stream:
+            rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}
+        return [{name: float(value) for name, value in rows[epoch].items() if value} for epoch in sorted(rows)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # missing, or being written
+
+
+# Running a job
+
+
+def run_job(job: Job, environment: dict[str, str] | None = None, stop: threading.Event | None = None) -> str | None:
+    """Finish a job from its present state: train, resume, test, or nothing.
 
     Args:
         job: the job.
-        environment: variables of its processes, beside those of this one.
-        stop: ends its processes early.
+        environment: variables of its processes, besides those of this one.
+        stop: ends it early, with its state saved.
 
     Returns:
-        What went wrong, or None.
+        Why it is not done, or None; STOPPED if it was stopped from outside.
     """
+    stop = stop or threading.Event()
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as log:
-        # Whoever else has this job is waited for; its processes hold the lock, too, through their output.
-        fcntl.flock(log, fcntl.LOCK_EX)
-        call = partial(_call, job, log, environment or {}, stop)
+    lock = FileLock(job.log.with_suffix(".lock"))
+    while not lock.is_locked:  # another comparison may be running this job
+        if stop.is_set():
+            return STOPPED
+        with suppress(Timeout):
+            lock.acquire(timeout=_POLL_SECONDS)
+    try:
+        # A `fit` may be training one of the job's runs. Its lock must be free again: the job's own `fit` takes it.
+        while find(job)[0] in ("new", "interrupted") and any(map(_is_training, runs_of(job))):
+            if stop.wait(_POLL_SECONDS):
+                return STOPPED
+        return _train_and_test(job, partial(_call, job, environment or {}, stop))
+    finally:
+        lock.release()
+
+
+def _is_training(run: Run) -> bool:
+    try:
+        with FileLock(run.lock_file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # deleted, or not writable
+        return False
+
+
+def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> str | None:
+    state, run = find(job)
+    if state in ("new", "interrupted"):
+        resume = [] if run is None else ["--ckpt_path", str(run.checkpoints / "last.ckpt")]
+        if failure := call(["fit", "--config", str(job.config), "--seed", str(job.seed), *resume]):
+            return failure
         state, run = find(job)
-        if state in ("new", "cut off"):
-            resume = [] if run is None else ["--ckpt_path", str(run.checkpoints / "last.ckpt")]
-            failure = call(["fit", "--config", str(job.config), "--seed", str(job.seed), *resume])
-            if failure is not None:
-                return failure
-            state, run = find(job)
-            if state == "cut off":
-                return Failure("the training was stopped", stopped=True)
-        if state == "trained" and run is not None:
-            failure = call(["test", "--ckpt_path", str(run.checkpoints / "best.ckpt"), *job.test_options])
-            if failure is not None:
-                return failure
-            state, run = find(job)
-        return None if state == "done" else Failure("its run was not found afterwards")
+    if state == "trained" and run is not None:
+        if failure := call(["test", "--ckpt_path", str(run.checkpoints / "best.ckpt"), *job.test_options]):
+            return failure
+        state, run = find(job)
+    if state == "interrupted":
+        return f"the training ended before trainer.max_epochs={job.epochs}"
+    if state != "done":
+        return f"its run is no longer in {job.root / 'logs' / job.name}; it was deleted or changed meanwhile"
+    return None
 
 
-class Stop:
-    """Ends the processes of all jobs, each with its state saved, and lets no new one begin."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._children: set[subprocess.Popen] = set()
-        self.stopped = False
-
-    def add(self, start: Callable[[], subprocess.Popen]) -> subprocess.Popen | None:
-        """Start a process, unless all was stopped."""
-        with self._lock:
-            if self.stopped:
-                return None
-            child = start()
-            self._children.add(child)
-            return child
-
-    def now(self) -> None:
-        """End them."""
-        with self._lock:
-            self.stopped = True
-            for child in self._children:
-                if child.stdin and not child.stdin.closed:
-                    child.stdin.close()  # see child.py
-
-
-def _call(
-    job: Job, log: Any, environment: dict[str, str], stop: Stop | None, arguments: Sequence[str]
-) -> Failure | None:
-    """One command in a process of its own; what it prints goes to the job's log."""
-    begin = job.log.stat().st_size
+def _call(job: Job, environment: dict[str, str], stop: threading.Event, arguments: Sequence[str]) -> str | None:
+    """Run one command in a process of its own; its output goes to the job's log."""
     package = str(Path(__file__).parents[3])
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    start = partial(
-        subprocess.Popen,
-        [sys.executable, "-m", "cbam_pl.commands.compare.child", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        cwd=job.folder,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-    )
-    child = (stop or Stop()).add(start)
-    status = -15 if child is None else child.wait()
-    if status == 0:
+    with job.log.open("a") as log:
+        begin = log.tell()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "cbam_pl.commands.compare.child", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            cwd=job.folder,
+            env={**os.environ, "PYTHONPATH": paths, **environment},
+        )
+    with child:  # which closes its standard input and waits for its end: see child.py
+        while child.poll() is None and not stop.wait(_POLL_SECONDS / 5):
+            pass
+    if child.returncode == 0:
         return None
-    if status in (130, 143, -2, -15):
-        return Failure("it was stopped", stopped=True)
+    if child.returncode in (130, 143, -2, -15):
+        return STOPPED
     with job.log.open(errors="replace") as stream:
         stream.seek(begin)
         lines = [line.strip() for line in stream if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
-    reason = errors[-1].removeprefix("error: ") if errors else lines[-1] if lines else "it said nothing"
-    return Failure(f"{arguments[0]} ended with status {status}: {reason}")
+    reason = errors[-1].removeprefix("error: ") if errors else lines[-1] if lines else "it printed nothing"
+    return f"{arguments[0]} ended with status {child.returncode}: {reason}"
+
+
+def failure_of(future: Future) -> str | None:
+    """Why a job that has ended is not done."""
+    error = future.exception()
+    return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 
 # Where jobs run
 
 
 def threads_per_job() -> int:
-    """CPU threads of each job, whatever the number of jobs, as sums in another order round otherwise.
+    """CPU threads of each job, whatever the number of jobs, since another number rounds sums in another order.
 
     One, unless OMP_NUM_THREADS says otherwise: threads of one job wait for one another at every layer, jobs do not.
     """
@@ -279,37 +279,32 @@ def uses_cuda(plan: Plan) -> bool:
     return torch.cuda.is_available() and bool(wanted & {"auto", "gpu", "cuda"})
 
 
-def environments(jobs: int | None, cuda: bool, devices: Any, bytes_per_job: int = 0) -> list[dict[str, str]]:
+def environments(plan: Plan, jobs: int | None) -> list[dict[str, str]]:
     """The variables of each place where a job may run.
 
     Args:
-        jobs: how many at once; None: one for each core, or as many as fit on the GPUs, at most four on each.
-        cuda: whether they run on GPUs.
-        devices: trainer.devices.
-        bytes_per_job: GPU memory that the largest job needs.
+        plan: the comparison.
+        jobs: how many at once; None: one for each GPU, or as many as the cores allow.
     """
-    if not cuda:
+    devices = {settings.get("trainer.devices", 1) for settings in plan.configs.values()}
+    if not uses_cuda(plan):
         threads = threads_per_job()
-        count = devices if isinstance(devices, int) and devices > 0 else 1
-        places = jobs or max(1, num_cores() // (threads * count))
-        return [{"OMP_NUM_THREADS": str(threads)}] * places
-    if devices != 1:
+        processes = max([1, *(count for count in devices if isinstance(count, int))])
+        return [{"OMP_NUM_THREADS": str(threads)}] * (jobs or max(1, num_cores() // (threads * processes)))
+    if devices != {1}:
         return [{}] * (jobs or 1)  # each job takes several GPUs, and Lightning chooses which
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    if jobs is None:
-        free = min(torch.cuda.mem_get_info(index)[0] for index in range(len(names)))
-        jobs = len(names) * max(1, min(4, int(0.8 * free) // max(bytes_per_job, 1)))
-    return [{"CUDA_VISIBLE_DEVICES": names[index % len(names)]} for index in range(jobs)]
+    return [{"CUDA_VISIBLE_DEVICES": names[index % len(names)]} for index in range(jobs or len(names))]
 
 
-def start_locally(jobs: Iterable[Job], places: Sequence[dict[str, str]], stop: Stop) -> dict[Job, Future]:
+def start_locally(jobs: Iterable[Job], places: Sequence[dict[str, str]], stop: threading.Event) -> dict[Job, Future]:
     """Run jobs on this machine, as many at once as there are places."""
-    free: queue.Queue[dict[str, str]] = queue.Queue()
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
 
-    def run(job: Job) -> Failure | None:
+    def run(job: Job) -> str | None:
         place = free.get()
         try:
             return run_job(job, place, stop)
@@ -318,115 +313,3 @@ def start_locally(jobs: Iterable[Job], places: Sequence[dict[str, str]], stop: S
 
     pool = ThreadPoolExecutor(len(places))
     return {job: pool.submit(run, job) for job in jobs}
-
-
-# Watching
-
-
-def read_epochs(run: Run) -> list[dict[str, float]]:
-    """The rows of metrics.csv so far, one an epoch."""
-    try:
-        with (run.logs / "metrics.csv").open(newline="") as stream:
-            rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # not there yet, or in the midst of being written
-    return [{name: float(value or "nan") for name, value in rows[epoch].items()} for epoch in sorted(rows)]
-
-
-class Watch:
-    """What is shown while jobs run: a live table on a terminal, elsewhere a line for each job that begins or ends.
-
-    Args:
-        jobs: all jobs.
-        places: how many run at once.
-        remote: whether they run on a cluster, which does not say when it begins one.
-    """
-
-    def __init__(self, jobs: Sequence[Job], places: int, remote: bool = False) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-        self._jobs = jobs
-        self._places = places
-        self._remote = remote
-        self._states: dict[tuple[str, int], str] = {}
-        self._began: dict[tuple[str, int], tuple[float, int]] = {}  # time and epochs when first seen running
-
-    def follow(self, futures: dict[Job, Future], seconds: float = 1.0) -> None:
-        """Show the jobs until the last has ended."""
-        from rich.live import Live
-
-        live: AbstractContextManager[Any] = nullcontext()
-        if self.console.is_terminal:
-            live = Live(console=self.console, auto_refresh=False, transient=True)
-        with live as shown:
-            while True:
-                ended = all(future.done() for future in futures.values())
-                table = self._look(futures)
-                if shown is not None:
-                    shown.update(table, refresh=True)
-                if ended:
-                    return
-                # Ends early when the last job does.
-                pending = [future for future in futures.values() if not future.done()]
-                _wait(pending, seconds)
-
-    def _look(self, futures: dict[Job, Future]) -> Any:
-        from rich.table import Table
-
-        table = Table("recipe", "seed", "state", "epoch", "val/acc", "time left")
-        rows, left, speed = [], 0.0, []
-        for job in self._jobs:
-            key, future = (job.name, job.seed), futures[job]
-            runs = _runs_of(job)
-            epochs = read_epochs(runs[-1]) if runs else []
-            state = "waiting"
-            remaining = job.epochs - len(epochs)
-            if future.done():
-                failure = future.exception() or future.result()
-                state = "done" if failure is None else "stopped" if getattr(failure, "stopped", False) else "failed"
-                remaining = 0
-            elif future.running() or (self._remote and runs):
-                state = "running"
-                began, before = self._began.setdefault(key, (time.monotonic(), len(epochs)))
-                if len(epochs) > before:
-                    speed.append((time.monotonic() - began) / (len(epochs) - before))
-            left += remaining
-            accuracy = f"{100 * epochs[-1]['val/acc']:.2f} %" if epochs and "val/acc" in epochs[-1] else ""
-            time_left = _clock(speed[-1] * remaining) if state == "running" and speed and remaining else ""
-            rows.append((state, [job.name, str(job.seed), state, f"{len(epochs)}/{job.epochs}", accuracy, time_left]))
-            if state != self._states.get(key, "waiting") and not self.console.is_terminal:
-                self.console.print(f"{job.name} seed {job.seed}: {state} {accuracy}".rstrip(), highlight=False)
-            self._states[key] = state
-        room = self.console.height - 8
-        hidden = ("done", "waiting") if len(rows) > room else ()
-        for state, row in rows:
-            if state not in hidden:
-                table.add_row(*row)
-        counts = {state: sum(one == state for one, _ in rows) for state in dict(rows)}
-        table.caption = ", ".join(f"{count} {state}" for state, count in counts.items())
-        if speed and left:
-            table.caption += f"; about {_clock(sum(speed) / len(speed) * left / self._places)} left"
-        return table
-
-
-def _wait(futures: Sequence[Future], seconds: float) -> None:
-    from concurrent.futures import ALL_COMPLETED, wait
-
-    wait(futures, timeout=seconds, return_when=ALL_COMPLETED)
-
-
-def _clock(seconds: float) -> str:
-    minutes = int(seconds) // 60
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {int(seconds) % 60:02} s"
-
-
-def failures_of(futures: dict[Job, Future]) -> dict[Job, Failure]:
-    """The jobs that have not reached their end."""
-    failures = {}
-    for job, future in futures.items():
-        error = future.exception()
-        failure = future.result() if error is None else Failure(f"{type(error).__name__}: {error}")
-        if failure is not None:
-            failures[job] = failure
-    return failures

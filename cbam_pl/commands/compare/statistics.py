@@ -1,16 +1,14 @@
-"""What repeated trainings say about a difference, and how surely. Nothing here knows of networks."""
+"""Statistics of repeated trainings: paired differences with intervals and p values, for any quantity."""
 
-import math
-import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95  # of every interval; a difference is shown where its adjusted p is below 1 − LEVEL
-POWER = 0.8  # chance of showing a difference that is there, for `seeds_needed`
-_RESAMPLES = 10_000
+LEVEL = 0.95  # of every interval; a difference is significant where its adjusted p is below 1 − LEVEL
+POWER = 0.8  # probability of detecting a true difference, for `seeds_needed`
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,9 @@ class Difference:
 
     Args:
         mean: mean of the differences.
-        sd: standard deviation of the differences; None for one pair, and so are the four below.
+        sd: standard deviation of the differences; None for one pair, and so are interval and p.
         n: number of pairs.
         interval: Student's interval for the mean.
-        bootstrap: percentile bootstrap interval for the mean, over pairs.
         p: of the two-sided paired t-test that the mean is 0.
     """
 
@@ -45,7 +42,6 @@ class Difference:
     sd: float | None
     n: int
     interval: tuple[float, float] | None
-    bootstrap: tuple[float, float] | None
     p: float | None
 
 
@@ -63,40 +59,24 @@ def compare_pairs(ours: Sequence[float], baseline: Sequence[float]) -> Differenc
         baseline: (n,) the values to compare with, in the same order of pairs.
 
     Raises:
-        ValueError: no pairs, or not equally many values.
+        ValueError: no pairs, or different numbers of values.
     """
     differences = np.subtract(ours, baseline, dtype=np.float64) if len(ours) == len(baseline) else np.array([])
     if not differences.size:
-        raise ValueError(f"{len(ours)} and {len(baseline)} values make no pairs")
+        raise ValueError(f"{len(ours)} and {len(baseline)} values do not make pairs")
     summary = summarise(differences.tolist())
     if summary.sd is None:
-        return Difference(summary.mean, None, 1, None, None, None)
+        return Difference(summary.mean, None, 1, None, None)
     if summary.sd <= 1e-12 * max(1.0, abs(summary.mean)):
-        # Without any spread there is no t; all pairs say the same.
-        same = (summary.mean, summary.mean)
-        return Difference(summary.mean, 0.0, summary.n, same, same, 0.0 if summary.mean else 1.0)
+        # Without any spread t is not defined.
+        return Difference(summary.mean, 0.0, summary.n, (summary.mean,) * 2, 0.0 if summary.mean else 1.0)
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(LEVEL)
-    resampled = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",  # with this few pairs, BCa's correction is itself uncertain
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Difference(
-        summary.mean,
-        summary.sd,
-        summary.n,
-        (float(low), float(high)),
-        (float(resampled.low), float(resampled.high)),
-        float(test.pvalue),
-    )
+    return Difference(summary.mean, summary.sd, summary.n, (float(low), float(high)), float(test.pvalue))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values, so that the chance of any false finding among all stays at the level of each.
+    """Adjusted p values, so that the probability of any false positive among all stays at the level of each.
 
     Source: Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure.
 
@@ -112,40 +92,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power_of_pairs(effect: float, sd: float, n: int) -> float:
-    """Chance that a two-sided paired t-test with n pairs shows a true mean difference.
+    """Probability that a two-sided paired t-test with n pairs detects a true mean difference.
 
     Args:
         effect: the true mean of the differences.
         sd: their standard deviation, above 0.
         n: pairs, at least 2.
     """
-    critical = stats.t.ppf((1 + LEVEL) / 2, n - 1)
-    shift = abs(effect) / sd * math.sqrt(n)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a lower tail too small to be a number
-        below = stats.nct.cdf(-critical, n - 1, shift)
-    return float(stats.nct.sf(critical, n - 1, shift) + (below if math.isfinite(below) else 0.0))
+    # t² has the F distribution with 1 and n − 1 degrees of freedom, shifted by n · (effect / sd)².
+    critical = stats.f.ppf(LEVEL, 1, n - 1)
+    return float(stats.ncf.sf(critical, 1, n - 1, n * (effect / sd) ** 2))
 
 
 def seeds_needed(effect: float, sd: float) -> int:
     """The least number of pairs at which `power_of_pairs` reaches POWER.
 
     Args:
-        effect: the true mean difference that is to be shown, other than 0.
+        effect: the true mean difference to detect, other than 0.
         sd: the standard deviation of the differences.
 
     Raises:
-        ValueError: `effect` is 0, which no number shows.
+        ValueError: `effect` is 0, which no number of pairs detects.
     """
     if effect == 0:
-        raise ValueError("effect=0 is shown by no number of seeds")
+        raise ValueError("effect=0 is detected by no number of seeds")
     if sd == 0:
         return 2
-    high = 2
-    while power_of_pairs(effect, sd, high) < POWER:
-        high *= 2
-    low = max(2, high // 2)
-    while low < high:  # the power rises with n
-        middle = (low + high) // 2
-        low, high = (low, middle) if power_of_pairs(effect, sd, middle) >= POWER else (middle + 1, high)
-    return low
+    candidates = range(2, 1_000_000_000)
+    return candidates[bisect_left(candidates, POWER, key=lambda n: power_of_pairs(effect, sd, n))]

@@ -30,19 +30,20 @@ def recipes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def quick() -> Any:
     """Commands of jobs run in this process, and costs are measured in a moment: a process of its own takes seconds."""
 
-    def call(job: Any, log: Any, environment: Any, stop: Any, arguments: Any) -> Any:
+    def call(job: Any, environment: Any, stop: Any, arguments: Any) -> Any:
         calls.append([job.name, job.seed, arguments[0]])
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 main([*arguments])
             except SystemExit as end:
-                return jobs.Failure(f"{arguments[0]} ended with status {end.code}") if end.code else None
+                return f"{arguments[0]} ended with status {end.code}" if end.code else None
         return None
 
     calls: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "_call", call)
-        patch.setattr(costs, "measure_memory", lambda settings, threads: 100.0)
+        for module in (costs, command_module):
+            patch.setattr(module, "in_new_process", lambda threads, work, *arguments: work(*arguments))
         patch.setattr(command_module, "_COST_ROUNDS", 1)
         patch.setattr(command_module, "_COST_SECONDS", 0.0)
         yield calls

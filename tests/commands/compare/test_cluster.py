@@ -43,6 +43,7 @@ def test_without_ray_it_says_how_to_install_it(command, recipes, tmp_path, monke
     assert "--ray needs Ray: pip install 'cbam_pl[cluster]'" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_lost_machine_go_on_elsewhere_from_their_last_checkpoint(recipes, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'cbam_pl[cluster]')")
     words = ["--configs", recipes["none"], recipes["cbam"], "--seeds", "0", "--output", tmp_path / "report"]

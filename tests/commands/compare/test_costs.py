@@ -1,9 +1,9 @@
-import time
+import os
 
 import pytest
 import torch
 
-from cbam_pl.commands.compare.costs import Subject, measure_memory, measure_rates, median_times
+from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process, peak_training_memory, time_recipes
 from tests.commands.compare.test_plan import plan_of
 
 
@@ -12,48 +12,46 @@ def plan(recipes, tmp_path_factory):
     return plan_of("--configs", recipes["none"], recipes["cbam"], "--output", tmp_path_factory.mktemp("out"))
 
 
-def test_works_are_timed_in_turns_and_the_median_counts():
-    order, durations = [], {"slow": iter([0, 0, 0, 0.03, 0, 0.01, 0, 0.02]), "quick": iter([0.0] * 8)}
-
-    def work(name):
-        def run():
-            order.append(name)
-            time.sleep(next(durations[name]))
-
-        return run
-
-    works = {name: work(name) for name in durations}
-    times = median_times(works, rounds=3, seconds=0, device=torch.device("cpu"))
-    assert order == ["slow"] * 2 + ["quick"] * 2 + ["slow", "slow", "quick", "quick"] * 3
-    assert times["slow"] >= 0.02  # of at least 0.03, 0.01 and 0.02
-    assert set(times) == {"slow", "quick"}
-
-
-def test_a_step_trains_the_recipe_that_it_is_of(plan):
-    subject = Subject(plan.configs["cbam"])
-    assert subject.batch_size == 16
-    before = [weights.clone() for weights in subject.classifier.network.parameters()]
-    subject.train_step()
-    assert all((a != b).any() for a, b in zip(before, subject.classifier.network.parameters(), strict=True))
-    after = [weights.clone() for weights in subject.classifier.network.parameters()]
-    subject.forward_pass(2)()
-    assert not subject.classifier.training
-    assert all((a == b).all() for a, b in zip(after, subject.classifier.network.parameters(), strict=True))
-    with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        patch.setattr(subject.classifier, "forward", lambda images: seen.append(images.shape))
-        subject.forward_pass(256)()
-        assert seen == [(256, 3, 32, 32)]
+def test_a_step_is_the_training_step_of_the_recipe_and_an_update(plan, monkeypatch):
+    torch.manual_seed(0)
+    recipe = TimedRecipe(plan.configs["cbam"])
+    assert recipe.batch_size == 16
+    step, losses = recipe.classifier.training_step, []
+    monkeypatch.setattr(recipe.classifier, "training_step", lambda *batch: losses.append(step(*batch)) or losses[-1])
+    network = recipe.classifier.network
+    before = [weights.clone() for weights in network.parameters()]
+    recipe.train_step()
+    assert len(losses) == 1
+    assert sum(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)) > len(before) / 2
+    after = [weights.clone() for weights in network.parameters()]
+    recipe.forward_pass(2)()
+    assert not recipe.classifier.training
+    assert all((a == b).all() for a, b in zip(after, network.parameters(), strict=True))
 
 
-def test_rates_are_images_a_second(plan):
-    rates = measure_rates({"cbam": plan.configs["cbam"]}, 1, 0.0)
-    assert 1 < rates["cbam"] < 1e6
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_every_precision_can_be_timed(plan, precision):
+    costs = time_recipes({"cbam": plan.configs["cbam"] | {"trainer.precision": precision}}, 1, 0.0, (1, 256))["cbam"]
+    assert costs["parameters"] == 1_147_305
+    assert 1 < costs["train_images_per_second"] < 1e6
+    assert 0 < costs["latency_1"] < costs["latency_256"]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(plan):
     hog = bytearray(1_500_000_000)
     hog[::4096] = b"x" * len(hog[::4096])  # resident here, so that it would show if it were counted
-    memory = measure_memory(plan.configs["cbam"], 1)
+    memory = in_new_process(1, peak_training_memory, plan.configs["cbam"])
     assert 100 < memory < 1400
     del hog
+
+
+def _fail():
+    raise RuntimeError(f"{torch.get_num_threads()} threads")
+
+
+@pytest.mark.slow
+def test_costs_are_left_out_only_where_memory_ran_out():
+    assert in_new_process(1, os._exit, 9) is None
+    with pytest.raises(RuntimeError, match="3 threads"):
+        in_new_process(3, _fail)

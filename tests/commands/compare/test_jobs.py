@@ -1,28 +1,27 @@
-import fcntl
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from cbam_pl.commands.compare import jobs as jobs_module
-from cbam_pl.commands.compare.jobs import (
-    Failure,
-    Stop,
-    Watch,
-    environments,
-    failures_of,
-    find,
-    jobs_of,
-    run_job,
-    start_locally,
-)
+from cbam_pl.commands.compare.jobs import STOPPED, environments, find, jobs_of, run_job, start_locally
 from cbam_pl.commands.compare.plan import nest
+from cbam_pl.commands.compare.watch import watch
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.training.callbacks import InterruptCheckpoint
 from tests.commands.compare.test_plan import plan_of
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 def plan_in(root, recipes, *more):
@@ -78,7 +77,7 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     last = torch.load(checkpoints / "last.ckpt", weights_only=True)
     last["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 1  # of 2 epochs
     torch.save(last, checkpoints / "last.ckpt")
-    assert find(job)[0] == "cut off"
+    assert find(job)[0] == "interrupted"
     (checkpoints / "last.ckpt").write_bytes(b"cut")
     assert find(job)[0] == "new"
     (logs / "config.yaml").write_text("not: [a run")
@@ -97,7 +96,7 @@ def test_of_several_runs_the_furthest_counts_and_never_the_better(compared, reci
     assert find(job)[1].version == 7
 
 
-def test_a_job_that_was_cut_off_resumes_and_ends_like_one_that_was_not(compared, recipes, quick, tmp_path):
+def test_an_interrupted_job_resumes_and_ends_like_one_that_was_not(compared, recipes, quick, tmp_path):
     root = copy_of(compared, tmp_path)
     job = jobs_of(plan_in(root, recipes))[2]
     assert (job.name, job.seed) == ("none", 1)
@@ -114,10 +113,9 @@ def test_a_job_that_was_cut_off_resumes_and_ends_like_one_that_was_not(compared,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterruptCheckpoint, "on_train_epoch_start", die_in_the_second_epoch)
         failure = run_job(job)
-    assert failure is not None
-    assert not failure.stopped
+    assert failure == "fit ended with status 9"
     state, run = find(job)
-    assert state == "cut off"
+    assert state == "interrupted"
     quick.clear()
     assert run_job(job) is None
     assert find(job) == ("done", run)
@@ -127,69 +125,209 @@ def test_a_job_that_was_cut_off_resumes_and_ends_like_one_that_was_not(compared,
 
 
 def test_a_job_runs_in_processes_of_its_own_and_says_why_it_failed(recipes, processes, tmp_path):
-    plan = plan_in(tmp_path, recipes)
-    job = jobs_of(plan)[0]  # its recipe is not written, so that fit refuses
-    stop = Stop()
-    futures = start_locally([job], environments(1, False, 1), stop)
-    failure = failures_of(futures)[job]
-    assert failure.reason.startswith("fit ended with status 2: ")
-    assert "none.yaml" in failure.reason
-    assert not failure.stopped
-    assert failure.reason.removeprefix("fit ended with status 2: ") in job.log.read_text()
-    stop.now()
-    assert failures_of(start_locally([job], [{}], stop))[job].stopped, "nothing begins once all is stopped"
+    job = jobs_of(plan_in(tmp_path, recipes))[0]  # its recipe is not written, so that fit rejects it
+    stop = threading.Event()
+    (future,) = start_locally([job], [{}], stop).values()
+    failure = future.result()
+    assert failure.startswith("fit ended with status 2: ")
+    assert "none.yaml" in failure
+    assert failure.removeprefix("fit ended with status 2: ") in job.log.read_text()
+    stop.set()
+    (future,) = start_locally([job], [{}], stop).values()
+    assert future.result() == STOPPED, "nothing begins once all is stopped"
 
 
-def test_a_job_that_someone_else_has_is_waited_for(recipes, tmp_path, monkeypatch):
+# Runs that others are training
+
+
+def test_a_job_of_another_comparison_is_waited_for(recipes, tmp_path, monkeypatch):
     job = jobs_of(plan_in(tmp_path, recipes))[0]
+    other = jobs_of(plan_in(tmp_path, recipes, "--pictures_every", 7))[0]  # which changes nothing in the result
     monkeypatch.setattr(jobs_module, "find", lambda job: ("done", None))
+    monkeypatch.setattr(jobs_module, "_train_and_test", lambda job, call: None)
     job.log.parent.mkdir(parents=True)
     ended = threading.Event()
-    with job.log.open("a") as theirs:
-        fcntl.flock(theirs, fcntl.LOCK_EX)
-        ours = threading.Thread(target=lambda: (run_job(job), ended.set()))
+    with FileLock(job.log.with_suffix(".lock")):
+        ours = threading.Thread(target=lambda: (run_job(other), ended.set()))
         ours.start()
-        assert not ended.wait(0.3)
+        assert not ended.wait(0.5)
     assert ended.wait(10)
     ours.join()
+
+
+def test_a_run_that_fit_is_training_is_waited_for_and_then_only_tested(recipes, quick, command, launch, tmp_path):
+    root, epochs = tmp_path, ["--trainer.max_epochs", 12]
+    fit = ["fit", "--config", recipes["none"], "--seed", 0, *epochs, "--trainer.default_root_dir", root]
+    theirs = launch(tmp_path / "fit.log", *fit)
+    config = root / "logs/none/version_0/config.yaml"
+    limit = time.monotonic() + 120
+    while not config.exists():
+        assert theirs.is_alive(), (tmp_path / "fit.log").read_text()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    quick.clear()
+    options = ["--configs", recipes["none"], recipes["se"], "--seeds", 0, "--jobs", 1, "--output", root / "report"]
+    outcome = command("compare", *options, *epochs, "--trainer.default_root_dir", root)
+    theirs.join(60)
+    assert theirs.exitcode == 0
+    assert outcome.status == 0, outcome.err
+    assert quick == [["none", 0, "test"], ["se", 0, "fit"], ["se", 0, "test"]]
+    assert [path.name for path in (root / "checkpoints/none").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("lock", ["job", "run"])
+def test_waiting_ends_when_all_is_stopped(compared, recipes, quick, lock, tmp_path):
+    root = copy_of(compared, tmp_path)
+    job = jobs_of(plan_in(root, recipes))[0]
+    (root / "checkpoints/none/version_0/last.ckpt").write_bytes(b"damaged")  # so that there is something to train
+    quick.clear()
+    stop = threading.Event()
+    with FileLock(job.log.with_suffix(".lock") if lock == "job" else root / "logs/none/version_0/.lock"):
+        (future,) = start_locally([job], [{}], stop).values()
+        time.sleep(0.5)
+        assert not future.done()
+        stop.set()
+        assert future.result(10) == STOPPED
+    assert not quick
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_comparison_that_waits(recipes, tmp_path):
+    words = ["--configs", recipes["none"], recipes["cbam"], "--seeds", 0, "--output", tmp_path / "report"]
+    words += ["--trainer.default_root_dir", tmp_path, "--jobs", 2]
+    plan = plan_of(*words)
+    locks = [FileLock(job.log.with_suffix(".lock")) for job in jobs_of(plan)]
+    for lock in locks:
+        Path(lock.lock_file).parent.mkdir(parents=True)
+        lock.acquire()
+    script = [sys.executable, "train.py", "compare", *map(str, words)]
+    with subprocess.Popen(script, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for kind in ("none", "cbam"):
+            assert process.stderr.readline() == f"{kind} seed 0: running\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "stopped; the same command goes on from there"
+    assert not list(tmp_path.glob("logs/*/version_*")), "nothing was trained"
+
+
+# Runs with few steps, and runs that vanish
+
+
+def test_a_budget_below_one_epoch_is_trained_tested_and_found_again(recipes, quick, command, tmp_path):
+    options = [
+        "--configs",
+        recipes["none"],
+        recipes["cbam"],
+        "--seeds",
+        0,
+        "--jobs",
+        1,
+        "--output",
+        tmp_path / "report",
+    ]
+    options += ["--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 3]  # of 6 steps in an epoch
+    for calls in (4, 0):
+        quick.clear()
+        outcome = command("compare", *options)
+        assert outcome.status == 0, outcome.err
+        assert len(quick) == calls
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    for run in content["runs"]:
+        best = torch.load(tmp_path / f"checkpoints/{run['recipe']}/version_0/best.ckpt", weights_only=True)
+        assert best["global_step"] == 3
+        assert run["val_acc"] == pytest.approx(100 * best["figures"]["val/acc"])
+        assert 0 <= run["val_acc"] <= 100
+
+
+@pytest.mark.parametrize("moment", ["in its training", "after its training"])
+def test_a_run_that_is_deleted_is_reported_in_one_line(moment, recipes, quick, command, tmp_path, monkeypatch):
+    ordinary, logs = jobs_module._call, tmp_path / "logs/se/version_0"
+
+    def delete(self, trainer, pl_module):
+        if trainer.current_epoch:
+            shutil.rmtree(logs, ignore_errors=True)
+
+    def call(job, environment, stop, arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            if job.name == "se" and moment == "in its training":
+                patch.setattr(InterruptCheckpoint, "on_train_epoch_start", delete)
+            failure = ordinary(job, environment, stop, arguments)
+        if job.name == "se" and arguments[0] == "fit":
+            shutil.rmtree(logs, ignore_errors=True)
+        return failure
+
+    monkeypatch.setattr(jobs_module, "_call", call)
+    options = ["--configs", recipes["none"], recipes["se"], "--seeds", 0, "--jobs", 1, "--output", tmp_path / "report"]
+    outcome = command("compare", *options, "--trainer.default_root_dir", tmp_path)
+    assert outcome.status == 2
+    error = outcome.err.splitlines()[-1]
+    if moment == "in its training":
+        (log,) = logs.parent.glob("job-*.log")
+        assert log.read_text().splitlines()[-1] == f"error: {logs} was deleted or moved meanwhile; start the run again"
+        assert error.startswith("error: 1 of 2 runs failed: se seed 0: fit ended with status 2; ")
+    else:
+        reason = f"its run is no longer in {logs.parent}; it was deleted or changed meanwhile; "
+        assert error.startswith(f"error: 1 of 2 runs failed: se seed 0: {reason}")
+    assert (tmp_path / "report/report.md").exists()
+
+
+# Places, and what is shown
+
+
+def places(jobs, **trainer):
+    return environments(
+        SimpleNamespace(configs={"a": {f"trainer.{key}": value for key, value in trainer.items()}}), jobs
+    )
 
 
 def test_places_on_cpu_do_not_change_the_threads_of_a_job(monkeypatch):
     monkeypatch.setattr(jobs_module, "num_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert environments(None, False, 1) == [{"OMP_NUM_THREADS": "1"}] * 8
-    assert environments(3, False, 1) == [{"OMP_NUM_THREADS": "1"}] * 3
-    assert len(environments(None, False, 2)) == 4  # each job has two processes
+    assert places(None, accelerator="cpu") == [{"OMP_NUM_THREADS": "1"}] * 8
+    assert places(3, accelerator="cpu") == [{"OMP_NUM_THREADS": "1"}] * 3
+    assert len(places(None, accelerator="cpu", devices=2)) == 4  # each job has two processes
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert environments(None, False, 1) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert places(None, accelerator="cpu") == [{"OMP_NUM_THREADS": "4"}] * 2
 
 
-def test_places_on_gpus_are_as_many_as_fit(monkeypatch):
+def test_each_gpu_has_one_job_unless_more_are_asked_for(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ((10 << 30, 9 << 30)[index], 16 << 30))
-    devices = [one["CUDA_VISIBLE_DEVICES"] for one in environments(None, True, 1, 3 << 30)]
-    assert devices == ["0", "1", "0", "1"]  # 0.8 · 9 GiB are 2 of 3 GiB each
-    assert len(environments(None, True, 1, 1 << 20)) == 8  # at most four on each
-    assert len(environments(None, True, 1, 64 << 30)) == 2
+    assert places(None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments(3, True, 1)] == ["3", "5", "3"]
-    assert environments(None, True, 4) == [{}]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in places(3)] == ["3", "5", "3"]
+    assert places(None, devices=4) == [{}]
 
 
-def test_the_table_shows_how_far_each_job_is(compared, recipes):
-    root = compared[0]
-    jobs = jobs_of(plan_in(root, recipes))
-    futures = [Future() for _ in jobs]
-    futures[0].set_result(None)
-    futures[1].set_result(Failure("no memory"))
-    futures[2].set_running_or_notify_cancel()
-    watch = Watch(jobs, 1)
-    watch.console.height = 100
-    table = watch._look(dict(zip(jobs, futures, strict=True)))
-    columns = {column.header: list(column.cells) for column in table.columns}
-    assert columns["recipe"] == ["none", "cbam", "none", "cbam"]
-    assert columns["state"] == ["done", "failed", "running", "waiting"]
-    assert columns["epoch"] == ["2/2"] * 4
-    assert all(cell.endswith(" %") for cell in columns["val/acc"])
-    assert table.caption == "1 done, 1 failed, 1 running, 1 waiting"
+def test_a_line_is_printed_for_each_job_that_begins_or_ends(compared, recipes, capsys, tmp_path):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    for kind in ("checkpoints", "logs"):
+        (root / kind / "none").rename(root / kind / "none[v1]")
+    path = tmp_path / "none[v1].yaml"
+    shutil.copy(recipes["none"], path)
+    jobs = jobs_of(plan_in(root, {"none": path, "cbam": recipes["cbam"]}))
+    futures = {job: Future() for job in jobs}
+    look = watch(futures, remote=False, seconds=0.01)
+    first, second, third, fourth = futures.values()
+    for change in (
+        lambda: first.set_running_or_notify_cancel(),
+        lambda: (first.set_result(None), second.set_running_or_notify_cancel()),
+        lambda: (second.set_result("no memory"), third.set_exception(OSError("disk")), fourth.set_result(STOPPED)),
+    ):
+        next(look)
+        change()
+    assert list(look) == []
+    accuracies = []
+    for name, version in (("none[v1]", 0), ("cbam", 0), ("none[v1]", 1), ("cbam", 1)):
+        last = (root / f"logs/{name}/version_{version}/metrics.csv").read_text().splitlines()[-1]
+        accuracies.append(f"{100 * float(last.split(',')[-1]):.2f} %")
+    assert capsys.readouterr().err.splitlines() == [
+        f"none[v1] seed 0: running {accuracies[0]}",
+        f"none[v1] seed 0: done {accuracies[0]}",
+        f"cbam seed 0: running {accuracies[1]}",
+        f"cbam seed 0: failed {accuracies[1]}",
+        f"none[v1] seed 1: failed {accuracies[2]}",
+        f"cbam seed 1: stopped {accuracies[3]}",
+    ]

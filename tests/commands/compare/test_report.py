@@ -5,14 +5,13 @@ import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cbam_pl.commands.compare.report import Result, accuracy_table, analyse, markdown, signed
+from cbam_pl.commands.compare.report import accuracy_table, analyse, markdown, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, seeds_needed
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
@@ -30,9 +29,10 @@ def result(name, seed, accuracy, classes=("a", "b")):
     epochs = [{"epoch": 1.0, "val/acc": accuracy - 0.1}, {"epoch": 2.0, "val/acc": accuracy + 0.01}]
     environment = {"device": "cpu: abacus", "versions": "torch 0", "commit": "c0ffee", "date": "2024-05-06"}
     confusion = [[right, 100 - right], [0, 100]]
-    return Result(
-        name, seed, Path("best.ckpt"), 2, accuracy + 0.01, accuracy, 0.5, epochs, list(classes), confusion, environment
-    )
+    test = {"images": 200, "classes": list(classes), "confusion": confusion}
+    row = {"recipe": name, "seed": seed, "epoch": 2, "val_acc": 100 * accuracy + 1, "test_acc": 100 * accuracy}
+    row |= {"test_loss": 0.5, "checkpoint": "best.ckpt", **environment}
+    return row | {"test": test, "epochs": epochs}
 
 
 def plan_for(accuracies, unequal=()):
@@ -77,10 +77,11 @@ def test_the_differences_are_those_of_the_pairs():
 def test_the_sentences():
     sentences = content_of(ACCURACIES)["sentences"]
     assert sentences[0] == (
-        "kind=se − kind=none: +0.20 points, 95 % interval −1.16 to +1.56, n = 5: no difference shown"
+        "kind=se − kind=none: +0.20 percentage points, 95 % interval −1.16 to +1.56, n = 5: no significant difference"
     )
     assert re.fullmatch(
-        r"kind=cbam − kind=none: \+3\.10 points, 95 % interval \+2\.\d\d to \+3\.\d\d, n = 5: kind=cbam is better",
+        r"kind=cbam − kind=none: \+3\.10 percentage points, 95 % interval \+2\.\d\d to \+3\.\d\d, n = 5: "
+        "kind=cbam is better",
         sentences[1],
     )
     worse = content_of({"a=none": [0.9, 0.91, 0.9], "a=se": [0.8, 0.81, 0.801]})["sentences"]
@@ -94,17 +95,17 @@ def test_a_difference_that_is_lost_by_the_correction_says_so():
     assert alone["sentences"][0].endswith("n = 4: k=se is better")
     crowd = {f"k={index}": [a + d for a, d in zip(base, [0.01, -0.01, 0, 0], strict=True)] for index in range(4)}
     among = content_of({"k=none": base, "k=se": close} | crowd)
-    assert among["sentences"][0].endswith("no difference shown, once corrected for 5 comparisons")
+    assert among["sentences"][0].endswith("no significant difference after correction for 5 comparisons")
 
 
 def test_one_seed_is_allowed_and_said():
     content = content_of({"k=none": [0.8], "k=se": [0.9]})
     assert content["sentences"] == [
-        "k=se − k=none: +10.00 points, n = 1: one pair has no interval, so no difference is shown"
+        "k=se − k=none: +10.00 percentage points, n = 1: one pair has no interval, so its significance is unknown"
     ]
-    assert content["notes"][0].startswith("One seed: there are no intervals")
+    assert content["notes"][0].startswith("One seed: there are no intervals and no significance tests")
     _, rows = accuracy_table(content)
-    assert rows[1] == ["k=se", "90.00", "1", "+10.00", "", "", "", "+20", ""]
+    assert rows[1] == ["k=se", "90.00", "1", "+10.00", "", "", "+20", ""]
 
 
 def test_what_is_missing_or_unequal_is_said():
@@ -125,6 +126,13 @@ def test_a_recipe_without_runs_is_left_out_and_named():
     assert content["sentences"] == []
     assert "net-kind=none seed 0" in content["notes"][0]
     markdown(content)
+
+
+def test_an_epoch_without_validation_is_not_in_the_curve():
+    runs = [result("k=none", seed, accuracy) for seed, accuracy in enumerate([0.7, 0.9])]
+    del runs[1]["epochs"][0]["val/acc"]
+    (recipe,) = analyse(plan_for({"k=none": [0.7, 0.9]}), runs, {})["recipes"].values()
+    assert recipe["curve"] == {"epoch": [2], "mean": [pytest.approx(81)], "sd": [pytest.approx(200**0.5)]}
 
 
 def test_signs():
@@ -149,7 +157,7 @@ def test_the_files_agree_with_the_tests_of_the_runs(compared):
     mean = np.subtract(*accuracies[::-1]).mean()
     text = (root / "report/report.md").read_text()
     for shown in (text, outcome.out):
-        assert f"cbam − none: {signed(mean)} points" in shown
+        assert f"cbam − none: {signed(mean)} percentage points" in shown
     assert "| cbam |" in text
     assert content["recipes"]["se"]["cost"]["parameters"] == 1_147_011  # 3,591 fewer than with ten classes
 
@@ -203,3 +211,26 @@ def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, 
     after = json.loads((root / "report/report.json").read_text())
     assert after["recipes"] == before["recipes"]  # the costs, too
     assert (root / "report/report.html").exists()
+
+
+def test_odd_names_and_precisions_are_reported(recipes, command, quick, tmp_path):
+    paths = {name: tmp_path / f"{name}.yaml" for name in ("a|b[v1]", "<i>*x*")}
+    for path in paths.values():
+        shutil.copy(recipes["cbam"], path)
+    options = ["--configs", *paths.values(), "--seeds", 0, "--output", tmp_path / "report", "--jobs", 1]
+    options += ["--trainer.default_root_dir", tmp_path, "--trainer.precision", "bf16-true"]
+    outcome = command("compare", *options)
+    assert outcome.status == 0, outcome.err
+    for name in paths:
+        assert len(re.findall(rf"^│ {re.escape(name)} +│", outcome.out, re.MULTILINE)) == 2
+    lines = (tmp_path / "report/report.md").read_text().splitlines()
+    assert lines[0] == r"# \<i>\*x\* against a\|b\[v1\]"
+    rows = [len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| ")]
+    assert rows == [9] * 4 + [8] * 4  # as many columns in each row of a table
+    assert "&lt;i&gt;*x* against a|b[v1]" in (tmp_path / "report/report.html").read_text()
+
+    def reject(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    content = json.loads((tmp_path / "report/report.json").read_text(), parse_constant=reject)
+    assert all(recipe["cost"]["latency_256"] > 0 for recipe in content["recipes"].values())
