@@ -1,8 +1,14 @@
 """The command line: `python train.py fit --config configs/cbam_cnn.yaml`, then `python train.py test`."""
 
 import difflib
+import errno
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
+
+# How the user started it: from a clone, or, where it is installed, by its own name.
+PROGRAM = "cbam-pl" if Path(sys.argv[0]).name == "cbam-pl" else "python train.py"
 
 # Command → where its function is, which is imported only when it is called: help and mistakes answer at once.
 COMMANDS = {
@@ -29,14 +35,14 @@ def _overview() -> str:
     lines = [f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: python train.py COMMAND [OPTIONS]",
+            f"usage: {PROGRAM} COMMAND [OPTIONS]",
             "",
             "Train, evaluate and inspect CIFAR attention networks.",
             "",
             "commands:",
             *lines,
             "",
-            "options of a command: python train.py COMMAND --help",
+            f"options of a command: {PROGRAM} COMMAND --help",
         ]
     )
 
@@ -45,18 +51,28 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and end the process: status 0 when done, 2 with one line for what the user can fix."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else ""
-    if command in ("-h", "--help"):
-        print(_overview())
-        return
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)} (python train.py --help)"
-        _fail(f"unknown command {command!r}; {hint}" if command else f"no command given; {hint}")
     try:
-        _run(command, arguments[1:])
+        if command in ("-h", "--help"):
+            print(_overview())
+        elif command in COMMANDS:
+            _run(command, arguments[1:])
+        else:
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)} ({PROGRAM} --help)"
+            _fail(f"unknown command {command!r}; {hint}" if command else f"no command given; {hint}")
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted before the first step; there is nothing to save", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not try again when it ends
+        if error.errno == errno.EPIPE:
+            sys.exit(128 + 13)  # as after SIGPIPE: `| head` has read enough
+        name = str(error.filename or "standard output")
+        _fail(f"{error.strerror}: {name[:300]!r}{'…' if len(name) > 300 else ''}")  # such as a name that is too long
 
 
 def _run(command: str, options: list[str]) -> None:
@@ -68,11 +84,6 @@ def _run(command: str, options: list[str]) -> None:
         getattr(import_module(COMMANDS[command][0]), command)(options)
     except UserError as error:
         _fail(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        name = str(error.filename)
-        _fail(f"{error.strerror}: {name[:300]!r}{'…' if len(name) > 300 else ''}")  # such as a name that is too long
     except Interrupted as interruption:
         sys.exit(128 + interruption.number)
 

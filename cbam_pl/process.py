@@ -8,12 +8,8 @@ import platform
 import sys
 import threading
 import warnings
-from pathlib import Path
 
 import torch
-
-# How the user starts the program: from a clone, or, where it is installed, by its own name.
-PROGRAM = "cbam-pl" if Path(sys.argv[0]).name == "cbam-pl" else "python train.py"
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3

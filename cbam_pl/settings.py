@@ -21,6 +21,7 @@ from jsonargparse.typing import (
 from lightning import Trainer
 
 from cbam_pl.attention import AttentionConfig
+from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.folder import show
 from cbam_pl.errors import UserError
@@ -44,6 +45,15 @@ _TRAINER_TYPES: dict[str, Any] = {
     "log_every_n_steps": NonNegativeInt | None,
     "num_nodes": PositiveInt,
 }
+# What evaluation cannot honour, and therefore does not offer.
+_TRAINING_ONLY = {
+    "accumulate_grad_batches", "check_val_every_n_epoch", "detect_anomaly", "enable_checkpointing", "gradient_clip_val",
+    "gradient_clip_algorithm", "limit_predict_batches", "limit_train_batches", "log_every_n_steps", "max_epochs",
+    "max_steps", "max_time", "min_epochs", "min_steps", "num_sanity_val_steps", "overfit_batches",
+    "reload_dataloaders_every_n_epochs", "val_check_interval", "barebones", "enable_model_summary",
+}  # fmt: skip
+# The others are settings of the training, which the checkpoint holds.
+EVALUATION_DATA = ("dataset", "root", "batch_size")
 _TRAINER_DEFAULTS = {
     "max_epochs": 50,
     "log_every_n_steps": 1,
@@ -60,7 +70,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         prog=f"train.py {command}",
         exit_on_error=False,
         allow_abbrev=False,
-        usage=f"python train.py {command} [OPTIONS]",
+        usage=f"{PROGRAM} {command} [OPTIONS]",
     )
     add = parser.add_argument
     if command == "fit":
@@ -99,18 +109,20 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--output", type=str, default="predictions.csv", help="the CSV file to write")
         add("--top", type=PositiveInt, default=3, help="classes to show for each image")
     else:
-        parser.add_class_arguments(ImageDataModule, "data", skip={"seed"}, instantiate=False)
+        skipped = set() if command == "fit" else {*signature(ImageDataModule).parameters} - {*EVALUATION_DATA}
+        parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
     if command != "visualize":
-        _add_trainer(parser)
+        _add_trainer(parser, set() if command == "fit" else _TRAINING_ONLY)
     return parser
 
 
-def _add_trainer(parser: ArgumentParser) -> None:
-    parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES}, instantiate=False)
+def _add_trainer(parser: ArgumentParser, skip: set[str]) -> None:
+    parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skip}, instantiate=False)
     for name, kind in _TRAINER_TYPES.items():
-        default = signature(Trainer).parameters[name].default
-        parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
-    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items()})
+        if name not in skip:
+            default = signature(Trainer).parameters[name].default
+            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
+    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skip})
 
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:

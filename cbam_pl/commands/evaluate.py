@@ -10,7 +10,7 @@ from lightning import Trainer
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
-from cbam_pl.settings import command_parser, parse, split_option
+from cbam_pl.settings import EVALUATION_DATA, command_parser, parse, split_option
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, atomic_write, run_of
@@ -41,9 +41,8 @@ def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     path, checkpoint = find_checkpoint(Path(names.trainer.default_root_dir), names.ckpt_path)
 
     # What is not given here is as the checkpoint was trained with.
-    saved = dict(checkpoint["datamodule_hyper_parameters"])
-    seed = saved.pop("seed")
-    settings = parse(parser, options, {"data": saved})
+    saved = checkpoint["datamodule_hyper_parameters"]
+    settings = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}})
     epoch = checkpoint["epoch"] + 1
     run = run_of(path) if command == "test" and not settings.trainer.fast_dev_run else None
     if run is not None and not run.logs.is_dir():
@@ -52,7 +51,7 @@ def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     earlier = [] if run is None else list(run.logs.glob(f"events*{suffix}"))
     with as_user_error():
         values = parser.instantiate(settings)
-        data = ImageDataModule(**values.data, seed=seed)
+        data = ImageDataModule(**saved | dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip)
         trainer = evaluating_trainer(values.trainer, None if run is None else RunLogger(run.logs, suffix))
     data.load_state_dict(checkpoint["ImageDataModule"])

@@ -4,19 +4,21 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
-from cbam_pl.errors import Interrupted, as_user_error
+from cbam_pl.errors import Interrupted, UserError, as_user_error
 from cbam_pl.models.cost import count_flops, count_parameters
-from cbam_pl.process import PROGRAM
 from cbam_pl.settings import command_parser, parse_with_recipes, split_option
 from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
@@ -81,6 +83,7 @@ def fit(options: list[str]) -> None:
             with as_user_error():
                 data.prepare_data()
                 data.setup("fit")
+                _check_last_batch(trainer, model, data)
         if trainer.is_global_zero:
             _print_summary(model, data, trainer, start)
         interruption = _train(trainer, model, data, start)
@@ -106,6 +109,20 @@ def _choose_start(settings: Namespace, model: Classifier, data: ImageDataModule)
     if run is None and _is_first_process() and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
     return Start(run, path, checkpoint)
+
+
+def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule) -> None:
+    """Reject a last batch of one image before the first step, where the network's batch norm would fail on it."""
+    images = len(data.images("train")) // trainer.world_size  # of each process
+    if images % data.batch_size == 1 or data.batch_size == 1:
+        network = deepcopy(model.network).train()
+        try:
+            network(torch.zeros(1, 3, data.image_size, data.image_size))
+        except ValueError as error:
+            raise UserError(
+                f"data.batch_size={data.batch_size} leaves a batch of one image of {images:,}, of which batch norm "
+                f"cannot take the variance ({error}); choose another batch_size or val_size"
+            ) from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.gates import attention_maps, feature_maps
 from cbam_pl.inspect.grad_cam import grad_cam
 from cbam_pl.inspect.scores import DELETED, Measure, measure
-from cbam_pl.settings import command_parser, parse
+from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.run import run_of
 
@@ -116,10 +116,9 @@ def visualize(options: list[str]) -> None:
     found = [find_checkpoint(Path(settings.trainer.default_root_dir), name) for name in settings.ckpt_path]
     loaded = []
     for name, (path, content) in zip(unique_names([path for path, _ in found]), found, strict=True):
-        saved = dict(content["datamodule_hyper_parameters"])
-        seed = saved.pop("seed")
-        data = parse(parser, options, {"data": saved}).data  # options over the settings of the training
-        loaded.append(LoadedCheckpoint(path, name, content, {**data, "seed": seed}))
+        saved = content["datamodule_hyper_parameters"]
+        data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
+        loaded.append(LoadedCheckpoint(path, name, content, {**saved, **data}))
     choice = Choice(**{field.name: settings[field.name] for field in fields(Choice)})
     if settings.measure and choice.images is not None:
         raise UserError("--measure needs images whose classes are known; leave --images out")

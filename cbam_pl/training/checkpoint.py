@@ -22,6 +22,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from lightning.pytorch.trainer.states import RunningStage
 
+from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
 from cbam_pl.training.classifier import Classifier
@@ -65,7 +66,7 @@ def newest_checkpoint(root: Path, name: str, recipe: str = "") -> Path:
     if not found:
         of = f" of {recipe}" if recipe else ""
         raise UserError(
-            f"no {name}.ckpt{of} under {root / 'checkpoints'}; train first (python train.py fit --config "
+            f"no {name}.ckpt{of} under {root / 'checkpoints'}; train first ({PROGRAM} fit --config "
             "configs/cbam_cnn.yaml), or name a checkpoint with --ckpt_path"
         )
     return found[0]
