@@ -183,7 +183,7 @@ class Classifier(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             if self.validated:
                 scheduler.step(figures["val/loss"])
-            elif "val/loss" not in measured:  # validation is switched off
+            elif not self.trainer.enable_validation:
                 scheduler.step(loss)
 
     # Evaluation

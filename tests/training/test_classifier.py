@@ -123,8 +123,9 @@ def test_gradient_accumulation_logs_one_loss_per_optimizer_step(data, tmp_path):
     original = model.training_step
 
     def step(batch, batch_idx):
-        losses.append((original(batch, batch_idx), len(batch[1])))
-        return losses[-1][0]
+        loss = original(batch, batch_idx)
+        losses.append((loss.detach(), len(batch[1])))
+        return loss
 
     model.training_step = step
     options = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "callbacks": StepLosses()}
@@ -201,3 +202,9 @@ def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
     flipping.validation_step((images, labels), 0)
     expected = float(torch.nn.functional.cross_entropy((straight + back) / 2, labels))
     assert flipping.eval_metric.compute()[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_schedule_that_divides_by_zero_is_a_mistake_of_the_user(data, tmp_path):
+    model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=0))
+    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero"):
+        trainer(tmp_path, max_epochs=2).fit(model, data)

@@ -45,6 +45,7 @@ SETTINGS = {
     ("--trainer.limit_val_batches", 0): STEPS,
     ("--trainer.limit_train_batches", 2, "--trainer.reload_dataloaders_every_n_epochs", 1): 2,
     ("--trainer.min_epochs", 1): STEPS,
+    ("--trainer.num_sanity_val_steps", 1): STEPS,
 }
 ONE_CYCLE = ["--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_interval", "step",
              "--model.lr_scheduler.init_args.max_lr", 0.004]  # fmt: skip
@@ -56,8 +57,11 @@ def rows(root):
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("schedule", ["plateau", pytest.param("one cycle", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stop", ["max_steps", *(pytest.param(s, marks=pytest.mark.slow) for s in list(STOPS)[1:])])
+# max_steps is the end of a schedule over the whole training, too, which a resume without it stretches.
+CUTS = [("max_steps", "plateau"), ("should_stop", "one cycle"), ("signal", "plateau"), ("signal", "one cycle")]
+
+
+@pytest.mark.parametrize(("stop", "schedule"), [CUTS[0], *(pytest.param(*c, marks=pytest.mark.slow) for c in CUTS[1:])])
 @pytest.mark.parametrize("setting", [*list(SETTINGS)[:3], *SLOW], ids=lambda setting: " ".join(map(str, setting[-2:])))
 def test_stops_at_each_quarter_equal_one_go(setting, stop, schedule, command, recipe, tmp_path):
     options = [*setting, *(ONE_CYCLE if schedule == "one cycle" else [])]
@@ -174,3 +178,14 @@ def test_a_one_cycle_with_a_rise_of_one_step_names_the_key(command, recipe, tmp_
     outcome = command(*fit(recipe, tmp_path, *options))
     assert outcome.status == 2
     assert "model.lr_scheduler: a phase of the schedule has no step" in outcome.err
+
+
+def test_half_precision_is_averaged_in_float32_and_rows_have_one_line_ending(command, recipe, tmp_path):
+    options = ["--trainer.precision", "bf16-true", "--trainer.max_epochs"]
+    assert command(*fit(recipe, tmp_path, *options, 1)).status == 0
+    outcome = command(*fit(recipe, tmp_path, *options, 2, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert b"\r" not in (tmp_path / "logs" / RUN / "metrics.csv").read_bytes()
+    for row in rows(tmp_path):
+        loss = torch.tensor(float(row["val/loss"]), dtype=torch.float64)
+        assert loss != loss.bfloat16().double()
