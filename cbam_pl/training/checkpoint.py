@@ -384,8 +384,16 @@ class TrainingState(Callback):
             "stopped_early": trainer.should_stop,
             "run_conditions": run_conditions(trainer),
             "optimization": pl_module.optimization,
-            "figures": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "figures": self._figures(trainer, pl_module),
             "interrupted_epoch": {"lr": pl_module.epoch_lr, "sums": pl_module.train_metric.sums()},
+        }
+
+    def _figures(self, trainer: Trainer, classifier: Classifier) -> dict[str, float]:
+        """What was measured of this epoch, not of an earlier one."""
+        measured = {"val/": classifier.validated, "train/": self._epoch_ended, "lr": self._epoch_ended}
+        metrics = sorted(trainer.callback_metrics.items())
+        return {
+            name: float(value) for name, value in metrics if all(measured[p] for p in measured if name.startswith(p))
         }
 
 

@@ -12,7 +12,7 @@ from tests.helpers import EPOCHS, RUN, STEPS, assert_same_run, checkpoint, fit, 
 class StopAt(Callback):
     """Asks the training to stop after a step, as max_time does."""
 
-    def __init__(self, step):
+    def __init__(self, step: int) -> None:
         self.step = step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
