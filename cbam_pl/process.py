@@ -38,7 +38,7 @@ def keep_freed_memory() -> bool:
     """Let freed memory stay with the process, for the next step to use again.
 
     A training step on a CPU makes and frees the same large tensors again and again. By default glibc returns each to
-    the kernel, which must then map and clear every page anew: for the cnn with batches of 256, 25,000 page faults a
+    the kernel, which must then map and clear every page again: for the cnn with batches of 256, 25,000 page faults a
     step, a tenth of its time; so `python -m benchmarks.throughput` shows. The price is a tenth more resident memory.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from inspect import signature
@@ -82,7 +83,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             "--pictures_every",
             type=NonNegativeInt,
             default=5,
-            help="epochs from one set of TensorBoard's pictures to the next, beside the first and last; 0: none",
+            help="epochs from one set of TensorBoard's pictures to the next, and always in the first and last; 0: none",
         )
         owned_by_data = {"num_classes", "image_size", "seed"}
         parser.add_class_arguments(Classifier, "model", skip=owned_by_data, instantiate=False, sub_configs=True)
@@ -92,7 +93,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
         add("--class_name", type=str, help="the first test images of a class")
         add("--num_images", type=PositiveInt, help="images to show (default: 3), unless they are named one by one")
-        add("--output", type=str, help="folder to write to (default: pictures, beside the logs of the first run)")
+        add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
         add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
         add("--measure", action="store_true", help="measure on test images whether attention falls on what matters")
         add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
@@ -218,6 +219,10 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
         return super().construct_mapping(node, deep)
 
 
+# As in YAML 1.2 and JSON; to YAML 1.1 it is text without a dot.
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), [*"-+0123456789"])
+
+
 def load_yaml(text: str) -> Any:
     """The values of a YAML text.
 
@@ -238,7 +243,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     """
     name = show(path)
     try:
-        if not Path(path).is_file():  # reading a pipe would wait for ever
+        if not Path(path).is_file():  # reading a pipe would wait forever
             raise UserError(f"--config {name} is not a file; name a YAML file such as configs/cbam_cnn.yaml")
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -164,6 +164,13 @@ def test_a_later_recipe_wins_and_options_win_over_both(tmp_path: Path) -> None:
     assert (settings.data.val_size, settings.config) == (9, str(first))
 
 
+def test_a_rate_in_exponent_notation_is_a_number(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1e-3}}}, data: {root: 1e}}")
+    settings = parse_with_recipes(command_parser("fit"), ["--config", str(recipe)])
+    assert (settings.model.optimizer.init_args.lr, settings.data.root) == (0.001, "1e")
+
+
 def test_another_class_in_a_later_recipe_has_its_own_arguments(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.1, amsgrad: true}}}")

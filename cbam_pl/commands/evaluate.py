@@ -18,7 +18,7 @@ from cbam_pl.training.trainer import evaluating_trainer, running
 
 
 def test(options: list[str]) -> None:
-    """Measure on the test images, and keep the figures beside the run's logs.
+    """Measure on the test images, and write the figures into its log folder.
 
     Args:
         options: words of the command line after `test`.

@@ -105,7 +105,7 @@ class Classifier(LightningModule):
         self.validated = False  # whether this epoch was
         self.num_evaluated = 0  # images of the last validation or test
         self._memory_format = torch.contiguous_format
-        # A function beside the network, not a module around it: checkpoints keep their keys, and whoever looks into
+        # A function beside the network, not a module around it: checkpoints keep their keys, and code that inspects
         # the network finds it as it was built.
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._compiled_size = 0  # images in the batches that it takes
