@@ -24,17 +24,22 @@ class LossAndAccuracy(Metric):
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch. loss (): the batch's mean; logits (B, classes); labels (B,)."""
+        self._keep_precision()
         correct = (logits.detach().argmax(1) == labels).sum()
-        self.add(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * len(labels), correct, len(labels))
+        self.add(loss.detach().to(self.loss_sum.dtype) * len(labels), correct, len(labels))
 
     def add(self, loss_sum: Tensor | float, num_correct: Tensor | float, num_images: float) -> None:
         """Add sums, such as those that a checkpoint holds of an interrupted epoch."""
-        dtype = torch.float32 if self.loss_sum.device.type == "mps" else torch.float64  # which mps does not have
-        if self.loss_sum.dtype != dtype:  # a network in half precision has converted its metrics, too
-            self.set_dtype(dtype)
+        self._keep_precision()
         self.loss_sum += loss_sum
         self.num_correct += num_correct
         self.num_images += num_images
+
+    def _keep_precision(self) -> None:
+        """Undo the conversion of a network to half precision, which includes its metrics."""
+        dtype = torch.float32 if self.loss_sum.device.type == "mps" else torch.float64  # which mps does not have
+        if self.loss_sum.dtype != dtype:
+            self.set_dtype(dtype)
 
     def compute(self) -> tuple[float, float, int]:
         """Mean loss, accuracy in [0, 1], and the number of images."""
