@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbam_pl.data.augmentation import Augmentation
 from cbam_pl.data.cifar import download_cifar, load_cifar
-from cbam_pl.data.folder import count_training_images, list_classes, load_folder, show
+from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
 from cbam_pl.data.shapes import CLASSES as SHAPES
@@ -151,8 +151,6 @@ class ImageDataModule(LightningDataModule):
         if self.dataset == "cifar10" or self.dataset == "cifar100":
             download_cifar(self.dataset, self.root)
         elif self.dataset == "folder":
-            if self.val_size is not None:
-                _check_val_size(self.val_size, count_training_images(self.root))
             load_folder(self.root, self.image_size)
         elif self.image_size > 64:  # smaller ones take seconds
             print(f"drawing 12,000 shapes of {self.image_size}×{self.image_size}", flush=True)

@@ -52,21 +52,11 @@ class Source:
 
 
 def check_memory(num_bytes: int, images: str) -> None:
-    """Reject images that do not fit into the free memory; Linux would allocate it, and kill the process later.
-
-    Args:
-        num_bytes: memory that the images need.
-        images: what they are, for the message.
-
-    Raises:
-        UserError: they do not fit.
-    """
+    """Raise UserError where `images` do not fit into the free memory: Linux would kill the process later."""
     try:
         found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:  # not Linux; other systems fail at the allocation
         return
     if found and num_bytes > 1024 * int(found[1]):
-        raise UserError(
-            f"{images} need {num_bytes / 1e9:,.1f} GB of memory, and {int(found[1]) / 1e6:,.1f} GB are free; lower "
-            "data.image_size"
-        )
+        need, free = f"{num_bytes / 1e9:,.1f} GB", f"{int(found[1]) / 1e6:,.1f} GB"
+        raise UserError(f"{images} need {need} of memory, and {free} are free; lower data.image_size")
