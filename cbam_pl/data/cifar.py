@@ -30,7 +30,7 @@ def load_cifar(dataset: CifarName, root: str) -> Source:
     """The training and test images of CIFAR, which are downloaded on first use.
 
     Args:
-        dataset: cifar10 (10 classes) or cifar100 (100 fine classes).
+        dataset: cifar10, or cifar100 with its 100 fine classes.
         root: folder that holds, or will hold, the official archive and its unpacked files.
 
     Raises:
@@ -67,30 +67,19 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
 def _explain(dataset: CifarName, root: str, error: BaseException) -> str:
     """One line that names the damaged or missing file and the fix."""
     official = _DATASETS[dataset]
-    archive = expand_root(root) / official.filename
-    folder = expand_root(root) / official.base_folder
-    elsewhere = (
-        "or train without a download: --data.dataset folder --data.root DIR for your own images, "
-        "--data.dataset shapes for generated ones"
+    archive, folder = expand_root(root) / official.filename, expand_root(root) / official.base_folder
+    by_hand = (
+        f"put {official.filename} from {official.url} into {root} by hand, or train without a download: --data.dataset "
+        "folder --data.root DIR for your own images, --data.dataset shapes for generated ones"
     )
     if archive.is_file() and not check_integrity(archive, official.tgz_md5):
-        return (
-            f"{archive} is truncated or damaged (its checksum is wrong): delete it and run again, "
-            f"put a complete {official.filename} from {official.url} into {root} by hand, {elsewhere}"
-        )
+        return f"{archive} is truncated or damaged (its checksum is wrong): delete it and run again, or {by_hand}"
     meta = (official.meta["filename"], official.meta["md5"])
     for name, checksum in [*official.train_list, *official.test_list, meta]:
         if folder.is_dir() and not check_integrity(folder / name, checksum):
-            return (
-                f"{folder / name} is missing or damaged: delete the folder {folder} and run again, "
-                f"without a network after you put {official.filename} from {official.url} into {root}, "
-                f"{elsewhere}"
-            )
+            return f"{folder / name} is missing or damaged: delete the folder {folder} and run again, or {by_hand}"
     reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"{official.filename} could not be downloaded and unpacked ({reason}): put the file from "
-        f"{official.url} into {root} by hand, {elsewhere}"
-    )
+    return f"{official.filename} could not be downloaded and unpacked ({reason}): {by_hand}"
 
 
 def _to_images(split: CIFAR10) -> Images:

@@ -25,13 +25,7 @@ class Shard:
 
 
 class Normalise:
-    """(image − mean) / std per channel, in one pass.
-
-    Args:
-        mean: mean of each channel, images in [0, 1].
-        std: standard deviation of each channel.
-        device: where the images are.
-    """
+    """(image − mean) / std per channel of images in [0, 1] on `device`, in one pass."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         spread = torch.tensor(std, device=device).view(3, 1, 1)
@@ -56,12 +50,11 @@ def _place(images: Images, device: torch.device) -> Images:
 def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:
     """Pixels (B, 3, H, W) uint8 and labels (B,) at `indices`, on the device, without waiting for it."""
     indices = indices.to(images.labels.device, non_blocking=True)
-    return (
-        images.pixels[indices].to(device, non_blocking=True),
-        images.labels[indices].to(device, non_blocking=True),
-    )
+    pixels, labels = images.pixels[indices], images.labels[indices]
+    return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
+@dataclass(eq=False)
 class TrainingLoader:
     """Augmented batches, in a new order and with new draws in every epoch.
 
@@ -84,25 +77,17 @@ class TrainingLoader:
         shard: which part of the images this process reads.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        augmentation: Augmentation,
-        normalise: Normalise,
-        device: torch.device,
-        seed: int,
-        current_epoch: Callable[[], int],
-        shard: Shard,
-    ) -> None:
-        self.images = _place(images, device)
-        self.batch_size = batch_size
-        self.augmentation = augmentation
-        self.normalise = normalise
-        self.device = device
-        self.seed = seed
-        self.current_epoch = current_epoch
-        self.shard = shard
+    images: Images
+    batch_size: int
+    augmentation: Augmentation
+    normalise: Normalise
+    device: torch.device
+    seed: int
+    current_epoch: Callable[[], int]
+    shard: Shard
+
+    def __post_init__(self) -> None:
+        self.images = _place(self.images, self.device)
         self._start = 0  # the first batch of the next iteration
         self._batches_done = 0  # in the current iteration
 
@@ -146,6 +131,7 @@ class TrainingLoader:
             yield self.normalise(augment(pixels, batch_draws, self.augmentation)), labels
 
 
+@dataclass(eq=False)
 class EvaluationLoader:
     """Each image once over all processes, without padding.
 
@@ -161,23 +147,19 @@ class EvaluationLoader:
             them class by class); by default they come in the order given.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        normalise: Normalise,
-        device: torch.device,
-        shard: Shard,
-        shuffle: bool = False,
-    ) -> None:
-        self.images = _place(images, device)
-        self.batch_size = batch_size
-        self.normalise = normalise
-        self.device = device
-        self.shard = shard
+    images: Images
+    batch_size: int
+    normalise: Normalise
+    device: torch.device
+    shard: Shard
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        self.images = _place(self.images, self.device)
         generator = torch.Generator().manual_seed(derive_seed("evaluation", 0))
-        order = torch.randperm(len(images), generator=generator) if shuffle else torch.arange(len(images))
-        self._order = order[shard.rank :: shard.world_size]
+        count = len(self.images)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        self._order = order[self.shard.rank :: self.shard.world_size]
 
     def __len__(self) -> int:
         largest_shard = -(-len(self.images) // self.shard.world_size)
