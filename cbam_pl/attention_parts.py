@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 
 class Gate(nn.Module):
-    """A module with one gate, sigmoid(logits(x))."""
+    """A module with one gate: x · sigmoid(logits(x))."""
 
     gate_name: Literal["channel", "spatial", "joint"]
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x itself, to multiply (see mean_and_max), and the gate before the sigmoid, shaped to multiply x."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) → x · σ(logits), (B, C, H, W)."""
+        x, logits = self.logits(x)
+        return x * torch.sigmoid(logits)
 
     def gate(self, x: Tensor) -> Tensor:
         """The weight of each channel or place. x (B, C, H, W) → (B, C, 1, 1) or (B, 1, H, W), in (0, 1)."""
