@@ -13,19 +13,9 @@ from cbam_pl.models.resnet import RESNETS, ResNet, Stem
 
 __all__ = ["CNN", "Architecture", "ResNet", "Stem", "build_network", "insert_attention", "load_official_state_dict"]
 
-Architecture = Literal[
-    "cnn",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-]
+CifarResNet = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+ImageNetResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Architecture = Literal["cnn", CifarResNet, ImageNetResNet]
 
 
 def build_network(

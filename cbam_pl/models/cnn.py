@@ -5,11 +5,10 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.models.initialisation import he_conv, he_linear
-from cbam_pl.models.width import scale_channels
+from cbam_pl.models.layers import he_conv, he_linear, scale_channels
 
 
-def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool) -> nn.Sequential:
+def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool = False) -> nn.Sequential:
     """(B, in_channels, H, W) → (B, channels, H // 2, W // 2)."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv", he_conv(in_channels, channels, kernel_size=3, bias=True)),
@@ -43,9 +42,7 @@ class CNN(nn.Module):
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
-        ValueError: image_size is below 8, so that nothing is left after three poolings; dropout is out of its range;
-            width is not positive or leaves fewer than 8 channels; the attention's place is one in the ResNets; or
-            stages are chosen, which the cnn has not.
+        ValueError: a number out of its range, or an attention with stages or with a place in the ResNets.
     """
 
     def __init__(
@@ -65,16 +62,15 @@ class CNN(nn.Module):
             raise ValueError(f"place={attention.place!r} is not in the cnn; use before_pool or after_pool")
         if attention.stages is not None:
             raise ValueError(f"stages={attention.stages!r} has no effect in the cnn, which has none; leave it out")
-        widths = scale_channels((32, 64, 128), width)
+        first, second, third = scale_channels((32, 64, 128), width)
         self.blocks = nn.Sequential(
-            *(
-                _block(before, after, attention, last=after == widths[-1])
-                for before, after in zip((3, *widths), widths, strict=False)
-            )
+            _block(3, first, attention),
+            _block(first, second, attention),
+            _block(second, third, attention, last=True),
         )
         self.classifier = nn.Sequential(
             nn.Flatten(),
-            he_linear(widths[-1] * (image_size // 8) ** 2, 512),
+            he_linear(third * (image_size // 8) ** 2, 512),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
             nn.Linear(512, num_classes),
