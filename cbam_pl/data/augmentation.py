@@ -10,7 +10,7 @@ takes 49 ms, one image at a time. Colours agree with torchvision's to 2e-6.
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +47,9 @@ class Jitter(NamedTuple):
 
 
 def num_draws(augmentation: Augmentation) -> int:
-    """The number of random draws in [0, 1) that one image uses.
-
-    Raises:
-        ValueError: `augmentation` is not a known name.
-    """
+    """The number of random draws in [0, 1) that one image uses; ValueError where the name is unknown."""
     if augmentation not in _NUM_DRAWS:
-        raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {get_args(Augmentation)}")
+        raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {', '.join(_NUM_DRAWS)}")
     return _NUM_DRAWS[augmentation]
 
 

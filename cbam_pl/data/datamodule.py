@@ -8,7 +8,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cbam_pl.data.augmentation import Augmentation
+from cbam_pl.data.augmentation import Augmentation, num_draws
 from cbam_pl.data.cifar import download_cifar, load_cifar
 from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
@@ -48,11 +48,7 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
 def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Hold out `val_size` images, the same fraction of every class; each class keeps at least one for training.
 
-    Args:
-        labels: (N,) int64.
-        val_size: images to hold out.
-        seed: decides the choice, together with the labels.
-        classes: names of the classes, for the error.
+    Labels (N,) and seed decide the choice; `classes` are their names, for the error.
 
     Returns:
         Indices of the training and of the validation images, each in ascending order.
@@ -112,9 +108,7 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         if dataset not in get_args(Dataset):
             raise ValueError(f"dataset={dataset!r} is unknown; use one of {', '.join(get_args(Dataset))}")
-        if augmentation not in get_args(Augmentation):
-            known = ", ".join(get_args(Augmentation))
-            raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {known}")
+        num_draws(augmentation)  # rejects an unknown name
         if not 1 <= batch_size <= _MAX_BATCH_SIZE:
             raise ValueError(f"batch_size={batch_size} must be at least 1 and at most {_MAX_BATCH_SIZE:,}")
         if val_size is not None and val_size < 0:
@@ -148,12 +142,10 @@ class ImageDataModule(LightningDataModule):
         """Download CIFAR where it is missing, or decode the folder into its cache; called in one process only."""
         if self._images:
             return
-        if self.dataset == "cifar10" or self.dataset == "cifar100":
-            download_cifar(self.dataset, self.root)
-        elif self.dataset == "folder":
+        if self.dataset == "folder":
             load_folder(self.root, self.image_size)
-        elif self.image_size > 64:  # smaller ones take seconds
-            print(f"drawing 12,000 shapes of {self.image_size}×{self.image_size}", flush=True)
+        elif self.dataset != "shapes":
+            download_cifar(self.dataset, self.root)
 
     def _load(self) -> Source:
         if self.dataset == "folder":
@@ -176,11 +168,7 @@ class ImageDataModule(LightningDataModule):
                     "is selected on the test set"
                 )
             val = source.test
-        elif val is None or self.val_size is not None:
-            if val is not None:
-                raise UserError(
-                    f"data.val_size={self.val_size}, but {self.root} brings its own val folder; leave val_size out"
-                )
+        elif val is None:
             val_size = len(train) // 10 if self.val_size is None else self.val_size
             _check_val_size(val_size, len(train))
             if val_size == 0:
@@ -188,6 +176,8 @@ class ImageDataModule(LightningDataModule):
             kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
             train, val = train.subset(kept), train.subset(held_out)
             self._val_is_drawn = True
+        elif self.val_size is not None:
+            raise UserError(f"data.val_size={self.val_size}, but {self.root} has its own val folder; leave it out")
         self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:
             self.mean, self.std = channel_statistics(train.pixels)
@@ -278,28 +268,16 @@ class ImageDataModule(LightningDataModule):
         images = self._images["train"]
         if len(images) < shard.world_size:
             raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
+        normalise = Normalise(self.mean, self.std, device)
         return TrainingLoader(
-            images,
-            self.batch_size,
-            self.augmentation,
-            Normalise(self.mean, self.std, device),
-            device,
-            self.seed,
-            self._epoch,
-            shard,
+            images, self.batch_size, self.augmentation, normalise, device, self.seed, self._epoch, shard
         )
 
     def _evaluation_loader(self, split: str) -> EvaluationLoader:
         device, shard = self._device_and_shard()
+        normalise = Normalise(self.mean, self.std, device)
         # Without gradients four times as many images need less memory than a training step.
-        return EvaluationLoader(
-            self._images[split],
-            4 * self.batch_size,
-            Normalise(self.mean, self.std, device),
-            device,
-            shard,
-            shuffle=True,
-        )
+        return EvaluationLoader(self._images[split], 4 * self.batch_size, normalise, device, shard, shuffle=True)
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation image once, in a fixed random order."""
@@ -312,9 +290,7 @@ class ImageDataModule(LightningDataModule):
 
 def _check_val_size(val_size: int, num_training: int) -> None:
     if val_size >= num_training:
-        raise UserError(
-            f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} training images"
-        )
+        raise UserError(f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} images")
 
 
 def _short(names: list[str]) -> str:

@@ -47,7 +47,7 @@ def load_folder(root: str, image_size: int = 32) -> Source:
     Raises:
         UserError: a split is missing, its classes are not those of train, a class is empty, or an image is damaged.
     """
-    folder = expand_root(root)
+    folder = Path(os.path.expanduser(root))
     classes = list_classes(root)
     names = ["train", "test"] + (["val"] if (folder / "val").is_dir() else [])
     splits = {name: _list_split(folder, name, classes) for name in names}
@@ -65,12 +65,8 @@ def load_folder(root: str, image_size: int = 32) -> Source:
 
 
 def list_classes(root: str) -> list[str]:
-    """The sorted names of the folders in <root>/train.
-
-    Raises:
-        UserError: there is no such folder, or it holds fewer than two classes.
-    """
-    train = expand_root(root) / "train"
+    """The sorted names of the folders in <root>/train, of which there must be two or more."""
+    train = Path(os.path.expanduser(root)) / "train"
     if not train.is_dir():
         raise UserError(f"{show(train)} is not a folder; --data.root must hold train/<class>/ and test/<class>/")
     classes = _list_folders(train)
@@ -81,20 +77,12 @@ def list_classes(root: str) -> list[str]:
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among `paths`, in natural order: 2.png before 10.png.
-
-    Args:
-        paths: image files, and folders that are searched at any depth.
-
-    Raises:
-        UserError: a path does not exist or is not an image, or a folder holds no image.
-    """
+    """The image files in `paths`, files and folders of any depth, in natural order: 2.png before 10.png."""
     found: set[Path] = set()
     suffixes = ", ".join(SUFFIXES)
     for path in map(Path, paths):
         if path.is_dir():
-            inside = _walk_images(path)
-            if not inside:
+            if not (inside := _walk_images(path)):
                 raise UserError(f"{show(path)} holds no image; its files must end in {suffixes}")
             found.update(map(Path, inside))
         elif not path.is_file():
@@ -111,9 +99,6 @@ def decode(path: str | Path, image_size: int) -> Tensor:
 
     Shape:
         (3, image_size, image_size) uint8.
-
-    Raises:
-        UserError: the file is not a complete image of these formats.
     """
     return torch.from_numpy(_decode(path, image_size)[0]).permute(2, 0, 1).contiguous()
 
@@ -122,18 +107,6 @@ def show(path: str | Path) -> str:
     """A path for a one-line message; line breaks and other unprintable characters are escaped."""
     text = str(path)
     return text if text.isprintable() else repr(text)
-
-
-def expand_root(root: str) -> Path:
-    """`root` with ~ and ~user replaced by the home folder.
-
-    Raises:
-        UserError: there is no such user.
-    """
-    try:
-        return Path(root).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"--data.root {show(root)}: no home folder of this user; give the full path") from error
 
 
 def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:

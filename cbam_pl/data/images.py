@@ -11,19 +11,12 @@ from cbam_pl.errors import UserError
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images in memory.
+    """Labelled images in memory."""
 
-    Args:
-        pixels: (N, 3, H, W) uint8.
-        labels: (N,) int64, indices into the class names.
-        masks: (N, 1, H, W) bool, True on the object, where the source knows it.
-        ids: (N,) int64, a hash of each image's file and label, where the images may change between two runs.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-    ids: Tensor | None = None
+    pixels: Tensor  # (N, 3, H, W) uint8
+    labels: Tensor  # (N,) int64, indices into the class names
+    masks: Tensor | None = None  # (N, 1, H, W) bool, True on the object, where the source knows it
+    ids: Tensor | None = None  # (N,) int64, a hash of each image's file and label, where a later run may find others
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,19 +29,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its source gives it, before any validation images are held out.
+    """A data set as its source gives it, before any validation images are held out."""
 
-    Args:
-        classes: names in label order.
-        train: training images.
-        test: test images.
-        val: validation images where the source brings its own, else None.
-    """
-
-    classes: list[str]
+    classes: list[str]  # names in label order
     train: Images
     test: Images
-    val: Images | None = None
+    val: Images | None = None  # where the source brings its own
 
 
 def check_memory(num_bytes: int, images: str) -> None:

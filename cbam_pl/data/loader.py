@@ -65,25 +65,15 @@ class TrainingLoader:
 
     Each iteration starts at the epoch's first batch, even if the previous one was cut short; only the first iteration
     after `load_state_dict` starts in the middle.
-
-    Args:
-        images: training images, on the CPU.
-        batch_size: images per batch of this process; the last batch may be smaller.
-        augmentation: none, basic, alternating or rich.
-        normalise: maps images in [0, 1] to the network's input.
-        device: where the batches go.
-        seed: decides the order and the draws, together with the epoch.
-        current_epoch: returns the epoch, from 0; called when an iteration starts.
-        shard: which part of the images this process reads.
     """
 
-    images: Images
-    batch_size: int
+    images: Images  # on the CPU
+    batch_size: int  # images per batch of this process; the last batch may be smaller
     augmentation: Augmentation
     normalise: Normalise
-    device: torch.device
-    seed: int
-    current_epoch: Callable[[], int]
+    device: torch.device  # where the batches go
+    seed: int  # decides the order and the draws, together with the epoch
+    current_epoch: Callable[[], int]  # from 0; called when an iteration starts
     shard: Shard
 
     def __post_init__(self) -> None:
@@ -136,22 +126,15 @@ class EvaluationLoader:
     """Each image once over all processes, without padding.
 
     All processes get the same number of batches, as every forward pass of DistributedDataParallel may synchronise.
-
-    Args:
-        images: images, on the CPU.
-        batch_size: images per batch of this process, at most.
-        normalise: maps images in [0, 1] to the network's input.
-        device: where the batches go.
-        shard: which part of the images this process reads.
-        shuffle: use one fixed random order, so that any number of first batches represents all images (folders list
-            them class by class); by default they come in the order given.
     """
 
-    images: Images
-    batch_size: int
+    images: Images  # on the CPU
+    batch_size: int  # images per batch of this process, at most
     normalise: Normalise
-    device: torch.device
+    device: torch.device  # where the batches go
     shard: Shard
+    # One fixed random order, in which any first batches represent all images (folders list them class by class),
+    # instead of the order given.
     shuffle: bool = False
 
     def __post_init__(self) -> None:
