@@ -38,16 +38,11 @@ def load_cifar(dataset: CifarName, root: str) -> Source:
     return Source(list(train.classes), _to_images(train), _to_images(test))
 
 
-def download_cifar(dataset: CifarName, root: str) -> None:
-    """Download and unpack CIFAR into `root` where it is missing, and verify it; see `load_cifar`."""
+def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
+    """Read one split; torchvision compares every file's MD5 checksum before it unpickles anything."""
     official, folder = _DATASETS[dataset], Path(os.path.expanduser(root))
     if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
         print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
-    _read_split(dataset, root, train=False)
-
-
-def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
-    """Read one split; torchvision compares every file's MD5 checksum before it unpickles anything."""
     timeout = socket.getdefaulttimeout()
     # torchvision sets no timeout, so a network that drops packets would hang the command forever
     socket.setdefaulttimeout(_TIMEOUT_SECONDS)
@@ -55,7 +50,7 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
         with warnings.catch_warnings():
             # nothing the user can fix: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
             warnings.simplefilter("ignore")
-            return _DATASETS[dataset](root, train=train, download=True)
+            return official(root, train=train, download=True)
     except _FAILURES as error:
         raise UserError(_explain(dataset, root, error)) from error
     finally:

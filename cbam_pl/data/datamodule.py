@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbam_pl.data.augmentation import Augmentation, num_draws
-from cbam_pl.data.cifar import download_cifar, load_cifar
+from cbam_pl.data.cifar import load_cifar
 from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
@@ -48,13 +48,10 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
 def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Hold out `val_size` images, the same fraction of every class; each class keeps at least one for training.
 
-    Labels (N,) and seed decide the choice; `classes` are their names, for the error.
+    Labels (N,) and seed decide the choice; `classes` are the labels' names, for the error.
 
     Returns:
         Indices of the training and of the validation images, each in ascending order.
-
-    Raises:
-        UserError: a class would lose its last training image.
     """
     generator = torch.Generator().manual_seed(derive_seed("split", seed))
     counts = torch.bincount(labels, minlength=len(classes))
@@ -129,6 +126,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.classes: list[str] = []
         self.mean, self.std = _STATISTICS.get(dataset, ([], []))
+        self._source: Source | None = None  # between prepare_data and setup
         self._images: dict[str, Images] = {}  # split → images
         self._val_is_drawn = False  # from the training images, by stratified_split
         self._trained_ids: dict[str, Tensor] = {}  # split → ids of the images that the checkpoint was trained with
@@ -139,13 +137,9 @@ class ImageDataModule(LightningDataModule):
         return len(list_classes(self.root)) if self.dataset == "folder" else _NUM_CLASSES[self.dataset]
 
     def prepare_data(self) -> None:
-        """Download CIFAR where it is missing, or decode the folder into its cache; called in one process only."""
-        if self._images:
-            return
-        if self.dataset == "folder":
-            load_folder(self.root, self.image_size)
-        elif self.dataset != "shapes":
-            download_cifar(self.dataset, self.root)
+        """Read the images, which downloads CIFAR or caches a folder; called in one process before all others."""
+        if not self._images:
+            self._source = self._load()
 
     def _load(self) -> Source:
         if self.dataset == "folder":
@@ -156,10 +150,10 @@ class ImageDataModule(LightningDataModule):
         return load_cifar(self.dataset, self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images, hold out those for validation, and compute the statistics for normalisation."""
+        """Hold out the images for validation, and compute the statistics for normalisation."""
         if self._images:
             return
-        source = self._load()
+        source, self._source = self._source or self._load(), None
         train, val = source.train, source.val
         if self.val_size == 0:
             if stage in (None, "fit"):
