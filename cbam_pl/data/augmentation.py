@@ -54,7 +54,7 @@ def num_draws(augmentation: Augmentation) -> int:
 
 
 def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
-    """Augment each image by its own draws.
+    """Augment each image by its own row of draws, independent uniform numbers in [0, 1).
 
     `none` only scales to [0, 1]; `basic` adds a zero-padded random crop and a horizontal flip; `rich` adds
     colour jitter in a random order per image, then a rotation. `alternating` is `basic` with reflected borders
@@ -64,11 +64,6 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     RandomHorizontalFlip(), ColorJitter(0.2, 0.2, 0.2, 0.1) and RandomRotation(15) on float images. A rotated
     pixel whose source is exactly halfway between two pixels may get the other one. The border of `alternating` is
     that of padding_mode="symmetric".
-
-    Args:
-        pixels: images.
-        draws: independent uniform numbers in [0, 1), a row for each image.
-        augmentation: which changes to apply.
 
     Shape:
         pixels (B, 3, H, W) uint8 in any memory format, draws (B, num_draws(augmentation)) float32 on the same
@@ -102,10 +97,8 @@ def alternate_flips(draws: Tensor, first: Tensor, epoch: int) -> None:
 
     Source: the alternating flip of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
 
-    Args:
-        draws: (N, 3), a row for each image, changed in place.
-        first: (N,) uniform draws, the same in every epoch: images below 0.5 are flipped in even epochs.
-        epoch: from 0.
+    Changes the draws (N, 3) of an epoch, from 0, in place; images whose `first` (N,) of uniform draws, the same in
+    every epoch, is below 0.5 are flipped in even epochs.
     """
     draws[:, 2] = ((first < 0.5).long() + epoch) % 2
 

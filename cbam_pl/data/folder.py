@@ -36,13 +36,9 @@ _CHUNK = 64  # images; fewer are decoded sooner than a worker process starts
 def load_folder(root: str, image_size: int = 32) -> Source:
     """The images in <root>/train/<class>/, <root>/test/<class>/ and, if it exists, <root>/val/<class>/.
 
-    Files with the suffix of a JPEG, PNG, BMP or WebP image are read; hidden files and all others are ignored.
-    Transparent pixels are composited on white. The decoded images are cached in
-    <root>/.cbam_pl_<image_size>.pt, which is rebuilt when a file is added, removed, replaced or changed.
-
-    Args:
-        root: folder that holds train, test and optionally val.
-        image_size: height and width, in pixels, that every image is resized to.
+    Files with the suffix of a JPEG, PNG, BMP or WebP image are read and resized to image_size × image_size pixels;
+    hidden files and all others are ignored. The decoded images are cached in <root>/.cbam_pl_<image_size>.pt, which is
+    rebuilt when a file is added, removed, replaced or changed.
 
     Raises:
         UserError: a split is missing, its classes are not those of train, a class is empty, or an image is damaged.
@@ -95,11 +91,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def decode(path: str | Path, image_size: int) -> Tensor:
-    """Decode one JPEG, PNG, BMP or WebP file: its first frame, upright, RGB, on white, resized with antialiasing.
-
-    Shape:
-        (3, image_size, image_size) uint8.
-    """
+    """One image file's first frame, upright, RGB, on white, resized with antialiasing, (3, H, W) uint8."""
     return torch.from_numpy(_decode(path, image_size)[0]).permute(2, 0, 1).contiguous()
 
 

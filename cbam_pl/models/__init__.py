@@ -42,7 +42,8 @@ def build_network(
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
-        ValueError: an unknown arch, kind or stem, a number out of its range, or an option that arch has no use for.
+        ValueError: an unknown arch, kind or stem, a number out of its range, or an option (a place or stages of the
+            attention, too) that arch has no use for.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1")

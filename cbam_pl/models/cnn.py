@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.models.layers import he_conv, he_linear, scale_channels
+from cbam_pl.models.layers import he_conv, scale_channels
 
 
 def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool = False) -> nn.Sequential:
@@ -31,18 +31,7 @@ def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bo
 class CNN(nn.Module):
     """Three blocks of conv 3×3 → batch norm → ReLU → max pool, widths 32, 64, 128, then 512 hidden units.
 
-    Args:
-        num_classes: classes to tell apart.
-        attention: the attention of each block; its place is before_pool or after_pool.
-        image_size: height and width of the images in pixels, at least 8.
-        dropout: share of the hidden units that each training step leaves out, from 0 to below 1.
-        width: factor on the channels of the blocks, not on the hidden units.
-
-    Shape:
-        images (B, 3, image_size, image_size) → logits (B, num_classes).
-
-    Raises:
-        ValueError: a number out of its range, or an attention with stages or with a place in the ResNets.
+    Arguments, shapes and errors are those of build_network.
     """
 
     def __init__(
@@ -68,12 +57,11 @@ class CNN(nn.Module):
             _block(first, second, attention),
             _block(second, third, attention, last=True),
         )
+        hidden = nn.Linear(third * (image_size // 8) ** 2, 512)
+        nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
+        nn.init.zeros_(hidden.bias)
         self.classifier = nn.Sequential(
-            nn.Flatten(),
-            he_linear(third * (image_size // 8) ** 2, 512),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(512, num_classes),
+            nn.Flatten(), hidden, nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(512, num_classes)
         )
 
     def forward(self, images: Tensor) -> Tensor:

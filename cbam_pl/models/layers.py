@@ -1,4 +1,4 @@
-"""What the networks share: layers with He's initialisation, and the channels of a network of another width."""
+"""What the networks share: He's initialisation, and the channels of a network of another width."""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +18,6 @@ def he_conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, 
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
-
-
-def he_linear(in_features: int, features: int) -> nn.Linear:
-    """A linear layer with bias, initialised for a ReLU. (B, in_features) → (B, features)."""
-    linear = nn.Linear(in_features, features)
-    nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def scale_channels(channels: Sequence[int], width: float) -> list[int]:

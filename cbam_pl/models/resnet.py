@@ -113,21 +113,7 @@ def _stem(stem: Stem, channels: int) -> nn.Sequential:
 
 
 class ResNet(nn.Module):
-    """A residual network.
-
-    Args:
-        layout: the network's stages and blocks, one of RESNETS.
-        num_classes: classes to tell apart.
-        attention: the attention of each block, or of each block in its stages.
-        stem: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
-        width: factor on the channels of every layer.
-
-    Shape:
-        images (B, 3, H, W) → logits (B, num_classes), for any H and W.
-
-    Raises:
-        ValueError: an unknown stem, a width out of its range, or an attention's place or stages that it does not have.
-    """
+    """A residual network of one of RESNETS. The other arguments, shapes and errors are those of build_network."""
 
     def __init__(
         self, layout: Layout, num_classes: int, attention: AttentionConfig, stem: Stem = "cifar", width: float = 1.0
