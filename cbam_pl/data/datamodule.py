@@ -196,8 +196,7 @@ class ImageDataModule(LightningDataModule):
         Images that were held out stay held out; all others, new ones too, count as training images.
 
         Raises:
-            UserError: the checkpoint was trained on other classes, or none of its held-out images is left, or training
-                is to resume on other images.
+            UserError: other classes, no held-out image is left, or training is to resume on other images.
         """
         self._set_classes(self.classes or state_dict["classes"], state_dict["classes"])
         self.mean, self.std = state_dict["mean"], state_dict["std"]

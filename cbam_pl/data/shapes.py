@@ -62,12 +62,7 @@ def make_shapes(num_images: int, seed: int, image_size: int = _CIFAR_SIZE) -> Im
     """Draw one shape per image at a random position, size, angle and colour, over texture and clutter.
 
     Colour, position and area have the same distribution in all classes, so that only the form tells them apart.
-    The result depends only on the arguments, and the global random state is not changed.
-
-    Args:
-        num_images: images; classes differ by one image at most.
-        seed: decides every image.
-        image_size: height and width in pixels.
+    Classes differ by one image at most. The arguments alone decide every image; the global random state is unchanged.
 
     Shape:
         pixels (N, 3, image_size, image_size) uint8, labels (N,) int64 in random order, masks
@@ -111,9 +106,8 @@ def _cover(labels: Tensor, centres: Tensor, areas: Tensor, angles: Tensor, image
     """
     steps = (torch.arange(_SAMPLES * image_size) + 0.5) / _SAMPLES  # the middle of each sample, in pixels
     coverage = torch.empty(len(labels), 1, image_size, image_size)
-    for label, name in enumerate(CLASSES):
+    for label, inside in enumerate(_INSIDE.values()):
         chosen = (labels == label).nonzero().squeeze(1)
-        inside = _INSIDE[name]
         radius = (areas[chosen] / _unit_area(inside)).sqrt().view(-1, 1, 1)
         angle = angles[chosen].view(-1, 1, 1)
         cosine, sine = angle.cos() / radius, angle.sin() / radius

@@ -43,8 +43,7 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
     Args:
         network: a ResNet with CBAM of the official preset and, for their ImageNet checkpoints, the imagenet stem.
         state_dict: tensors by the authors' names, such as layer1.0.cbam.ChannelGate.mlp.1.weight, with or without
-            a leading "module.". The batch norms' num_batches_tracked may be left out, as PyTorch before 0.4.1 wrote
-            none.
+            "module." before them. The batch norms' num_batches_tracked, new in PyTorch 0.4.1, may be missing.
 
     Raises:
         ValueError: a tensor is unknown, missing or of another shape than the network's; all of them are listed.
