@@ -57,10 +57,8 @@ def hidden_width(channels: int, reduction: int, min_hidden: int, rounding: str =
     check_at_least(0, min_hidden=min_hidden)
     check_one_of(("down", "nearest"), rounding=rounding)
     if min_hidden == 0 and reduction > channels:
-        raise ValueError(
-            f"reduction={reduction} leaves no hidden unit for channels={channels} with min_hidden=0; "
-            f"use a reduction of at most {channels}, or a min_hidden of at least 1"
-        )
+        leaves = f"reduction={reduction} leaves no hidden unit for channels={channels} with min_hidden=0"
+        raise ValueError(f"{leaves}; use a reduction of at most {channels}, or a min_hidden of at least 1")
     half = reduction // 2 if rounding == "nearest" else 0
     return max(min_hidden, (channels + half) // reduction)
 

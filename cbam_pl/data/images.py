@@ -39,10 +39,8 @@ class Source:
 
 def check_memory(num_bytes: int, images: str) -> None:
     """Raise UserError where `images` do not fit into the free memory: Linux would kill the process later."""
-    try:
-        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux; other systems fail at the allocation
-        return
+    meminfo = Path("/proc/meminfo")  # on Linux; other systems fail at the allocation
+    found = re.search(r"^MemAvailable: *(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
     if found and num_bytes > 1024 * int(found[1]):
         need, free = f"{num_bytes / 1e9:,.1f} GB", f"{int(found[1]) / 1e6:,.1f} GB"
         raise UserError(f"{images} need {need} of memory, and {free} are free; lower data.image_size")
