@@ -81,11 +81,6 @@ class ChannelAttention(Gate):
             nn.init.zeros_(self.reduce.bias)
             nn.init.zeros_(self.expand.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → x · σ(MLP(avg) + MLP(max))."""
-        x, logits = self.logits(x)
-        return x * torch.sigmoid(logits)
-
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) → x itself, and MLP(avg) + MLP(max), (B, C, 1, 1)."""
         if set(self.pools) == {"avg", "max"}:
@@ -166,11 +161,6 @@ class SpatialAttention(Gate):
             self.norm = nn.BatchNorm2d(1, momentum=0.1 if norm_momentum is None else norm_momentum)
             nn.init.constant_(self.norm.weight, 1.0 if norm_weight is None else norm_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → x · σ(conv([mean; max]))."""
-        x, logits = self.logits(x)
-        return x * torch.sigmoid(logits)
-
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) → x itself, and conv([mean; max]), (B, 1, H, W)."""
         if self.descriptor == "learned":
@@ -188,18 +178,15 @@ class SpatialAttention(Gate):
 class CBAM(nn.Module):
     """Channel attention, then spatial attention on its result, or another order of the two.
 
-    Source: arXiv:1807.06521, equation 1; for the presets see _PRESETS. A preset sets the form, not the weights' random
-    start, which is PyTorch's default for every layer.
-
-    The order "parallel" is x · sigmoid(channel logits + spatial logits), both of x, as BAM joins its branches
+    Source: arXiv:1807.06521, equation 1; for the presets, which set the form and not the weights' random start, see
+    _PRESETS. The order "parallel" is x · sigmoid(channel logits + spatial logits), both of x, as BAM joins its branches
     (arXiv:1807.06514, equation 2); the CBAM paper does not say how its parallel arrangement (table 3) joins them.
-    "channel" and "spatial" are one half alone.
 
     Args:
         channels: channels of the input.
         reduction: channels per hidden unit of the MLP.
         kernel_size: side of the convolution's kernel, odd.
-        order: channel_spatial, spatial_channel, parallel, channel or spatial.
+        order: channel_spatial, spatial_channel, parallel, or channel or spatial, which are one half alone.
         preset: paper, official, timm or keras: the value of each option that is None or not given.
         options: any of pools, min_hidden, rounding, mlp_bias, descriptor, conv_bias, norm, norm_weight and
             norm_momentum, as in AttentionConfig.
@@ -208,8 +195,7 @@ class CBAM(nn.Module):
         x (B, C, H, W) → (B, C, H, W).
 
     Raises:
-        ValueError: an unknown preset or order, an option out of its range, or one that has no effect beside the others.
-        TypeError: an unknown option.
+        ValueError or TypeError: an option that is unknown, out of its range, or without effect beside the others.
     """
 
     def __init__(
@@ -246,8 +232,7 @@ class CBAM(nn.Module):
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """The gates by name, in the order in which they are applied; their product with x is forward(x).
 
-        x (B, C, H, W) → "channel" (B, C, 1, 1) and "spatial" (B, 1, H, W), or for the parallel order "joint"
-        (B, C, H, W); all in (0, 1).
+        "channel" (B, C, 1, 1) and "spatial" (B, 1, H, W), or for the parallel order "joint" (B, C, H, W); in (0, 1).
         """
         return self._apply_gates(x)[1]
 
@@ -351,11 +336,7 @@ class AttentionConfig:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def build(self, channels: int) -> nn.Module:
-        """The attention for `channels` channels; the identity for "none".
-
-        Raises:
-            ValueError: an option out of its range.
-        """
+        """The attention for `channels` channels; the identity for "none"."""
         if self.kind == "none":
             return nn.Identity()
         options = self.given(_OPTIONS[self.kind])  # place and stages are for the network to read

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 
 class Gate(nn.Module):
-    """A module with one gate, sigmoid(logits(x))."""
+    """A module with one gate: x · sigmoid(logits(x))."""
 
     gate_name: Literal["channel", "spatial", "joint"]
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x itself, to multiply (see mean_and_max), and the gate before the sigmoid, shaped to multiply x."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) → x · σ(logits), (B, C, H, W)."""
+        x, logits = self.logits(x)
+        return x * torch.sigmoid(logits)
 
     def gate(self, x: Tensor) -> Tensor:
         """The weight of each channel or place. x (B, C, H, W) → (B, C, 1, 1) or (B, 1, H, W), in (0, 1)."""
@@ -52,10 +57,8 @@ def hidden_width(channels: int, reduction: int, min_hidden: int, rounding: str =
     check_at_least(0, min_hidden=min_hidden)
     check_one_of(("down", "nearest"), rounding=rounding)
     if min_hidden == 0 and reduction > channels:
-        raise ValueError(
-            f"reduction={reduction} leaves no hidden unit for channels={channels} with min_hidden=0; "
-            f"use a reduction of at most {channels}, or a min_hidden of at least 1"
-        )
+        leaves = f"reduction={reduction} leaves no hidden unit for channels={channels} with min_hidden=0"
+        raise ValueError(f"{leaves}; use a reduction of at most {channels}, or a min_hidden of at least 1")
     half = reduction // 2 if rounding == "nearest" else 0
     return max(min_hidden, (channels + half) // reduction)
 

@@ -53,10 +53,6 @@ class EfficientChannelAttention(Gate):
         check_odd(kernel_size)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → x · σ(conv(avg))."""
-        return x * self.gate(x)
-
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) → x itself, and conv(avg), (B, C, 1, 1)."""
         average = mean(x, (2, 3)).flatten(1)[:, None]  # (B, 1, C)

@@ -10,7 +10,7 @@ takes 49 ms, one image at a time. Colours agree with torchvision's to 2e-6.
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,51 +29,32 @@ _NUM_DRAWS = {"none": 0, "basic": 3, "alternating": 3, "rich": 12}
 
 
 class CropFlip(NamedTuple):
-    """Where each crop starts in the padded image, and whether it is flipped; all (B,).
+    """Where each crop starts in the padded image, and whether it is flipped; all (B,)."""
 
-    Args:
-        top: row in the padded image, int64, 0 to 2 × PADDING.
-        left: column in the padded image, int64, 0 to 2 × PADDING.
-        flip: True flips left and right.
-    """
-
-    top: Tensor
-    left: Tensor
-    flip: Tensor
+    top: Tensor  # row, int64, 0 to 2 × PADDING
+    left: Tensor  # column, int64, 0 to 2 × PADDING
+    flip: Tensor  # True flips left and right
 
 
 class Jitter(NamedTuple):
-    """The colour changes of each image.
+    """The colour changes of each image."""
 
-    Args:
-        position: (B, 4) int64, a permutation of 0 to 3: the positions at which brightness, contrast, saturation
-            and hue are applied.
-        brightness: (B,) factor, 1 leaves the image as it is.
-        contrast: (B,) factor.
-        saturation: (B,) factor.
-        hue: (B,) shift in turns, 0 leaves the image as it is.
-    """
-
-    position: Tensor
-    brightness: Tensor
+    position: Tensor  # (B, 4) int64, a permutation of 0 to 3: when brightness, contrast, saturation and hue change
+    brightness: Tensor  # (B,) factor, 1 leaves the image as it is; so do the next two
     contrast: Tensor
     saturation: Tensor
-    hue: Tensor
+    hue: Tensor  # (B,) shift in turns of the colour circle
 
 
 def num_draws(augmentation: Augmentation) -> int:
-    """The number of random draws in [0, 1) that one image uses.
-
-    Raises:
-        ValueError: `augmentation` is not a known name.
-    """
+    """The number of random draws in [0, 1) that one image uses; ValueError where the name is unknown."""
     if augmentation not in _NUM_DRAWS:
-        raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {get_args(Augmentation)}")
+        raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {', '.join(_NUM_DRAWS)}")
     return _NUM_DRAWS[augmentation]
 
 
 def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
-    """Augment each image by its own draws.
+    """Augment each image by its own row of draws, independent uniform numbers in [0, 1).
 
     `none` only scales to [0, 1]; `basic` adds a zero-padded random crop and a horizontal flip; `rich` adds
     colour jitter in a random order per image, then a rotation. `alternating` is `basic` with reflected borders
@@ -83,11 +64,6 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     RandomHorizontalFlip(), ColorJitter(0.2, 0.2, 0.2, 0.1) and RandomRotation(15) on float images. A rotated
     pixel whose source is exactly halfway between two pixels may get the other one. The border of `alternating` is
     that of padding_mode="symmetric".
-
-    Args:
-        pixels: images.
-        draws: independent uniform numbers in [0, 1), a row for each image.
-        augmentation: which changes to apply.
 
     Shape:
         pixels (B, 3, H, W) uint8 in any memory format, draws (B, num_draws(augmentation)) float32 on the same
@@ -106,7 +82,7 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     images = crop_and_flip(images, crop_and_flip_parameters(draws[:, :3]), border)
     if augmentation != "rich":
         return images
-    images = _color_jitter_(images, jitter_parameters(draws[:, 3:11]))
+    images = color_jitter_(images, jitter_parameters(draws[:, 3:11]))
     return rotate(images, rotation_parameters(draws[:, 11]))
 
 
@@ -121,10 +97,8 @@ def alternate_flips(draws: Tensor, first: Tensor, epoch: int) -> None:
 
     Source: the alternating flip of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
 
-    Args:
-        draws: (N, 3), a row for each image, changed in place.
-        first: (N,) uniform draws, the same in every epoch, which decide the images that are flipped in even epochs.
-        epoch: from 0.
+    Changes the draws (N, 3) of an epoch, from 0, in place; images whose `first` (N,) of uniform draws, the same in
+    every epoch, is below 0.5 are flipped in even epochs.
     """
     draws[:, 2] = ((first < 0.5).long() + epoch) % 2
 
@@ -143,16 +117,7 @@ def rotation_parameters(draws: Tensor) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, parameters: CropFlip, border: Border = "zeros") -> Tensor:
-    """Pad with PADDING pixels, crop back to the original size, and flip.
-
-    Args:
-        images: images.
-        parameters: where to crop, and whether to flip.
-        border: padding with zeros or with the image reflected at its edge.
-
-    Shape:
-        images (B, 3, H, W) float32; output the same.
-    """
+    """Pad (B, 3, H, W) with PADDING pixels of zeros or of its reflection, crop back to its size, and flip."""
     top, left, flip = parameters
     zero = torch.zeros_like(top)
     across = torch.stack((1 - 2 * flip.long(), zero, left - PADDING), 1)
@@ -161,15 +126,7 @@ def crop_and_flip(images: Tensor, parameters: CropFlip, border: Border = "zeros"
 
 
 def rotate(images: Tensor, angle: Tensor) -> Tensor:
-    """Turn each image about its centre: nearest pixel, zeros outside.
-
-    Args:
-        images: images.
-        angle: degrees, counter-clockwise.
-
-    Shape:
-        images (B, 3, H, W) float32, angle (B,); output as images.
-    """
+    """Turn (B, 3, H, W) by `angle` (B,), in degrees counter-clockwise: nearest pixel, zeros outside."""
     radians = angle * (math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
     zero = torch.zeros_like(cos)
@@ -179,11 +136,7 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
 
 
 def _sample(images: Tensor, matrix: Tensor, border: Border = "zeros") -> Tensor:
-    """Read each output pixel at matrix · (x, y, 1), in pixels from the image's centre.
-
-    Shape:
-        images (B, 3, H, W); matrix (2, B, 3), the rows for x and for y; output as images.
-    """
+    """Read each pixel of (B, 3, H, W) at matrix · (x, y, 1), in pixels from the centre; the matrix is (2, B, 3)."""
     height, width = images.shape[-2:]
     x = torch.arange(width, device=images.device, dtype=images.dtype) - (width - 1) / 2  # (W,)
     y = torch.arange(height, device=images.device, dtype=images.dtype) - (height - 1) / 2  # (H,)
@@ -197,44 +150,14 @@ def _sample(images: Tensor, matrix: Tensor, border: Border = "zeros") -> Tensor:
     return F.grid_sample(images, grid.permute(1, 2, 3, 0), "nearest", border, align_corners=False)
 
 
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend (B, 3, H, W) with black by `factor` (B,)."""
-    zero = torch.zeros_like(factor)
-    return _blend_(images.clone(memory_format=torch.contiguous_format), factor, zero, zero)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend (B, 3, H, W) with each image's mean grey by `factor` (B,)."""
-    return _blend_(images.clone(memory_format=torch.contiguous_format), factor, torch.zeros_like(factor), 1 - factor)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend (B, 3, H, W) with its grey version by `factor` (B,)."""
-    return _blend_(images.clone(memory_format=torch.contiguous_format), factor, 1 - factor, torch.zeros_like(factor))
-
-
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the colours of (B, 3, H, W) by `shift` (B,) turns of the colour circle."""
-    return _shift_hue_(images.clone(memory_format=torch.contiguous_format), shift)
-
-
-def color_jitter(images: Tensor, parameters: Jitter) -> Tensor:
-    """Change brightness, contrast, saturation and hue, each image in its own order.
-
-    Shape:
-        images (B, 3, H, W) float32; output the same.
-    """
-    return _color_jitter_(images.clone(memory_format=torch.contiguous_format), parameters)
-
-
 # The three functions below work in place: allocating memory for every step would cost more than the arithmetic.
 
 
-def _color_jitter_(images: Tensor, parameters: Jitter) -> Tensor:
-    """Apply `parameters` to images (B, 3, H, W) in seven fixed steps: three blends, hue, three blends.
+def color_jitter_(images: Tensor, parameters: Jitter) -> Tensor:
+    """Change the colours of contiguous images (B, 3, H, W) float32 in place, each image in its own order.
 
-    Hue is the most expensive of the four changes, and the blends share one formula. Each image uses the steps that
-    give its order; the other blends leave it unchanged (factor 1, nothing added).
+    In seven fixed steps: three blends, hue, three blends, since hue is the most expensive of the four changes, and the
+    blends share one formula. Each image uses the steps that give its order; the other blends leave it unchanged.
     """
     position, *factors, hue = parameters
     turn, hue_turn = position[:, :3], position[:, 3:]  # (B, 3), (B, 1)
@@ -253,11 +176,7 @@ def _color_jitter_(images: Tensor, parameters: Jitter) -> Tensor:
 
 
 def _blend_(images: Tensor, scale: Tensor, grey_weight: Tensor, mean_weight: Tensor) -> Tensor:
-    """scale × image + grey_weight × its grey + mean_weight × its mean grey, clamped to [0, 1].
-
-    Shape:
-        images (B, 3, H, W); the others (B,).
-    """
+    """scale × image (B, 3, H, W) + grey_weight × its grey + mean_weight × its mean grey, clamped; weights (B,)."""
     planes = images.view(*images.shape[:2], -1)  # (B, 3, H·W)
     red, green, blue = planes.unbind(1)
     grey = red.mul(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])  # (B, H·W)
@@ -274,10 +193,7 @@ def _shift_hue_(images: Tensor, shift: Tensor) -> Tensor:
     ((green − min) + (blue − min) − (red − min) + chroma) / chroma, towards green where green ≥ blue. This is
     HSV's hue without a case for each largest channel: on a CPU, comparing and selecting cost ten times an
     addition. Back again, a channel is at max within 1 of its own hue (red 0, green 2, blue 4), at min beyond
-    2, and linear in between.
-
-    Shape:
-        images (B, 3, H, W); shift (B,) in turns, -0.5 to 0.5.
+    2, and linear in between. Images (B, 3, H, W), shift (B,) in turns from -0.5 to 0.5.
     """
     red, green, blue = images.view(*images.shape[:2], -1).unbind(1)  # (B, H·W) each
     largest, smallest = torch.maximum(red, green), torch.minimum(red, green)

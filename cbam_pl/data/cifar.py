@@ -1,10 +1,12 @@
 """CIFAR-10 and CIFAR-100 as torchvision downloads, checks and reads them."""
 
+import os
 import socket
 import tarfile
 import warnings
 import zlib
 from http.client import HTTPException
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
-from cbam_pl.data.folder import expand_root, show
+from cbam_pl.data.folder import show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.errors import UserError
 
@@ -27,29 +29,20 @@ _TIMEOUT_SECONDS = 30.0
 
 
 def load_cifar(dataset: CifarName, root: str) -> Source:
-    """The training and test images of CIFAR, which are downloaded on first use.
-
-    Args:
-        dataset: cifar10 (10 classes) or cifar100 (100 fine classes).
-        root: folder that holds, or will hold, the official archive and its unpacked files.
+    """The images of CIFAR, of CIFAR-100 with its fine classes, read from the official archive in `root`.
 
     Raises:
-        UserError: the archive cannot be downloaded, or a file is damaged.
+        UserError: the archive is missing and cannot be downloaded, or a file is damaged.
     """
     train, test = (_read_split(dataset, root, train=train) for train in (True, False))
     return Source(list(train.classes), _to_images(train), _to_images(test))
 
 
-def download_cifar(dataset: CifarName, root: str) -> None:
-    """Download and unpack CIFAR into `root` where it is missing, and verify it; see `load_cifar`."""
-    official, folder = _DATASETS[dataset], expand_root(root)
-    if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
-        print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
-    _read_split(dataset, root, train=False)
-
-
 def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
     """Read one split; torchvision compares every file's MD5 checksum before it unpickles anything."""
+    official, folder = _DATASETS[dataset], Path(os.path.expanduser(root))
+    if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
+        print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
     timeout = socket.getdefaulttimeout()
     # torchvision sets no timeout, so a network that drops packets would hang the command forever
     socket.setdefaulttimeout(_TIMEOUT_SECONDS)
@@ -57,7 +50,7 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
         with warnings.catch_warnings():
             # nothing the user can fix: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
             warnings.simplefilter("ignore")
-            return _DATASETS[dataset](str(expand_root(root)), train=train, download=True)
+            return official(root, train=train, download=True)
     except _FAILURES as error:
         raise UserError(_explain(dataset, root, error)) from error
     finally:
@@ -67,30 +60,19 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
 def _explain(dataset: CifarName, root: str, error: BaseException) -> str:
     """One line that names the damaged or missing file and the fix."""
     official = _DATASETS[dataset]
-    archive = expand_root(root) / official.filename
-    folder = expand_root(root) / official.base_folder
-    elsewhere = (
-        "or train without a download: --data.dataset folder --data.root DIR for your own images, "
-        "--data.dataset shapes for generated ones"
+    archive, folder = (Path(os.path.expanduser(root)) / name for name in (official.filename, official.base_folder))
+    by_hand = (
+        f"put {official.filename} from {official.url} into {root} by hand, or train without a download: --data.dataset "
+        "folder --data.root DIR for your own images, --data.dataset shapes for generated ones"
     )
     if archive.is_file() and not check_integrity(archive, official.tgz_md5):
-        return (
-            f"{archive} is truncated or damaged (its checksum is wrong): delete it and run again, "
-            f"put a complete {official.filename} from {official.url} into {root} by hand, {elsewhere}"
-        )
+        return f"{archive} is truncated or damaged (its checksum is wrong): delete it and run again, or {by_hand}"
     meta = (official.meta["filename"], official.meta["md5"])
     for name, checksum in [*official.train_list, *official.test_list, meta]:
         if folder.is_dir() and not check_integrity(folder / name, checksum):
-            return (
-                f"{folder / name} is missing or damaged: delete the folder {folder} and run again, "
-                f"without a network after you put {official.filename} from {official.url} into {root}, "
-                f"{elsewhere}"
-            )
+            return f"{folder / name} is missing or damaged: delete the folder {folder} and run again, or {by_hand}"
     reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"{official.filename} could not be downloaded and unpacked ({reason}): put the file from "
-        f"{official.url} into {root} by hand, {elsewhere}"
-    )
+    return f"{official.filename} could not be downloaded and unpacked ({reason}): {by_hand}"
 
 
 def _to_images(split: CIFAR10) -> Images:

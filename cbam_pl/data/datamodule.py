@@ -8,9 +8,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cbam_pl.data.augmentation import Augmentation
-from cbam_pl.data.cifar import download_cifar, load_cifar
-from cbam_pl.data.folder import count_training_images, list_classes, load_folder, show
+from cbam_pl.data.augmentation import Augmentation, num_draws
+from cbam_pl.data.cifar import load_cifar
+from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
 from cbam_pl.data.shapes import CLASSES as SHAPES
@@ -48,17 +48,10 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
 def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Hold out `val_size` images, the same fraction of every class; each class keeps at least one for training.
 
-    Args:
-        labels: (N,) int64.
-        val_size: images to hold out.
-        seed: decides the choice, together with the labels.
-        classes: names of the classes, for the error.
+    Labels (N,) and seed decide the choice; `classes` are the labels' names, for the error.
 
     Returns:
         Indices of the training and of the validation images, each in ascending order.
-
-    Raises:
-        UserError: a class would lose its last training image.
     """
     generator = torch.Generator().manual_seed(derive_seed("split", seed))
     counts = torch.bincount(labels, minlength=len(classes))
@@ -112,9 +105,7 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         if dataset not in get_args(Dataset):
             raise ValueError(f"dataset={dataset!r} is unknown; use one of {', '.join(get_args(Dataset))}")
-        if augmentation not in get_args(Augmentation):
-            known = ", ".join(get_args(Augmentation))
-            raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {known}")
+        num_draws(augmentation)  # rejects an unknown name
         if not 1 <= batch_size <= _MAX_BATCH_SIZE:
             raise ValueError(f"batch_size={batch_size} must be at least 1 and at most {_MAX_BATCH_SIZE:,}")
         if val_size is not None and val_size < 0:
@@ -135,6 +126,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.classes: list[str] = []
         self.mean, self.std = _STATISTICS.get(dataset, ([], []))
+        self._source: Source | None = None  # between prepare_data and setup
         self._images: dict[str, Images] = {}  # split → images
         self._val_is_drawn = False  # from the training images, by stratified_split
         self._trained_ids: dict[str, Tensor] = {}  # split → ids of the images that the checkpoint was trained with
@@ -145,17 +137,9 @@ class ImageDataModule(LightningDataModule):
         return len(list_classes(self.root)) if self.dataset == "folder" else _NUM_CLASSES[self.dataset]
 
     def prepare_data(self) -> None:
-        """Download CIFAR where it is missing, or decode the folder into its cache; called in one process only."""
-        if self._images:
-            return
-        if self.dataset == "cifar10" or self.dataset == "cifar100":
-            download_cifar(self.dataset, self.root)
-        elif self.dataset == "folder":
-            if self.val_size is not None:
-                _check_val_size(self.val_size, count_training_images(self.root))
-            load_folder(self.root, self.image_size)
-        elif self.image_size > 64:  # smaller ones take seconds
-            print(f"drawing 12,000 shapes of {self.image_size}×{self.image_size}", flush=True)
+        """Read the images, which downloads CIFAR or caches a folder; called in one process before all others."""
+        if not self._images:
+            self._source = self._load()
 
     def _load(self) -> Source:
         if self.dataset == "folder":
@@ -166,10 +150,10 @@ class ImageDataModule(LightningDataModule):
         return load_cifar(self.dataset, self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images, hold out those for validation, and compute the statistics for normalisation."""
+        """Hold out the images for validation, and compute the statistics for normalisation."""
         if self._images:
             return
-        source = self._load()
+        source, self._source = self._source or self._load(), None
         train, val = source.train, source.val
         if self.val_size == 0:
             if stage in (None, "fit"):
@@ -178,11 +162,7 @@ class ImageDataModule(LightningDataModule):
                     "is selected on the test set"
                 )
             val = source.test
-        elif val is None or self.val_size is not None:
-            if val is not None:
-                raise UserError(
-                    f"data.val_size={self.val_size}, but {self.root} brings its own val folder; leave val_size out"
-                )
+        elif val is None:
             val_size = len(train) // 10 if self.val_size is None else self.val_size
             _check_val_size(val_size, len(train))
             if val_size == 0:
@@ -190,6 +170,8 @@ class ImageDataModule(LightningDataModule):
             kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
             train, val = train.subset(kept), train.subset(held_out)
             self._val_is_drawn = True
+        elif self.val_size is not None:
+            raise UserError(f"data.val_size={self.val_size}, but {self.root} has its own val folder; leave it out")
         self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:
             self.mean, self.std = channel_statistics(train.pixels)
@@ -214,8 +196,7 @@ class ImageDataModule(LightningDataModule):
         Images that were held out stay held out; all others, new ones too, count as training images.
 
         Raises:
-            UserError: the checkpoint was trained on other classes, or none of its held-out images is left, or training
-                is to resume on other images.
+            UserError: other classes, no held-out image is left, or training is to resume on other images.
         """
         self._set_classes(self.classes or state_dict["classes"], state_dict["classes"])
         self.mean, self.std = state_dict["mean"], state_dict["std"]
@@ -280,28 +261,16 @@ class ImageDataModule(LightningDataModule):
         images = self._images["train"]
         if len(images) < shard.world_size:
             raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
+        normalise = Normalise(self.mean, self.std, device)
         return TrainingLoader(
-            images,
-            self.batch_size,
-            self.augmentation,
-            Normalise(self.mean, self.std, device),
-            device,
-            self.seed,
-            self._epoch,
-            shard,
+            images, self.batch_size, self.augmentation, normalise, device, self.seed, self._epoch, shard
         )
 
     def _evaluation_loader(self, split: str) -> EvaluationLoader:
         device, shard = self._device_and_shard()
+        normalise = Normalise(self.mean, self.std, device)
         # Without gradients four times as many images need less memory than a training step.
-        return EvaluationLoader(
-            self._images[split],
-            4 * self.batch_size,
-            Normalise(self.mean, self.std, device),
-            device,
-            shard,
-            shuffle=True,
-        )
+        return EvaluationLoader(self._images[split], 4 * self.batch_size, normalise, device, shard, shuffle=True)
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation image once, in a fixed random order."""
@@ -314,9 +283,7 @@ class ImageDataModule(LightningDataModule):
 
 def _check_val_size(val_size: int, num_training: int) -> None:
     if val_size >= num_training:
-        raise UserError(
-            f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} training images"
-        )
+        raise UserError(f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} images")
 
 
 def _short(names: list[str]) -> str:

@@ -1,10 +1,13 @@
 """A user's own images: folders of labelled images, decoded in parallel and cached in one file."""
 
+import contextlib
 import hashlib
 import io
 import os
 import re
 import sys
+import uuid
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,12 +21,12 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cbam_pl.data.cache import File, failure_reason, fingerprint_files, read_cache, write_cache
 from cbam_pl.data.images import Images, Source, check_memory
 from cbam_pl.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
+_File = tuple[str, int, os.stat_result]  # path, label and status of an image
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _DECODER_VERSION = 2  # raise it when decode() gives other pixels, or load_folder other tensors
 _MAX_WORKERS = 8
@@ -33,79 +36,49 @@ _CHUNK = 64  # images; fewer are decoded sooner than a worker process starts
 def load_folder(root: str, image_size: int = 32) -> Source:
     """The images in <root>/train/<class>/, <root>/test/<class>/ and, if it exists, <root>/val/<class>/.
 
-    Files with the suffix of a JPEG, PNG, BMP or WebP image are read; hidden files and all others are ignored.
-    Transparent pixels are composited on white. The decoded images are cached in
-    <root>/.cbam_pl_<image_size>.pt, which is rebuilt when a file is added, removed, replaced or changed.
-
-    Args:
-        root: folder that holds train, test and optionally val.
-        image_size: height and width, in pixels, that every image is resized to.
+    Files with the suffix of a JPEG, PNG, BMP or WebP image are read and resized to image_size × image_size pixels;
+    hidden files and all others are ignored. The decoded images are cached in <root>/.cbam_pl_<image_size>.pt, which is
+    rebuilt when a file is added, removed, replaced or changed.
 
     Raises:
-        UserError: a split is missing, its classes are not those of train, a class is empty, or an image
-            cannot be decoded.
+        UserError: a split is missing, its classes are not those of train, a class is empty, or an image is damaged.
     """
-    folder = expand_root(root)
+    folder = Path(os.path.expanduser(root))
     classes = list_classes(root)
     names = ["train", "test"] + (["val"] if (folder / "val").is_dir() else [])
     splits = {name: _list_split(folder, name, classes) for name in names}
     cache = folder / f".cbam_pl_{image_size}.pt"
-    fingerprint = fingerprint_files(folder, splits, f"decoded by {_DECODER_VERSION} at {image_size}")
-    content = read_cache(cache, fingerprint)
+    fingerprint = _fingerprint(folder, splits, image_size)
+    content = _read_cache(cache, fingerprint)
     if content is None:
         count = sum(len(files) for files in splits.values())
         # Twice, as holding out validation images copies both parts.
         check_memory(2 * count * 3 * image_size**2, f"{count:,} images of {image_size}×{image_size}")
-        if count >= _CHUNK:
-            print(f"decoding {count:,} images, once", flush=True)
         content = {name: _decode_split(files, image_size) for name, files in splits.items()}
-        write_cache(cache, fingerprint, content)
+        _write_cache(cache, fingerprint, content)
     images = {name: Images(**tensors) for name, tensors in content.items()}
     return Source(classes, images["train"], images["test"], images.get("val"))
 
 
 def list_classes(root: str) -> list[str]:
-    """The sorted names of the folders in <root>/train.
-
-    Raises:
-        UserError: there is no such folder, or it holds fewer than two classes.
-    """
-    train = expand_root(root) / "train"
+    """The sorted names of the folders in <root>/train, of which there must be two or more."""
+    train = Path(os.path.expanduser(root)) / "train"
     if not train.is_dir():
         raise UserError(f"{show(train)} is not a folder; --data.root must hold train/<class>/ and test/<class>/")
     classes = _list_folders(train)
     if len(classes) < 2:
         found = f"only the class {show(classes[0])}" if classes else "no class"
-        raise UserError(
-            f"{show(train)} holds {found}; put the images of two or more classes into {show(train)}/<class>/"
-        )
+        raise UserError(f"{show(train)} holds {found}; put images of two or more classes into {show(train)}/<class>/")
     return classes
 
 
-def count_training_images(root: str) -> int:
-    """The number of images in <root>/train, without decoding them.
-
-    Raises:
-        UserError: as `load_folder` before it decodes.
-    """
-    return len(_list_split(expand_root(root), "train", list_classes(root)))
-
-
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among `paths`, in natural order: 2.png before 10.png.
-
-    Args:
-        paths: image files, and folders that are searched at any depth.
-
-    Raises:
-        UserError: a path does not exist or is not an image, or a folder holds no image.
-    """
+    """The image files in `paths`, files and folders of any depth, in natural order: 2.png before 10.png."""
     found: set[Path] = set()
     suffixes = ", ".join(SUFFIXES)
     for path in map(Path, paths):
         if path.is_dir():
-            inside = _walk_images(path)
-            if not inside:
+            if not (inside := _walk_images(path)):
                 raise UserError(f"{show(path)} holds no image; its files must end in {suffixes}")
             found.update(map(Path, inside))
         elif not path.is_file():
@@ -118,18 +91,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def decode(path: str | Path, image_size: int) -> Tensor:
-    """Decode one image: upright, RGB, on white, resized with antialiasing.
-
-    Args:
-        path: a JPEG, PNG, BMP or WebP file; of an animation the first frame is used.
-        image_size: height and width of the result in pixels.
-
-    Shape:
-        (3, image_size, image_size) uint8.
-
-    Raises:
-        UserError: the file is not a complete image of these formats.
-    """
+    """One image file's first frame, upright, RGB, on white, resized with antialiasing, (3, H, W) uint8."""
     return torch.from_numpy(_decode(path, image_size)[0]).permute(2, 0, 1).contiguous()
 
 
@@ -139,25 +101,10 @@ def show(path: str | Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def expand_root(root: str) -> Path:
-    """`root` with ~ and ~user replaced by the home folder.
-
-    Raises:
-        UserError: there is no such user.
-    """
-    try:
-        return Path(root).expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f"--data.root {show(root)}: no home folder of this user; give the folder's full path"
-        ) from error
-
-
 def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
     """Pixels (image_size, image_size, 3) uint8, and the file's content."""
     try:
-        with open(path, "rb") as stream:
-            content = stream.read()
+        content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             ImageOps.exif_transpose(file, in_place=True)
             image = _to_rgb(file)
@@ -167,9 +114,15 @@ def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
     except Exception as error:
         # Pillow's text for an unknown format names a buffer in memory
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not a JPEG, PNG, BMP or WebP image" if unknown else failure_reason(error)
+        reason = "not a JPEG, PNG, BMP or WebP image" if unknown else _failure_reason(error)
         raise UserError(f"{show(path)} cannot be decoded ({reason}); replace or remove it") from error
     return np.array(image), content
+
+
+def _failure_reason(error: Exception) -> str:
+    """In one line, without the path that some messages repeat."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -190,7 +143,7 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise UserError(f"{show(error.filename)} cannot be read ({failure_reason(error)})") from error
+    raise UserError(f"{show(error.filename)} cannot be read ({_failure_reason(error)})") from error
 
 
 def _list_folders(folder: Path) -> list[str]:
@@ -208,25 +161,19 @@ def _walk_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _list_split(root: Path, split: str, classes: list[str]) -> list[File]:
+def _list_split(root: Path, split: str, classes: list[str]) -> list[_File]:
     """The images of a split, after a check that its classes are those of train."""
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{show(folder)} is missing; put the {split} images into {show(folder)}/<class>/")
     for name in sorted(set(classes) ^ set(_list_folders(folder))):
-        here, there = ("train", split) if name in classes else (split, "train")
-        raise UserError(
-            f"the class {show(name)} is in {show(root / here)} but not in {show(root / there)}; "
-            f"both need the same class folders"
-        )
-    files: list[File] = []
+        here, there = (root / "train", folder) if name in classes else (folder, root / "train")
+        raise UserError(f"the class {show(name)} is in {show(here)} but not in {show(there)}; both need it")
+    files: list[_File] = []
     for label, name in enumerate(classes):
         paths = _walk_images(folder / name)
         if not paths:
-            raise UserError(
-                f"the class folder {show(folder / name)} holds no image; put images there "
-                f"({', '.join(SUFFIXES)}) or remove the class from every split"
-            )
+            raise UserError(f"the class folder {show(folder / name)} holds no image ({', '.join(SUFFIXES)})")
         try:
             files += [(path, label, os.stat(path)) for path in paths]
         except OSError as error:
@@ -234,7 +181,7 @@ def _list_split(root: Path, split: str, classes: list[str]) -> list[File]:
     return files
 
 
-def _decode_chunk(files: list[File], image_size: int) -> tuple[Tensor, Tensor, list[str]]:
+def _decode_chunk(files: list[_File], image_size: int) -> tuple[Tensor, Tensor, list[str]]:
     """Pixels and ids of many images at once, and a message for each that cannot be decoded.
 
     What processes exchange once per image costs more than decoding a small one.
@@ -253,7 +200,7 @@ def _decode_chunk(files: list[File], image_size: int) -> tuple[Tensor, Tensor, l
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(ids), failures
 
 
-def _decode_split(files: list[File], image_size: int) -> dict[str, Tensor]:
+def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
     """Decode the images of a split, in worker processes where there are many."""
     # the cores that this process may use, where the system knows; DataLoader warns of more workers than that
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -268,10 +215,7 @@ def _decode_split(files: list[File], image_size: int) -> dict[str, Tensor]:
     pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     ids = torch.empty(len(files), dtype=torch.int64)
     failures: list[str] = []
-    console = Console(stderr=True)
-    bar = track(
-        chunks, "Decoding images", len(chunks), console=console, transient=True, disable=not sys.stderr.isatty()
-    )
+    bar = track(chunks, "Decoding images", len(chunks), console=Console(stderr=True), disable=not sys.stderr.isatty())
     for part, part_ids, decoded in zip(pixels.split(_CHUNK), ids.split(_CHUNK), bar, strict=True):
         part.copy_(decoded[0])
         part_ids.copy_(decoded[1])
@@ -280,3 +224,41 @@ def _decode_split(files: list[File], image_size: int) -> dict[str, Tensor]:
         more = f" (and {len(failures) - 1} more cannot be decoded)" if len(failures) > 1 else ""
         raise UserError(failures[0] + more)
     return {"pixels": pixels, "labels": torch.tensor([label for _, label, _ in files]), "ids": ids}
+
+
+def _fingerprint(root: Path, splits: dict[str, list[_File]], image_size: int) -> str:
+    """A digest of the decoder and of every file's name below root, which may move with its cache, label and status.
+
+    Size and mtime alone miss files that swap places. No program can set ctime, and a file that takes another's place
+    has another inode.
+    """
+    start = len(str(root))
+    files = [
+        (split, path[start:], label, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        for split, members in splits.items()
+        for path, label, status in members
+    ]
+    decoder = f"decoded by {_DECODER_VERSION} at {image_size}"
+    return hashlib.sha256(repr((decoder, files)).encode()).hexdigest()
+
+
+def _read_cache(path: Path, fingerprint: str) -> dict[str, dict[str, Tensor]] | None:
+    """The tensors of each split, or None where the cache is missing, outdated or unreadable."""
+    with contextlib.suppress(Exception):  # whatever is wrong with the file, it is rebuilt
+        saved: dict[str, Any] = torch.load(path, mmap=True, weights_only=True)
+        if saved["fingerprint"] == fingerprint:
+            return saved["content"]
+    return None
+
+
+def _write_cache(path: Path, fingerprint: str, content: dict[str, dict[str, Tensor]]) -> None:
+    """Write the cache in one step, so that another process never reads half of it; warn where that fails."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        torch.save({"fingerprint": fingerprint, "content": content}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = _failure_reason(error)
+        warnings.warn(f"the decoded images are not cached: {path} cannot be written ({reason})", stacklevel=2)
+        with contextlib.suppress(OSError):  # nothing was written, on a read-only disk
+            temporary.unlink()

@@ -11,19 +11,12 @@ from cbam_pl.errors import UserError
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images in memory.
+    """Labelled images in memory."""
 
-    Args:
-        pixels: (N, 3, H, W) uint8.
-        labels: (N,) int64, indices into the class names.
-        masks: (N, 1, H, W) bool, True on the object, where the source knows it.
-        ids: (N,) int64, a hash of each image's file and label, where the images may change between two runs.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-    ids: Tensor | None = None
+    pixels: Tensor  # (N, 3, H, W) uint8
+    labels: Tensor  # (N,) int64, indices into the class names
+    masks: Tensor | None = None  # (N, 1, H, W) bool, True on the object, where the source knows it
+    ids: Tensor | None = None  # (N,) int64, a hash of each image's file and label, where a later run may find others
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,37 +29,18 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its source gives it, before any validation images are held out.
+    """A data set as its source gives it, before any validation images are held out."""
 
-    Args:
-        classes: names in label order.
-        train: training images.
-        test: test images.
-        val: validation images where the source brings its own, else None.
-    """
-
-    classes: list[str]
+    classes: list[str]  # names in label order
     train: Images
     test: Images
-    val: Images | None = None
+    val: Images | None = None  # where the source brings its own
 
 
 def check_memory(num_bytes: int, images: str) -> None:
-    """Reject images that do not fit into the free memory; Linux would allocate it, and kill the process later.
-
-    Args:
-        num_bytes: memory that the images need.
-        images: what they are, for the message.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    try:
-        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux; other systems fail at the allocation
-        return
+    """Raise UserError where `images` do not fit into the free memory: Linux would kill the process later."""
+    meminfo = Path("/proc/meminfo")  # on Linux; other systems fail at the allocation
+    found = re.search(r"^MemAvailable: *(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
     if found and num_bytes > 1024 * int(found[1]):
-        raise UserError(
-            f"{images} need {num_bytes / 1e9:,.1f} GB of memory, and {int(found[1]) / 1e6:,.1f} GB are free; lower "
-            "data.image_size"
-        )
+        need, free = f"{num_bytes / 1e9:,.1f} GB", f"{int(found[1]) / 1e6:,.1f} GB"
+        raise UserError(f"{images} need {need} of memory, and {free} are free; lower data.image_size")

@@ -25,13 +25,7 @@ class Shard:
 
 
 class Normalise:
-    """(image − mean) / std per channel, in one pass.
-
-    Args:
-        mean: mean of each channel, images in [0, 1].
-        std: standard deviation of each channel.
-        device: where the images are.
-    """
+    """(image − mean) / std per channel of images in [0, 1] on `device`, in one pass."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         spread = torch.tensor(std, device=device).view(3, 1, 1)
@@ -56,12 +50,11 @@ def _place(images: Images, device: torch.device) -> Images:
 def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:
     """Pixels (B, 3, H, W) uint8 and labels (B,) at `indices`, on the device, without waiting for it."""
     indices = indices.to(images.labels.device, non_blocking=True)
-    return (
-        images.pixels[indices].to(device, non_blocking=True),
-        images.labels[indices].to(device, non_blocking=True),
-    )
+    pixels, labels = images.pixels[indices], images.labels[indices]
+    return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
+@dataclass(eq=False)
 class TrainingLoader:
     """Augmented batches, in a new order and with new draws in every epoch.
 
@@ -72,37 +65,19 @@ class TrainingLoader:
 
     Each iteration starts at the epoch's first batch, even if the previous one was cut short; only the first iteration
     after `load_state_dict` starts in the middle.
-
-    Args:
-        images: training images, on the CPU.
-        batch_size: images per batch of this process; the last batch may be smaller.
-        augmentation: none, basic, alternating or rich.
-        normalise: maps images in [0, 1] to the network's input.
-        device: where the batches go.
-        seed: decides the order and the draws, together with the epoch.
-        current_epoch: returns the epoch, from 0; called when an iteration starts.
-        shard: which part of the images this process reads.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        augmentation: Augmentation,
-        normalise: Normalise,
-        device: torch.device,
-        seed: int,
-        current_epoch: Callable[[], int],
-        shard: Shard,
-    ) -> None:
-        self.images = _place(images, device)
-        self.batch_size = batch_size
-        self.augmentation = augmentation
-        self.normalise = normalise
-        self.device = device
-        self.seed = seed
-        self.current_epoch = current_epoch
-        self.shard = shard
+    images: Images  # on the CPU
+    batch_size: int  # images per batch of this process; the last batch may be smaller
+    augmentation: Augmentation
+    normalise: Normalise
+    device: torch.device  # where the batches go
+    seed: int  # decides the order and the draws, together with the epoch
+    current_epoch: Callable[[], int]  # from 0; called when an iteration starts
+    shard: Shard
+
+    def __post_init__(self) -> None:
+        self.images = _place(self.images, self.device)
         self._start = 0  # the first batch of the next iteration
         self._batches_done = 0  # in the current iteration
 
@@ -146,38 +121,28 @@ class TrainingLoader:
             yield self.normalise(augment(pixels, batch_draws, self.augmentation)), labels
 
 
+@dataclass(eq=False)
 class EvaluationLoader:
     """Each image once over all processes, without padding.
 
     All processes get the same number of batches, as every forward pass of DistributedDataParallel may synchronise.
-
-    Args:
-        images: images, on the CPU.
-        batch_size: images per batch of this process, at most.
-        normalise: maps images in [0, 1] to the network's input.
-        device: where the batches go.
-        shard: which part of the images this process reads.
-        shuffle: use one fixed random order, so that any number of first batches represents all images (folders list
-            them class by class); by default they come in the order given.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        normalise: Normalise,
-        device: torch.device,
-        shard: Shard,
-        shuffle: bool = False,
-    ) -> None:
-        self.images = _place(images, device)
-        self.batch_size = batch_size
-        self.normalise = normalise
-        self.device = device
-        self.shard = shard
+    images: Images  # on the CPU
+    batch_size: int  # images per batch of this process, at most
+    normalise: Normalise
+    device: torch.device  # where the batches go
+    shard: Shard
+    # One fixed random order, in which any first batches represent all images (folders list them class by class),
+    # instead of the order given.
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        self.images = _place(self.images, self.device)
         generator = torch.Generator().manual_seed(derive_seed("evaluation", 0))
-        order = torch.randperm(len(images), generator=generator) if shuffle else torch.arange(len(images))
-        self._order = order[shard.rank :: shard.world_size]
+        count = len(self.images)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        self._order = order[self.shard.rank :: self.shard.world_size]
 
     def __len__(self) -> int:
         largest_shard = -(-len(self.images) // self.shard.world_size)

@@ -16,28 +16,6 @@ _SAMPLES = 3  # per pixel and axis; odd, so that no pixel is covered by exactly 
 _CONTRAST = 0.3  # least difference in brightness, from 0 to 1, between an object and its surroundings
 
 
-def _disc(u: Tensor, v: Tensor) -> Tensor:
-    return u**2 + v**2 < 1
-
-
-def _ring(u: Tensor, v: Tensor) -> Tensor:
-    radius = torch.hypot(u, v)
-    return (radius < 1) & (radius > 0.55)
-
-
-def _square(u: Tensor, v: Tensor) -> Tensor:
-    return (u.abs() < 0.7) & (v.abs() < 0.7)
-
-
-def _triangle(u: Tensor, v: Tensor) -> Tensor:
-    return (v > -0.5) & (math.sqrt(3) * u.abs() + v < 1)
-
-
-def _cross(u: Tensor, v: Tensor) -> Tensor:
-    short, long = torch.minimum(u.abs(), v.abs()), torch.maximum(u.abs(), v.abs())
-    return (short < 0.27) & (long < 0.95)
-
-
 def _star(u: Tensor, v: Tensor) -> Tensor:
     # half a point, repeated by folding the angle: from the tip at radius 1 to the notch at radius 0.42
     half = math.pi / 5
@@ -48,55 +26,32 @@ def _star(u: Tensor, v: Tensor) -> Tensor:
     return (1 - x) * notch_y - (1 - notch_x) * y > 0
 
 
-def _crescent(u: Tensor, v: Tensor) -> Tensor:
-    return (u**2 + v**2 < 1) & ((u - 0.5) ** 2 + v**2 > 0.64)
-
-
-def _bar(u: Tensor, v: Tensor) -> Tensor:
-    return (u.abs() < 0.95) & (v.abs() < 0.28)
-
-
-def _heart(u: Tensor, v: Tensor) -> Tensor:
-    x, y = 1.2 * u, 1.2 * v + 0.2
-    return x**2 + (y - 0.75 * x.abs().sqrt()) ** 2 < 1
-
-
-def _hourglass(u: Tensor, v: Tensor) -> Tensor:
-    return (v.abs() < 0.8) & (u.abs() < 0.08 + 0.75 * v.abs())
-
-
 # Whether the point (u, v) in the shape's own frame is inside; each shape roughly fills the unit circle.
 # No shape is a rotation or reflection of another, so augmentation cannot change a label.
 _INSIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
+    "disc": lambda u, v: u**2 + v**2 < 1,
+    "ring": lambda u, v: (torch.hypot(u, v) < 1) & (torch.hypot(u, v) > 0.55),
+    "square": lambda u, v: (u.abs() < 0.7) & (v.abs() < 0.7),
+    "triangle": lambda u, v: (v > -0.5) & (math.sqrt(3) * u.abs() + v < 1),
+    "cross": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.27) & (torch.maximum(u.abs(), v.abs()) < 0.95),
     "star": _star,
-    "crescent": _crescent,
-    "bar": _bar,
-    "heart": _heart,
-    "hourglass": _hourglass,
+    "crescent": lambda u, v: (u**2 + v**2 < 1) & ((u - 0.5) ** 2 + v**2 > 0.64),
+    "bar": lambda u, v: (u.abs() < 0.95) & (v.abs() < 0.28),
+    "heart": lambda u, v: (1.2 * u) ** 2 + (1.2 * v + 0.2 - 0.75 * (1.2 * u).abs().sqrt()) ** 2 < 1,
+    "hourglass": lambda u, v: (v.abs() < 0.8) & (u.abs() < 0.08 + 0.75 * v.abs()),
 }
 
 CLASSES: list[str] = list(_INSIDE)
 
 
 def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image_size: int = _CIFAR_SIZE) -> Source:
-    """Generated training and test images, from separate random streams.
-
-    Args:
-        seed: decides every image.
-        num_train: training images.
-        num_test: test images.
-        image_size: height and width in pixels.
+    """Generated training and test images from separate random streams; see make_shapes.
 
     Raises:
         UserError: they do not fit into memory.
     """
-    # Twice, as the parts are concatenated; three channels and a mask.
     count = num_train + num_test
+    # Twice, as the parts are concatenated; three channels and a mask.
     check_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
     train = make_shapes(num_train, 2 * seed, image_size)
     test = make_shapes(num_test, 2 * seed + 1, image_size)
@@ -107,12 +62,7 @@ def make_shapes(num_images: int, seed: int, image_size: int = _CIFAR_SIZE) -> Im
     """Draw one shape per image at a random position, size, angle and colour, over texture and clutter.
 
     Colour, position and area have the same distribution in all classes, so that only the form tells them apart.
-    The result depends only on the arguments, and the global random state is not changed.
-
-    Args:
-        num_images: images; classes differ by one image at most.
-        seed: decides every image.
-        image_size: height and width in pixels.
+    Classes differ by one image at most. The arguments alone decide every image; the global random state is unchanged.
 
     Shape:
         pixels (N, 3, image_size, image_size) uint8, labels (N,) int64 in random order, masks
@@ -144,34 +94,25 @@ def _draw(labels: Tensor, image_size: int, generator: torch.Generator) -> tuple[
     colours = _contrasting_colours(background, coverage, generator)  # (N, 3, 1, 1)
     image = background + coverage * (colours - background)
     # over the object too, so that its smoothness does not give it away
-    image += _uniform((num, 1, 1, 1), 0.01, 0.03, generator) * _normal(image.shape, generator)
+    image += _uniform((num, 1, 1, 1), 0.01, 0.03, generator) * torch.randn(image.shape, generator=generator)
     pixels = (image * 255).round_().clamp_(0, 255).to(torch.uint8)
     return pixels, coverage > 0.5
 
 
 def _cover(labels: Tensor, centres: Tensor, areas: Tensor, angles: Tensor, image_size: int) -> Tensor:
-    """The fraction of each pixel that the shape covers.
+    """The fraction of each pixel that the shape covers, (N, 1, H, W), in steps of a ninth.
 
-    Args:
-        labels: (N,) classes.
-        centres: (N, 2) x and y in pixels from the upper left corner.
-        areas: (N,) of the whole shape, in square pixels.
-        angles: (N,) in radians.
-        image_size: height and width in pixels.
-
-    Shape:
-        (N, 1, image_size, image_size), in steps of a ninth.
+    From labels (N,), centres (N, 2) as x and y in pixels, areas (N,) in square pixels, and angles (N,) in radians.
     """
     steps = (torch.arange(_SAMPLES * image_size) + 0.5) / _SAMPLES  # the middle of each sample, in pixels
     coverage = torch.empty(len(labels), 1, image_size, image_size)
-    for label, name in enumerate(CLASSES):
+    for label, inside in enumerate(_INSIDE.values()):
         chosen = (labels == label).nonzero().squeeze(1)
-        inside = _INSIDE[name]
-        radii = (areas[chosen] / _unit_area(inside)).sqrt().view(-1, 1, 1)
-        cosine, sine = (angles[chosen].cos() / radii.flatten(), angles[chosen].sin() / radii.flatten())
+        radius = (areas[chosen] / _unit_area(inside)).sqrt().view(-1, 1, 1)
+        angle = angles[chosen].view(-1, 1, 1)
+        cosine, sine = angle.cos() / radius, angle.sin() / radius
         x = (steps - centres[chosen, :1]).unsqueeze(1)  # (M, 1, samples)
         y = (steps - centres[chosen, 1:]).unsqueeze(2)  # (M, samples, 1)
-        cosine, sine = cosine.view(-1, 1, 1), sine.view(-1, 1, 1)
         samples = inside(cosine * x + sine * y, cosine * y - sine * x)  # (M, samples, samples)
         coverage[chosen] = F.avg_pool2d(samples.float().unsqueeze(1), _SAMPLES)
     return coverage
@@ -187,17 +128,16 @@ def _unit_area(inside: Callable[[Tensor, Tensor], Tensor]) -> float:
 def _draw_background(num: int, image_size: int, generator: torch.Generator) -> Tensor:
     """A plain colour with soft clouds, a grating and grain, each of random strength: (N, 3, H, W)."""
     base = _uniform((num, 3, 1, 1), 0.1, 0.9, generator)
-    clouds = F.interpolate(
-        _normal((num, 3, 5, 5), generator), size=(image_size, image_size), mode="bilinear", align_corners=True
-    )
+    clouds = torch.randn(num, 3, 5, 5, generator=generator)
+    clouds = F.interpolate(clouds, (image_size, image_size), mode="bilinear", align_corners=True)
     steps = (torch.arange(image_size) + 0.5) / image_size
     angle = _uniform((num, 1, 1), 0, math.pi, generator)
     cycles = _uniform((num, 1, 1), 1, 7, generator)  # per image width
     phase = _uniform((num, 1, 1), 0, 2 * math.pi, generator)
     along = steps.view(1, 1, -1) * angle.cos() + steps.view(1, -1, 1) * angle.sin()  # (N, H, W)
     grating = torch.sin(2 * math.pi * cycles * along + phase).unsqueeze(1)  # (N, 1, H, W)
-    tint = _normal((num, 3, 1, 1), generator)
-    grain = _normal((num, 3, image_size, image_size), generator)
+    tint = torch.randn(num, 3, 1, 1, generator=generator)
+    grain = torch.randn(num, 3, image_size, image_size, generator=generator)
     return (
         base
         + _uniform((num, 1, 1, 1), 0.02, 0.10, generator) * clouds
@@ -241,7 +181,3 @@ def _contrasting_colours(background: Tensor, coverage: Tensor, generator: torch.
 
 def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(size, generator=generator)
-
-
-def _normal(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator)

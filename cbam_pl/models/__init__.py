@@ -13,19 +13,9 @@ from cbam_pl.models.resnet import RESNETS, ResNet, Stem
 
 __all__ = ["CNN", "Architecture", "ResNet", "Stem", "build_network", "insert_attention", "load_official_state_dict"]
 
-Architecture = Literal[
-    "cnn",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-]
+CifarResNet = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+ImageNetResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Architecture = Literal["cnn", CifarResNet, ImageNetResNet]
 
 
 def build_network(
@@ -52,7 +42,8 @@ def build_network(
         images (B, 3, image_size, image_size) → logits (B, num_classes).
 
     Raises:
-        ValueError: an unknown arch, kind or stem, a number out of its range, or an option that arch has no use for.
+        ValueError: an unknown arch, kind or stem, a number out of its range, or an option (a place or stages of the
+            attention, too) that arch has no use for.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1")

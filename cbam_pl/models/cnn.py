@@ -5,11 +5,10 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.models.initialisation import he_conv, he_linear
-from cbam_pl.models.width import scale_channels
+from cbam_pl.models.layers import he_conv, scale_channels
 
 
-def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool) -> nn.Sequential:
+def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bool = False) -> nn.Sequential:
     """(B, in_channels, H, W) → (B, channels, H // 2, W // 2)."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv", he_conv(in_channels, channels, kernel_size=3, bias=True)),
@@ -32,20 +31,7 @@ def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bo
 class CNN(nn.Module):
     """Three blocks of conv 3×3 → batch norm → ReLU → max pool, widths 32, 64, 128, then 512 hidden units.
 
-    Args:
-        num_classes: classes to tell apart.
-        attention: the attention of each block; its place is before_pool or after_pool.
-        image_size: height and width of the images in pixels, at least 8.
-        dropout: share of the hidden units that each training step leaves out, from 0 to below 1.
-        width: factor on the channels of the blocks, not on the hidden units.
-
-    Shape:
-        images (B, 3, image_size, image_size) → logits (B, num_classes).
-
-    Raises:
-        ValueError: image_size is below 8, so that nothing is left after three poolings; dropout is out of its range;
-            width is not positive or leaves fewer than 8 channels; the attention's place is one in the ResNets; or
-            stages are chosen, which the cnn has not.
+    Arguments, shapes and errors are those of build_network.
     """
 
     def __init__(
@@ -65,19 +51,17 @@ class CNN(nn.Module):
             raise ValueError(f"place={attention.place!r} is not in the cnn; use before_pool or after_pool")
         if attention.stages is not None:
             raise ValueError(f"stages={attention.stages!r} has no effect in the cnn, which has none; leave it out")
-        widths = scale_channels((32, 64, 128), width)
+        first, second, third = scale_channels((32, 64, 128), width)
         self.blocks = nn.Sequential(
-            *(
-                _block(before, after, attention, last=after == widths[-1])
-                for before, after in zip((3, *widths), widths, strict=False)
-            )
+            _block(3, first, attention),
+            _block(first, second, attention),
+            _block(second, third, attention, last=True),
         )
+        hidden = nn.Linear(third * (image_size // 8) ** 2, 512)
+        nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
+        nn.init.zeros_(hidden.bias)
         self.classifier = nn.Sequential(
-            nn.Flatten(),
-            he_linear(widths[-1] * (image_size // 8) ** 2, 512),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(512, num_classes),
+            nn.Flatten(), hidden, nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(512, num_classes)
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -13,13 +13,9 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of one image's forward pass; a multiplication and an addition are two.
+    """Floating-point operations of a forward pass of one image (C, H, W); a multiplication and an addition are two.
 
     Convolutions and matrix products are counted, as is usual; pooling, normalisation and activations are not.
-
-    Args:
-        network: (B, C, H, W) → (B, classes).
-        image_shape: (C, H, W).
     """
     meta = deepcopy(network).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -12,12 +12,6 @@ from torch import Tensor, nn
 from cbam_pl.attention import AttentionConfig, AttentionKind
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether each dotted part of the name matches that of the pattern, so that `*` stands for one part."""
-    parts, patterns = name.split("."), pattern.split(".")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
-
-
 def _runs_its_children(module: nn.Module) -> bool:
     """Whether the module goes through its children, so that the attention would be run (or skipped) as one of them."""
     if isinstance(module, nn.Sequential):
@@ -29,7 +23,12 @@ def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     modules = {name: module for name, module in network.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
     for pattern in where:
-        found = {name: module for name, module in modules.items() if _matches(name, pattern)}
+        # part by part, so that `*` stands for one part alone
+        found = {
+            name: module
+            for name, module in modules.items()
+            if name.count(".") == pattern.count(".") and all(map(fnmatchcase, name.split("."), pattern.split(".")))
+        }
         if not found:
             near = difflib.get_close_matches(pattern, modules, n=5, cutoff=0.3) or list(modules)[:5]
             raise ValueError(f"where={pattern!r} matches no module of the network; it has {', '.join(near)} …")
@@ -172,10 +171,7 @@ def _check_insertion(
 
 
 def insert_attention(
-    network: nn.Module,
-    kind: AttentionKind | AttentionConfig,
-    where: str | Sequence[str],
-    example: Tensor | None = None,
+    network: nn.Module, kind: AttentionKind | AttentionConfig, where: str | Sequence[str], example: Tensor | None = None
 ) -> nn.Module:
     """Put attention after chosen modules of `network`, in place: each output becomes attention(output).
 
@@ -198,9 +194,7 @@ def insert_attention(
         The same network.
 
     Raises:
-        ValueError: a pattern that matches nothing, a module that gives something else than (B, C, H, W), whose
-            channels are unknown, which runs its children in its own way or has an attribute `attention` already, or
-            an option out of its range. The network is then unchanged.
+        ValueError: an option or pattern is wrong, or attention cannot follow the module. The network is then unchanged.
     """
     config = kind if isinstance(kind, AttentionConfig) else AttentionConfig(kind)
     for name in ("place", "stages"):

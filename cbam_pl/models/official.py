@@ -6,35 +6,32 @@ Source: github.com/Jongchan/attention-module, MODELS/model_resnet.py and MODELS/
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-# Each of their names, as a pattern, and ours.
-_NAMES = [
-    (r"conv1", r"stem.0"),
-    (r"bn1", r"stem.1"),
-    (r"fc", r"classifier"),
-    (r"layer(\d)\.(\d+)\.downsample\.([01])", r"stages.\1.\2.shortcut.\3"),
-    (r"layer(\d)\.(\d+)\.(conv|bn)([123])", r"stages.\1.\2.branch.\3\4"),
-    (r"layer(\d)\.(\d+)\.cbam\.ChannelGate\.mlp\.1", r"stages.\1.\2.attention.channel.reduce"),
-    (r"layer(\d)\.(\d+)\.cbam\.ChannelGate\.mlp\.3", r"stages.\1.\2.attention.channel.expand"),
-    (r"layer(\d)\.(\d+)\.cbam\.SpatialGate\.spatial\.conv", r"stages.\1.\2.attention.spatial.conv"),
-    (r"layer(\d)\.(\d+)\.cbam\.SpatialGate\.spatial\.bn", r"stages.\1.\2.attention.spatial.norm"),
-]
+_OUTSIDE_BLOCKS = {"conv1": "stem.0", "bn1": "stem.1", "fc": "classifier"}
+_IN_A_BLOCK = {
+    "conv1": "branch.0",
+    "bn1": "branch.1",
+    "conv2": "branch.3",
+    "bn2": "branch.4",
+    "conv3": "branch.6",
+    "bn3": "branch.7",
+    "downsample.0": "shortcut.0",
+    "downsample.1": "shortcut.1",
+    "cbam.ChannelGate.mlp.1": "attention.channel.reduce",
+    "cbam.ChannelGate.mlp.3": "attention.channel.expand",
+    "cbam.SpatialGate.spatial.conv": "attention.spatial.conv",
+    "cbam.SpatialGate.spatial.bn": "attention.spatial.norm",
+}
 
 
-def _our_name(name: str) -> str | None:
-    """`layer1.0.conv2.weight` → `stages.0.0.branch.3.weight`; None for a name that is not theirs."""
-    layer, _, tensor = name.rpartition(".")
-    for theirs, ours in _NAMES:
-        match = re.fullmatch(theirs, layer)
-        if match:
-            renamed = match.expand(ours) + "." + tensor
-            renamed = re.sub(r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}", renamed)
-            # A branch is convolution, norm, ReLU, convolution, …
-            renamed = re.sub(r"conv(\d)", lambda found: str(3 * int(found[1]) - 3), renamed)
-            return re.sub(r"bn(\d)", lambda found: str(3 * int(found[1]) - 2), renamed)
-    return None
+def _our_name(name: str) -> str:
+    """`layer1.0.conv2.weight` → `stages.0.0.branch.3.weight`; "" for a name that is not theirs."""
+    layer, _, tensor = name.removeprefix("module.").rpartition(".")
+    block = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", layer)
+    if block and block[3] in _IN_A_BLOCK:
+        return f"stages.{int(block[1]) - 1}.{block[2]}.{_IN_A_BLOCK[block[3]]}.{tensor}"
+    return f"{_OUTSIDE_BLOCKS[layer]}.{tensor}" if layer in _OUTSIDE_BLOCKS else ""
 
 
 def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -46,8 +43,7 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
     Args:
         network: a ResNet with CBAM of the official preset and, for their ImageNet checkpoints, the imagenet stem.
         state_dict: tensors by the authors' names, such as layer1.0.cbam.ChannelGate.mlp.1.weight, with or without
-            a leading "module.". The batch norms' num_batches_tracked may be left out, as PyTorch before 0.4.1 wrote
-            none.
+            "module." before them. The batch norms' num_batches_tracked, new in PyTorch 0.4.1, may be missing.
 
     Raises:
         ValueError: a tensor is unknown, missing or of another shape than the network's; all of them are listed.
@@ -56,16 +52,13 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
     loaded: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, tensor in state_dict.items():
-        ours = _our_name(name.removeprefix("module."))
-        if ours is None or ours not in wanted:
+        ours = _our_name(name)
+        if ours not in wanted:
             problems.append(f"unknown: {name}")
-        elif ours in loaded:
-            problems.append(f"twice, with and without 'module.': {name}")
-        else:
-            loaded[ours] = tensor
-            if tensor.shape != wanted[ours].shape:
-                shapes = f"has shape {tuple(tensor.shape)}, not {tuple(wanted[ours].shape)}"
-                problems.append(f"misshapen: {name} {shapes}")
+            continue
+        loaded[ours] = tensor
+        if tensor.shape != wanted[ours].shape:
+            problems.append(f"misshapen: {name} has shape {tuple(tensor.shape)}, not {tuple(wanted[ours].shape)}")
     optional = {name for name in wanted if name.endswith(".num_batches_tracked")}
     problems += [f"missing: the tensor of {name}" for name in wanted if name not in loaded.keys() | optional]
     if problems:
@@ -73,6 +66,4 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
             "state_dict does not fit the network, which must be a ResNet of the same depth with CBAM of "
             "preset='official' and the stem of the checkpoint: " + "; ".join(problems)
         )
-    with torch.no_grad():
-        for name, tensor in loaded.items():
-            wanted[name].copy_(tensor)
+    network.load_state_dict(loaded, strict=False)  # the counters alone may be missing

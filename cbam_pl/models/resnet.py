@@ -13,27 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.models.initialisation import he_conv
-from cbam_pl.models.width import scale_channels
+from cbam_pl.models.layers import he_conv, scale_channels
 
 Stem = Literal["cifar", "imagenet"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What distinguishes one ResNet from another.
+    """What distinguishes one ResNet from another."""
 
-    Args:
-        depths: residual blocks in each stage.
-        channels: channels of the stem and of the first stage's 3×3 convolutions; each stage doubles them.
-        bottleneck: bottleneck blocks or basic ones.
-        projection: a 1×1 convolution in the shortcuts that change the shape (the paper's option B), or zeros for the
-            new channels (option A), which has no parameters.
-    """
-
-    depths: tuple[int, ...]
-    channels: int = 64
-    bottleneck: bool = False
+    depths: tuple[int, ...]  # residual blocks in each stage
+    channels: int = 64  # of the stem and of the first stage's 3×3 convolutions; each stage doubles them
+    bottleneck: bool = False  # bottleneck blocks, or basic ones
+    # A 1×1 convolution in the shortcuts that change the shape (the paper's option B), or zeros for the new channels
+    # (option A), which has no parameters.
     projection: bool = True
 
 
@@ -55,13 +48,6 @@ class ZeroPaddedShortcut(nn.Module):
     """Every `stride`-th place of the input, and zeros for the channels that it lacks.
 
     Source: arXiv:1512.03385, section 4.1, option A.
-
-    Args:
-        new_channels: channels of zeros, after the input's own.
-        stride: distance of the places that stay.
-
-    Shape:
-        x (B, C, H, W) → (B, C + new_channels, H / stride, W / stride).
     """
 
     def __init__(self, new_channels: int, stride: int) -> None:
@@ -81,48 +67,33 @@ class ResidualBlock(nn.Module):
 
     Args:
         in_channels: channels of the input.
-        width: channels of the block's 3×3 convolutions.
+        width: channels of the block's 3×3 convolutions; a bottleneck's last, 1×1 one has four times as many.
         stride: stride of the block, in its (first) 3×3 convolution.
-        bottleneck: 1×1, 3×3, 1×1 convolutions with four times as many channels at the end, or 3×3, 3×3.
-        projection: a convolution in a shortcut that changes the shape, or zeros for the new channels.
+        layout: says whether the block is a bottleneck, and which shortcut changes the shape.
         attention: its place is before_addition, on the branch's output (the default), or after_addition.
 
     Shape:
         x (B, in_channels, H, W) → (B, width or 4 · width, H / stride, W / stride).
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int,
-        bottleneck: bool,
-        projection: bool,
-        attention: AttentionConfig,
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, layout: Layout, attention: AttentionConfig) -> None:
         super().__init__()
-        channels = 4 * width if bottleneck else width
-        if bottleneck:
+        channels = 4 * width if layout.bottleneck else width
+        if layout.bottleneck:
             kernels = [(in_channels, width, 1, 1), (width, width, 3, stride), (width, channels, 1, 1)]
         else:
             kernels = [(in_channels, width, 3, stride), (width, width, 3, 1)]
         layers: list[nn.Module] = []
         for before, after, kernel_size, step in kernels:
-            layers += [
-                he_conv(before, after, kernel_size, step),
-                nn.BatchNorm2d(after),
-                nn.ReLU(inplace=True),
-            ]
+            layers += [he_conv(before, after, kernel_size, step), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.branch = nn.Sequential(*layers[:-1])  # the last ReLU comes after the addition
         self.attention = attention.build(channels)
         self.after_addition = attention.place == "after_addition"
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = (
-                nn.Sequential(he_conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
-                if projection
-                else ZeroPaddedShortcut(channels - in_channels, stride)
-            )
+        if layout.projection and (stride != 1 or in_channels != channels):
+            self.shortcut = nn.Sequential(he_conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+        elif stride != 1 or in_channels != channels:
+            self.shortcut = ZeroPaddedShortcut(channels - in_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) → (B, channels, H / stride, W / stride)."""
@@ -142,30 +113,10 @@ def _stem(stem: Stem, channels: int) -> nn.Sequential:
 
 
 class ResNet(nn.Module):
-    """A residual network.
-
-    Args:
-        layout: the network's stages and blocks, one of RESNETS.
-        num_classes: classes to tell apart.
-        attention: the attention of each block, or of each block in its stages.
-        stem: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a 3×3 max pool, stride 2).
-        width: factor on the channels of every layer.
-
-    Shape:
-        images (B, 3, H, W) → logits (B, num_classes), for any H and W.
-
-    Raises:
-        ValueError: an unknown stem, a width that is not positive or leaves fewer than 8 channels, a place of the
-            attention that is in the cnn, or stages that the network has not or that are listed twice.
-    """
+    """A residual network of one of RESNETS. The other arguments, shapes and errors are those of build_network."""
 
     def __init__(
-        self,
-        layout: Layout,
-        num_classes: int,
-        attention: AttentionConfig,
-        stem: Stem = "cifar",
-        width: float = 1.0,
+        self, layout: Layout, num_classes: int, attention: AttentionConfig, stem: Stem = "cifar", width: float = 1.0
     ) -> None:
         super().__init__()
         if attention.place not in (None, "before_addition", "after_addition"):
@@ -183,9 +134,7 @@ class ResNet(nn.Module):
             blocks = []
             for block in range(depth):
                 stride = 2 if number > 1 and block == 0 else 1
-                blocks.append(
-                    ResidualBlock(channels, stage_width, stride, layout.bottleneck, layout.projection, chosen)
-                )
+                blocks.append(ResidualBlock(channels, stage_width, stride, layout, chosen))
                 channels = 4 * stage_width if layout.bottleneck else stage_width
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)

@@ -15,7 +15,7 @@ import torch
 import torchvision.datasets.utils
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from cbam_pl.data.cifar import download_cifar, load_cifar
+from cbam_pl.data.cifar import load_cifar
 from cbam_pl.errors import UserError
 
 REFUSED = "http://127.0.0.1:1/archive.tar.gz"
@@ -126,7 +126,7 @@ def test_pixels_labels_and_classes_are_those_of_the_archive(official: Official) 
 
 def test_download_unpacks_and_a_second_call_needs_no_archive(official: Official) -> None:
     official.write_archive()
-    download_cifar(official.name, str(official.root))
+    load_cifar(official.name, str(official.root))
     official.archive.unlink()
     assert len(load_cifar(official.name, str(official.root)).train) == 4
 
@@ -161,7 +161,7 @@ def test_any_failing_download_is_one_line(
 
     monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", fail)
     with pytest.raises(UserError, match="could not be downloaded") as caught:
-        download_cifar(official.name, str(official.root))
+        load_cifar(official.name, str(official.root))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -183,7 +183,7 @@ def test_archive_without_a_member_names_the_member(official: Official) -> None:
 
 def test_damaged_batch_is_unpacked_again_from_the_archive(official: Official) -> None:
     official.write_archive()
-    download_cifar(official.name, str(official.root))
+    load_cifar(official.name, str(official.root))
     (official.folder / next(iter(official.files))).write_bytes(b"garbage")
     assert load_cifar(official.name, str(official.root)).train.labels.tolist() == [3, 0, 1, 2]
 
@@ -191,7 +191,7 @@ def test_damaged_batch_is_unpacked_again_from_the_archive(official: Official) ->
 @pytest.mark.parametrize("which", [0, -1])
 def test_damaged_file_without_archive_is_named(official: Official, which: int) -> None:
     official.write_archive()
-    download_cifar(official.name, str(official.root))
+    load_cifar(official.name, str(official.root))
     official.archive.unlink()
     damaged = official.folder / list(official.files)[which]
     damaged.write_bytes(b"garbage")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cbam_pl.data import folder as folder_module
-from cbam_pl.data.folder import count_training_images, decode, find_images, list_classes, load_folder
+from cbam_pl.data.folder import decode, find_images, list_classes, load_folder
 from cbam_pl.data.images import Source
 from cbam_pl.errors import UserError
 
@@ -310,11 +310,6 @@ def test_missing_root_split_class_and_images(root: Path) -> None:
         load_folder(str(root), 8)
 
 
-def test_training_images_are_counted_without_decoding(root: Path, decoded: list[str]) -> None:
-    assert count_training_images(str(root)) == 6
-    assert decoded == []
-
-
 def test_images_that_do_not_fit_into_memory_are_rejected(root: Path) -> None:
     with pytest.raises(UserError, match=r"10 images of 1000000×1000000 need 60,000\.0 GB of memory, and .* are free"):
         load_folder(str(root), 1_000_000)
@@ -325,7 +320,7 @@ def test_list_classes(root: Path) -> None:
     assert list_classes(str(root)) == ["Ape", "cat", "dog"]
     for name in ("Ape", "cat"):
         shutil.rmtree(root / "train" / name)
-    with pytest.raises(UserError, match="/train holds only the class dog; put the images of two or more classes"):
+    with pytest.raises(UserError, match="/train holds only the class dog; put images of two or more classes"):
         list_classes(str(root))
     shutil.rmtree(root / "train" / "dog")
     with pytest.raises(UserError, match="/train holds no class"):
@@ -333,7 +328,7 @@ def test_list_classes(root: Path) -> None:
 
 
 def test_the_home_folder_of_an_unknown_user_is_named() -> None:
-    with pytest.raises(UserError, match=r"--data\.root ~nouser/x: no home folder of this user"):
+    with pytest.raises(UserError, match=r"~nouser/x/train is not a folder"):
         list_classes("~nouser/x")
 
 
