@@ -153,6 +153,7 @@ def test_a_checkpoint_rebuilds_the_network(data, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(image_folder, tmp_path):
     # 20 training images: a compiled step, dropout included, and one on a smaller batch.
     data = ImageDataModule("folder", str(image_folder), batch_size=16, val_size=73)

@@ -48,7 +48,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_path):
     options = [*NETWORKS[network], *SCHEDULES[schedule]]
     whole = command(*fit(recipe, tmp_path / "whole", *options))
