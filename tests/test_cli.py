@@ -64,10 +64,11 @@ def test_bad_input_ends_with_one_line_and_status_two(name, command, recipe, tmp_
         assert not list((tmp_path / kind).glob("*")), "a rejected run leaves nothing behind"
 
 
-def test_help_needs_no_torch(command):
-    script = "import sys; sys.argv[1:] = ['--help']; import cbam_pl.cli as c; c.main(); print('torch' in sys.modules)"
+def test_help_needs_no_torch_and_names_the_program_as_it_is_installed():
+    script = "import sys; sys.argv = ['bin/cbam-pl', '--help']; import cbam_pl.cli as cli; cli.main(); "
+    script += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "python train.py COMMAND" in done.stdout
+    assert done.stdout.startswith("usage: cbam-pl COMMAND [OPTIONS]")
     assert all(name in done.stdout for name in COMMANDS)
     assert done.stdout.endswith("False\n")
 

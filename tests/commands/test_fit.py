@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers import checkpoint, scalars
+from tests.helpers import checkpoint, fit, one_line, scalars
 
 
 def test_fit_writes_the_files_of_a_run(trained):
@@ -68,3 +68,17 @@ def test_val_size_zero_validates_on_the_test_split_and_says_so(command, recipe, 
     tested = command("test", "--trainer.default_root_dir", tmp_path, "--ckpt_path", "last")
     figures = checkpoint(tmp_path)["figures"]
     assert f"test/loss  {figures['val/loss']:.4f}" in tested.out
+
+
+def test_a_last_batch_of_one_image_is_rejected_before_the_first_step(command, recipe, tmp_path):
+    # 64 training images, of which resnet18 at the end has one position each.
+    options = ["--model.arch", "resnet18", "--data.image_size", 8, "--data.batch_size", 63]
+    error = one_line(command(*fit(recipe, tmp_path, *options)))
+    assert "data.batch_size=63 leaves a batch of one image of 64" in error
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_a_dry_run_writes_nothing(command, recipe, tmp_path):
+    outcome = command(*fit(recipe, tmp_path, "--trainer.fast_dev_run", "true"))
+    assert outcome.status == 0, outcome.err
+    assert not list(tmp_path.iterdir())
