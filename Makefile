@@ -1,19 +1,29 @@
 # `make train` and `make test` set up .venv by themselves. Another Python (3.10 or later): make train PYTHON=python3.12
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Two workers of one thread each; a file's tests stay together, so that its fixtures are made once.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
 
-.PHONY: train test
+.PHONY: train test test-all test-slow lint
 .DELETE_ON_ERROR:
 
 train: .venv/installed
 	.venv/bin/python train.py fit --config configs/quickstart.yaml
 	.venv/bin/python train.py test
 
-test: .venv/installed-dev
+lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(PYTEST) -m slow
+
+test-all: lint
+	$(PYTEST)
 
 .venv/installed: requirements.txt
 	@echo "installing torch and the rest into .venv (5.6 GB, one to three minutes)"

@@ -156,7 +156,7 @@ def training_loops(setup: Setup) -> Iterator[Row]:
 
 def networks(setup: Setup) -> Iterator[Row]:
     """Training steps of each network with CBAM and without, in bfloat16, and their memory."""
-    from benchmarks.attention import training_steps  # with timm, which may be missing here
+    from benchmarks.attention import training_steps  # noqa: PLC0415  # with timm, which may be missing here
 
     asked = {"cnn": "≤ 1.25", "resnet20": "≤ 1.3", "resnet18": "≤ 1.15", "resnet50": ""}
     archs = ["resnet20"] if setup.tiny else list(asked)
@@ -186,7 +186,7 @@ def networks(setup: Setup) -> Iterator[Row]:
 
 def layers(setup: Setup) -> Iterator[Row]:
     """One layer of ours against timm's, forward and backward, in bfloat16."""
-    from benchmarks.attention import SHAPES, layer_calls
+    from benchmarks.attention import SHAPES, layer_calls  # noqa: PLC0415  # likewise
 
     batch_size = 4 if setup.tiny else 128
     for mode in setup.modes:

@@ -7,7 +7,6 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,16 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from cbam_pl.cli import main
-
-COLOURS = {"blue": (60, 90, 220), "green": (50, 200, 80), "red": (220, 60, 50)}
-TRAIN_PER_CLASS, TEST_PER_CLASS = 31, 7  # so that no batch size or number of processes divides them
-
-
-FUZZ_CASES = 320
+from tests.helpers import COLOURS, TEST_PER_CLASS, TRAIN_PER_CLASS, Outcome
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz", type=int, default=FUZZ_CASES, help="cases of bad input that tests/test_fuzz.py tries")
+    parser.addoption("--fuzz", type=int, help="random cases of bad input for tests/test_fuzz.py, in place of its own")
 
 
 # Two threads beside another busy process are many times slower than one, and sums in another order round otherwise.
@@ -53,15 +47,6 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
     return root
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command printed, and how it ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")

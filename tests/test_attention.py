@@ -317,6 +317,7 @@ def test_compiles_to_one_graph_for_all_batch_sizes(config):
     assert compiled_agrees(config, "aot_eager") == 1
 
 
+@pytest.mark.slow
 def test_compiled_code_gives_the_same_numbers():
     assert compiled_agrees(AttentionConfig(preset="official"), "inductor") == 1
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from benchmarks import measure
 from benchmarks.naive import NaiveCNN
 from benchmarks.scaling import expected_efficiency
 from cbam_pl.models import build_network
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.helpers import REPOSITORY
 
 
 def test_the_naive_network_computes_what_ours_does():
@@ -79,7 +77,7 @@ COMMANDS = {  # options, the beginning of a row, rows of the longest table
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n != "attention" else n for n in COMMANDS])
 def test_a_benchmark_prints_its_tables_and_writes_them_as_json(name, tmp_path):
     options, row, num_rows = COMMANDS[name]
     path = tmp_path / "figures.json"

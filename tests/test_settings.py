@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cbam_pl.errors import UserError
 from cbam_pl.settings import closest, command_parser, parse, parse_with_recipes
+from tests.helpers import REPOSITORY
 
 
 def message(*options: str) -> str:
@@ -195,3 +197,16 @@ def test_the_closest_name_may_be_in_another_group() -> None:
     assert closest("archs", names) == "; did you mean model.arch?"
     assert closest("model.root", names) == "; did you mean data.root?"
     assert closest("zzz", names) == "; see --help"
+
+
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_its_header_names_itself(path: Path) -> None:
+    settings = parse_with_recipes(command_parser("fit"), ["--config", str(path)])
+    written = yaml.safe_load(path.read_text())
+    assert settings.trainer.max_epochs == written["trainer"]["max_epochs"]
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config configs/{path.name}" in line for line in header)
+    assert any(line.startswith("# Expect: ") and len(line) > 20 for line in header)

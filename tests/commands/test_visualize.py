@@ -201,18 +201,6 @@ def test_no_run_yet(command, tmp_path):
     assert_rejected(visualize(command, tmp_path), "no best.ckpt under", "train first")
 
 
-def test_a_checkpoint_without_network_settings(command, run, tmp_path):
-    checkpoint = torch.load(run / "checkpoints/tiny/version_0/best.ckpt", weights_only=True)
-    path = tmp_path / "bare.ckpt"
-    torch.save({**checkpoint, "hyper_parameters": {}}, path)
-    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "has no hyper_parameters.num_classes")
-    torch.save({"state_dict": checkpoint["state_dict"]}, path)
-    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "is not a checkpoint of this program")
-    changed = {**checkpoint["hyper_parameters"], "arch": "resnet18"}
-    torch.save({**checkpoint, "hyper_parameters": changed}, path)
-    assert_rejected(visualize(command, run, "--ckpt_path", path), str(path), "the weights of another network")
-
-
 def test_an_index_outside_the_data(command, run):
     assert_rejected(visualize(command, run, "--indices", 3, 21), "--indices 21 is outside the test split; use 0 to 20")
     assert_rejected(visualize(command, run, "--indices", -1), "--indices -1 is outside the test split")

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from cbam_pl.data import folder as folder_module
 from cbam_pl.data.folder import decode, find_images, list_classes, load_folder
 from cbam_pl.data.images import Source
 from cbam_pl.errors import UserError
+from tests.helpers import png_bomb
 
 CACHE = ".cbam_pl_8.pt"
 
@@ -172,16 +172,6 @@ def test_shrinking_averages_instead_of_picking(tmp_path: Path) -> None:
 def test_other_aspect_ratio_and_enlarging(tmp_path: Path) -> None:
     Image.new("RGB", (3, 50), (9, 8, 7)).save(tmp_path / "a.png")
     assert (decode(tmp_path / "a.png", 8) == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
-
-
-def png_bomb(width: int, height: int) -> bytes:
-    """A small PNG file that claims to be huge."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "dangling"])

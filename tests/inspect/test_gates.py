@@ -266,20 +266,6 @@ def test_features_of_a_resnet_are_its_stem_and_every_residual_block(arch, stages
     assert features.last is features.blocks[names[-1]]
 
 
-def test_grad_cam_is_the_papers_equations():
-    network, x, classes = network_of(), images_of(), torch.tensor([3, 0, 7])
-    maps = grad_cam(network, x, classes)
-    seen = []
-    hook = network.blocks[2].relu.register_forward_hook(lambda module, arguments, output: seen.append(output))
-    logits = network(x)
-    hook.remove()
-    (gradient,) = torch.autograd.grad(logits[range(3), classes].sum(), seen)
-    coarse = F.relu((gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True))  # (B, 1, 8, 8)
-    expected = F.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
-    torch.testing.assert_close(maps, expected.detach())
-    assert maps.max() > 0
-
-
 def test_health_counts_what_is_closed_open_and_uneven():
     spatial = torch.tensor([[[0.01, 0.99], [0.5, 0.5]], [[0.3, 0.3], [0.3, 0.3]]])  # (2, 2, 2)
     channel = torch.tensor([[0.9, 0.9, 0.9, 0.9], [0.97, 0.02, 0.001, 0.001]])

@@ -1,104 +1,44 @@
-import os
+"""Interruptions, checkpoints in time, losses that are not finite, and the lines that a training prints."""
+
 import re
-import shutil
+import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.errors import UserError
-from tests.helpers import REPOSITORY, checkpoint, scalars
-
-EPOCHS, STEPS = 12, 6
-
-
-def start(recipe, root, *options):
-    command = [
-        sys.executable, "train.py", "fit", "--config", recipe, "--trainer.max_epochs", EPOCHS,
-        "--trainer.default_root_dir", root, *options,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path: Path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} was not written"
-        time.sleep(0.01)
+from cbam_pl.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+from tests.helpers import EPOCHS, RUN, STEPS, Break, assert_same_run, callbacks, checkpoint, fit, one_line, scalars
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe, tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
-    process = start(recipe, root)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return root
+def whole(command, recipe, tmp_path_factory):
+    """A run of four epochs that nothing stopped: its root, and what it printed."""
+    root = tmp_path_factory.mktemp("whole")
+    outcome = command(*fit(recipe, root))
+    assert outcome.status == 0, outcome.err
+    return root, outcome
 
 
-def same(ours, theirs):
-    assert ours["epoch"] == theirs["epoch"]
-    for name, value in theirs["state_dict"].items():
-        assert torch.equal(value, ours["state_dict"][name]), name
-    assert ours["lr_schedulers"] == theirs["lr_schedulers"]
-    assert ours["figures"] == theirs["figures"]
+# Interruptions
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGUSR1]])
-def test_a_signal_saves_and_the_resumed_run_equals_the_undisturbed_one(numbers, recipe, undisturbed, tmp_path):
-    process = start(recipe, tmp_path)
-    wait_for(tmp_path / "checkpoints/tiny/version_0/last.ckpt", process)
-    for number in numbers:
-        process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + numbers[0], err
-    assert f"stopped by {signal.Signals(numbers[0]).name} in epoch" in err
-    command = re.search(r"^resume: python (train\.py fit .*)$", err, re.MULTILINE).group(1)
-    assert "Traceback" not in err
-    saved = checkpoint(tmp_path)
-    step = saved["global_step"]
-    assert 0 < step < EPOCHS * STEPS
-
-    resumed = subprocess.run(
-        [sys.executable, *command.split()], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    same(checkpoint(tmp_path), checkpoint(undisturbed))
-    logged, reference = (scalars(root / "logs/tiny/version_0") for root in (tmp_path, undisturbed))
-    assert logged == reference
-    rows = [(root / "logs/tiny/version_0/metrics.csv").read_text() for root in (tmp_path, undisturbed)]
-    assert rows[0] == rows[1]
-
-
-def test_signals_are_given_back(recipe, command, tmp_path):
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    root = ("--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 1)
-    assert command("fit", "--config", recipe, *root).status == 0
-    assert [signal.getsignal(number) for number in numbers] == before
-    broken = command(
-        "fit",
-        "--config",
-        recipe,
-        *root,
-        "--trainer.callbacks",
-        '[{"class_path": "tests.training.test_callbacks.Stop"}]',
-    )
-    assert broken.status == 2
-    assert [signal.getsignal(number) for number in numbers] == before
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGUSR1, 1)])
+def test_a_signal_saves_the_state_and_prints_the_command_that_resumes(number, times, whole, command, recipe, tmp_path):
+    stop = callbacks(Break, step=STEPS + 2, number=int(number), times=times)
+    outcome = command(*fit(recipe, tmp_path, *stop))
+    assert outcome.status == 128 + number, outcome.err
+    assert f"stopped by {number.name} in epoch 2 after step {STEPS + 2}; the state is saved\n" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert checkpoint(tmp_path)["global_step"] == STEPS + 2
+    words = shlex.split(re.search(r"^resume: python train\.py (fit .*)$", outcome.err, re.MULTILINE)[1])
+    place = words.index("--trainer.callbacks")  # which would stop it again
+    outcome = command(*words[:place], *words[place + 2 :])
+    assert outcome.status == 0, outcome.err
+    assert_same_run(tmp_path, whole[0])
 
 
 class Stop(Callback):
@@ -108,40 +48,131 @@ class Stop(Callback):
         raise UserError("enough")
 
 
-def test_checkpoints_in_time_survive_kill(recipe, undisturbed, tmp_path):
-    process = start(recipe, tmp_path, "--checkpoint_minutes", "0.0001")
-    last = tmp_path / "checkpoints/tiny/version_0/last.ckpt"
-    wait_for(last, process)
-    for _ in range(200):  # until one was written in the middle of an epoch
-        if torch.load(last, weights_only=True)["global_step"] % STEPS:
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    resumed = start(recipe, tmp_path, "--ckpt_path", "last")
-    _, err = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, err
-    same(checkpoint(tmp_path), checkpoint(undisturbed))
-    assert scalars(tmp_path / "logs/tiny/version_0") == scalars(undisturbed / "logs/tiny/version_0")
+def test_signal_handlers_are_restored(recipe, command, tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    assert command(*fit(recipe, tmp_path, "--trainer.max_epochs", 1)).status == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert one_line(command(*fit(recipe, tmp_path, *callbacks(Stop)))) == "error: enough"
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(recipe, command, tmp_path, trained):
-    root = shutil.copytree(trained[0], tmp_path / "run")
-    outcome = command(
-        "fit", "--config", recipe, "--ckpt_path", "last", "--trainer.default_root_dir", root,
-        "--trainer.max_epochs", 9, "--model.optimizer.lr", 0.002, "--data.batch_size", 16,
-        "--trainer.callbacks", '[{"class_path": "tests.training.test_callbacks.Poison"}]',
-    )  # fmt: skip
-    assert outcome.status == 2, outcome.err
-    last = root / "checkpoints/tiny/version_0/last.ckpt"
-    message = rf"error: the loss is not finite at step \d+ \(learning rate 0\.00\d+\); the last good .* {last}"
-    assert re.search(message, outcome.err), outcome.err
-    assert all(value.isfinite().all() for value in checkpoint(root)["state_dict"].values())
+def test_at_most_checkpoint_minutes_are_lost(command, recipe, tmp_path, monkeypatch):
+    now, saved, save = [0.0], [], AtomicCheckpointIO.save_checkpoint
+
+    class Tick(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            now[0] += 25  # seconds a step
+
+    def spy(self, content, path, storage_options=None):
+        saved.append((Path(path).name, content["global_step"]))
+        save(self, content, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", spy)
+    monkeypatch.setattr("cbam_pl.training.callbacks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tests.training.test_callbacks.Tick", Tick, raising=False)
+    options = ["--trainer.default_root_dir", tmp_path, "--checkpoint_minutes", 1]
+    options += ["--trainer.callbacks", "[tests.training.test_callbacks.Tick]"]
+    outcome = command("fit", "--config", recipe, *options)
+    assert outcome.status == 0, outcome.err
+    # Epochs of six steps; the first step that ends more than a minute after the last write is the third.
+    assert [step for name, step in saved if name == "last.ckpt"] == [3, 6, 9, 12]
+
+
+# Losses
 
 
 class Poison(Callback):
-    """Breaks a weight in the fourth epoch, as an overflow would."""
+    """Breaks a weight at an optimizer step, as an overflow would."""
+
+    last_step = 0
+
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.current_epoch == 3 and batch_idx == 2:
-            pl_module.network.classifier[-1].weight.data.fill_(float("inf"))
+        Poison.last_step = trainer.global_step + 1
+        if Poison.last_step == self.step:
+            pl_module.network.classifier[-1].weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("minutes", [5, 1e-5])
+def test_a_loss_that_is_not_finite_stops_soon(minutes, command, recipe, tmp_path):
+    # Epochs of 64 steps, of which the second breaks at its tenth.
+    options = ["--data.batch_size", 1, "--data.image_size", 8, "--checkpoint_minutes", minutes]
+    error = one_line(command(*fit(recipe, tmp_path, *options, *callbacks(Poison, step=74))))
+    last = tmp_path / "checkpoints" / RUN / "last.ckpt"
+    message = rf"the loss is not finite at step 74 \(learning rate 0\.00\d+\); the last good checkpoint is {last}"
+    assert re.search(message, error), error
+    assert Poison.last_step <= 74 + 50
+    for name in ("best", "last"):
+        saved = read_checkpoint(last.with_name(f"{name}.ckpt"))
+        assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    assert saved["global_step"] == (64 if minutes == 5 else 73)
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_step_losses_are_logged_as_often_as_asked_for(every, whole, command, recipe, tmp_path):
+    assert command(*fit(recipe, tmp_path, "--trainer.log_every_n_steps", every)).status == 0
+    expected = [
+        point for point in scalars(whole[0] / "logs" / RUN)["train/loss_step"] if every and point[0] % every == 0
+    ]
+    assert scalars(tmp_path / "logs" / RUN).get("train/loss_step", []) == expected
+
+
+# What is printed
+
+
+def test_each_epoch_has_a_line_with_its_figures(whole):
+    root, outcome = whole
+    logged = scalars(root / "logs" / RUN)
+    expected = [
+        f"epoch   {step}/{EPOCHS}  train {logged['train/loss'][step - 1][1]:.4f} {logged['train/acc'][step - 1][1]:.4f}"
+        f"  val {logged['val/loss'][step - 1][1]:.4f} {logged['val/acc'][step - 1][1]:.4f}"
+        f"  lr {logged['lr'][step - 1][1]:.2g}"
+        for step in range(1, EPOCHS + 1)
+    ]
+    lines = [line for line in outcome.err.splitlines() if line.startswith("epoch ")]
+    assert [line.rsplit("  ", 1)[0] for line in lines] == expected
+    assert all(re.fullmatch(r"\d+\.\d s", line.rsplit("  ", 1)[1]) for line in lines)
+    assert outcome.err.count("figures of an epoch: mean loss, accuracy\n") == 1
+
+
+class Clock(Callback):
+    """A clock by which a step takes one second and a validation a thousand; keeps what the bar would show."""
+
+    now = 0.0
+    shown: list[str]
+
+    def on_train_start(self, *_):
+        Clock.shown = []
+
+    def on_train_batch_start(self, *_):
+        Clock.now += 1
+
+    def on_validation_end(self, trainer, pl_module):
+        bar = trainer.progress_bar_callback
+        Clock.shown.append(bar.get_metrics(trainer, pl_module))
+
+    def on_validation_batch_start(self, *_):
+        Clock.now += 1000
+
+
+def test_images_per_second_leave_validation_out(command, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("cbam_pl.training.callbacks.time.monotonic", lambda: Clock.now)
+    options = ["--trainer.max_epochs", 3, "--trainer.callbacks", "[tests.training.test_callbacks.Clock]"]
+    assert command(*fit(recipe, tmp_path, *options)).status == 0
+    # 64 images in three steps of a second. What is shown at a validation was fetched before it.
+    speeds = [shown["images/s"] for shown in Clock.shown]
+    assert speeds == ["21", "21", "21"]
+
+
+def test_an_epoch_that_goes_on_is_timed_from_there(command, recipe, tmp_path, monkeypatch):
+    assert command(*fit(recipe, tmp_path, *callbacks(Break, step=STEPS + 2))).status == 143
+    clock = time.monotonic
+    monkeypatch.setattr("cbam_pl.training.callbacks.time.monotonic", lambda: clock() + 1e6)
+    outcome = command(*fit(recipe, tmp_path, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    seconds = [float(found) for found in re.findall(r"^epoch .* ([\d.]+) s$", outcome.err, re.MULTILINE)]
+    assert len(seconds) == EPOCHS - 1
+    assert max(seconds) < 1e6

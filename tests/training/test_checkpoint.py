@@ -1,13 +1,19 @@
 """Checkpoints that were edited, damaged or written by others: one line that names what is wrong, and nothing is run."""
 
 import copy
+import io
 import os
+import random
 import re
+import shutil
+import zipfile
 
 import pytest
 import torch
 
-from tests.helpers import checkpoint
+from cbam_pl.errors import UserError
+from cbam_pl.training.checkpoint import read_checkpoint
+from tests.helpers import RUN, assert_equal, checkpoint, one_line
 
 
 def put(path, value):
@@ -131,6 +137,120 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.witness),)
+
+
+# Files that are damaged, or of another program
+
+
+@pytest.fixture(scope="module")
+def damaged(trained, tmp_path_factory):
+    """A copy of a finished run, whose last.ckpt a test may break."""
+    root = tmp_path_factory.mktemp("damaged")
+    return shutil.copytree(trained[0], root, dirs_exist_ok=True)
+
+
+def rejected(command, root, *arguments):
+    """What `last` says of the broken last.ckpt; it names best.ckpt instead."""
+    folder = root / "checkpoints" / RUN
+    error = one_line(command(*arguments, "--trainer.default_root_dir", root, "--ckpt_path", "last"))
+    assert error.startswith(f"error: {folder}/last.ckpt "), error
+    assert error.endswith(f"; the newest complete one is {folder}/best.ckpt"), error
+    return error
+
+
+def test_a_checkpoint_cut_off_at_twenty_places(trained, damaged, command, recipe):
+    whole = (trained[0] / "checkpoints" / RUN / "last.ckpt").read_bytes()
+    last = damaged / "checkpoints" / RUN / "last.ckpt"
+    for length in [0, 1, 100, *(len(whole) * part // 16 for part in range(1, 16)), len(whole) - 22, len(whole) - 1]:
+        last.write_bytes(whole[:length])
+        assert "cannot be read as a checkpoint" in rejected(command, damaged, "validate")
+    assert "cannot be read as a checkpoint" in rejected(
+        command, damaged, "fit", "--config", recipe, "--trainer.max_epochs", 3
+    )
+
+
+def test_a_checkpoint_with_a_flipped_bit(trained, damaged, command):
+    whole = (trained[0] / "checkpoints" / RUN / "last.ckpt").read_bytes()
+    last = damaged / "checkpoints" / RUN / "last.ckpt"
+    places = random.Random(0)
+    for _ in range(5):  # in the weights and the optimizer's state, which are nearly all of it
+        flipped = bytearray(whole)
+        flipped[places.randrange(len(whole) // 10, len(whole) * 9 // 10)] ^= 1 << places.randrange(8)
+        last.write_bytes(flipped)
+        assert "cannot be read as a checkpoint" in rejected(command, damaged, "validate")
+
+
+def test_no_flipped_bit_changes_what_is_read(trained, tmp_path):
+    content = checkpoint(trained[0])
+    content["state_dict"] = {"weight": torch.arange(64.0)}
+    content["optimizer_states"] = [{"state": {0: {"exp_avg": torch.arange(16.0)}}}]
+    path = tmp_path / "small.ckpt"
+    torch.save(content, path)
+    whole = path.read_bytes()
+    content = read_checkpoint(path)
+    bits = random.Random(0)
+    # Every byte of the archive's directory at the end, and every seventh of the rest.
+    directory = zipfile.ZipFile(path).start_dir
+    places = [*range(0, directory, 7), *range(directory, len(whole))]
+    rejected = 0
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bits.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            found = read_checkpoint(path)
+        except UserError:
+            rejected += 1
+        else:  # in padding, or in what both readers know twice
+            assert_equal(found, content)
+    print(f"{rejected} of {len(places)} rejected, the others harmless")
+    assert rejected > len(places) // 2
+
+
+def archive(name, data):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as stream:
+        stream.writestr(name, data)
+    return content.getvalue()
+
+
+def file_of(content, zipped=True):
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+def test_a_checkpoint_of_another_program_or_with_code(damaged, command, tmp_path):
+    last = damaged / "checkpoints" / RUN / "last.ckpt"
+    executed = tmp_path / "executed"
+    complete = torch.load(last.with_name("best.ckpt"), weights_only=True)
+    for content, message in [
+        (b"a text file\n" * 100, "cannot be read as a checkpoint"),
+        (archive("notes.txt", "a random archive"), "cannot be read as a checkpoint"),
+        (file_of(torch.nn.Linear(3, 3).state_dict()), "is not a checkpoint of this program"),
+        (file_of({"state_dict": {}, "epoch": 3}), "is not a checkpoint of this program"),
+        (file_of([1, 2, 3]), "is not a checkpoint of this program"),
+        (file_of({**complete, "extra": Payload(executed)}), "could run code"),
+        (file_of(Payload(executed)), "could run code"),
+        (file_of({**complete, "extra": Payload(executed)}, zipped=False), "cannot be read as a checkpoint"),
+    ]:
+        last.unlink()
+        last.write_bytes(content)
+        assert message in rejected(command, damaged, "validate")
+        assert not executed.exists()
+    last.unlink()
+    last.mkdir()
+    assert "is a folder" in rejected(command, damaged, "validate")
+    last.rmdir()
+    last.symlink_to(last)
+    assert f"no checkpoint at {last}" in one_line(command("validate", "--ckpt_path", last))
+    last.unlink()
+    # The payload is a real one.
+    torch.load(io.BytesIO(file_of(Payload(executed))), weights_only=False)
+    assert executed.exists()
+
+
+# Code
 
 
 PLACES = [

@@ -111,9 +111,15 @@ def test_dropout_is_a_function_of_seed_and_epoch(data, tmp_path):
     assert torch.equal(*weights)
 
 
-def test_an_optimizer_that_refuses_its_settings_is_a_mistake_of_the_user(data, tmp_path):
+def test_an_optimizer_that_rejects_its_settings_is_a_mistake_of_the_user(data, tmp_path):
     model = Classifier(3, optimizer=partial(torch.optim.SGD, lr=-1.0))
     with pytest.raises(UserError, match=r"model\.optimizer: Invalid learning rate"):
+        trainer(tmp_path, max_epochs=1).fit(model, data)
+
+
+def test_a_schedule_that_fails_at_a_step_is_a_mistake_of_the_user(data, tmp_path):
+    model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=0))
+    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero; a step size or share in it is 0"):
         trainer(tmp_path, max_epochs=1).fit(model, data)
 
 
@@ -147,6 +153,7 @@ def test_a_checkpoint_rebuilds_the_network(data, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(image_folder, tmp_path):
     # 20 training images: a compiled step, dropout included, and one on a smaller batch.
     data = ImageDataModule("folder", str(image_folder), batch_size=16, val_size=73)

@@ -29,7 +29,7 @@ def stop_by_flag(step):
 
 
 def stop_by_signal(step):
-    name = "tests.training.test_resume.Break"
+    name = "tests.helpers.Break"
     return ["--trainer.callbacks", f"[{{class_path: {name}, init_args: {{step: {step}}}}}]"]
 
 

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.helpers import REPOSITORY
+
+# test_resume.py has two processes in the fast lane.
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -66,8 +70,7 @@ def test_two_times_32_trains_as_one_times_64(image_folder, tmp_path):
         assert torch.allclose(both[0]["weights"][name], value, atol=2e-6), name
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize(("stage", "processes"), [("validate", 2), ("test", 3)])
 def test_figures_are_those_of_one_process_whatever_the_sizes(trained, tmp_path, stage, processes):
     # 9 validation and 21 test images; in batches of 4 × 1 per process.
     script = (

@@ -12,6 +12,7 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.inspect.gates import attention_maps, gate_health
 from cbam_pl.training.checkpoint import load_classifier
 from cbam_pl.training.monitor import NetworkMonitor
+from tests.helpers import checkpoint
 
 
 def events_of(root, version=0):
@@ -24,10 +25,6 @@ def fit(command, recipe, root, *options):
     outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root, *options)
     assert outcome.status == 0, outcome.err
     return outcome
-
-
-def checkpoint(root, name="last", version=0):
-    return torch.load(root / f"checkpoints/tiny/version_{version}/{name}.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +179,3 @@ def test_networks_without_spatial_gates_are_monitored_too(tmp_path, command, rec
 def test_a_negative_interval_is_rejected():
     with pytest.raises(ValueError, match="pictures_every=-1 must be at least 0, which means no pictures"):
         NetworkMonitor(-1)
-
-
-def test_the_default_is_every_fifth_epoch():
-    assert NetworkMonitor().pictures_every == 5

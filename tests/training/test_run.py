@@ -4,10 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from cbam_pl.errors import UserError
-from cbam_pl.training.checkpoint import newest_checkpoint, read_checkpoint
+from cbam_pl.training.checkpoint import newest_checkpoint
 from cbam_pl.training.run import Run, new_run, run_of
 
 
@@ -57,16 +56,3 @@ def test_only_an_unused_run_is_discarded(tmp_path):
         run.discard_if_unused()
     assert [run.logs.exists() for run in (unused, begun, saved)] == [False, True, True]
     assert [run.checkpoints.exists() for run in (unused, begun, saved)] == [False, True, True]
-
-
-class Payload:
-    def __reduce__(self):
-        return (Path.touch, (Path("executed"),))
-
-
-def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Payload()}, "bad.ckpt")
-    with pytest.raises(UserError, match="could run code"):
-        read_checkpoint(Path("bad.ckpt"))
-    assert not Path("executed").exists()

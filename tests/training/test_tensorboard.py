@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from cbam_pl.inspect.drawing import COLOURS, OPACITY
+from tests.helpers import RUN
 
-RUN = "tiny/version_0"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

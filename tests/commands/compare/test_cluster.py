@@ -3,11 +3,11 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[3]
+from tests.helpers import REPOSITORY
+
 EPOCHS = 60
 
 # In a process of its own, since Ray warns of this and that, which tests take for errors.

@@ -12,8 +12,7 @@ from cbam_pl.commands.compare import command as command_module
 from cbam_pl.commands.compare import jobs as jobs_module
 from cbam_pl.models import build_network
 from cbam_pl.models.cost import count_flops
-
-REPOSITORY = Path(__file__).parents[3]
+from tests.helpers import REPOSITORY, plan_of
 
 
 def test_it_trains_tests_and_reports(compared):
@@ -109,8 +108,6 @@ def test_help_names_the_settings(command):
 
 @pytest.mark.parametrize("name", ["pooling", "spatial", "order"])
 def test_the_ablations_are_ready_and_their_headers_name_them(name, tmp_path, monkeypatch):
-    from tests.commands.compare.test_plan import plan_of
-
     monkeypatch.chdir(REPOSITORY)
     path = Path(f"configs/ablations/{name}.yaml")
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process, peak_training_memory, time_recipes
-from tests.commands.compare.test_plan import plan_of
+from tests.helpers import plan_of
 
 
 @pytest.fixture(scope="module")

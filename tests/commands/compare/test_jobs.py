@@ -19,9 +19,7 @@ from cbam_pl.commands.compare.plan import nest
 from cbam_pl.commands.compare.watch import watch
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.training.callbacks import InterruptCheckpoint
-from tests.commands.compare.test_plan import plan_of
-
-REPOSITORY = Path(__file__).parents[3]
+from tests.helpers import REPOSITORY, plan_of
 
 
 def plan_in(root, recipes, *more):

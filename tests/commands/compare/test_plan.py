@@ -1,6 +1,5 @@
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -11,20 +10,12 @@ from cbam_pl.commands.compare.plan import (
     _title,
     _variations,
     flatten,
-    make_plan,
     nest,
-    option_parser,
     same_settings,
 )
 from cbam_pl.errors import UserError
 from cbam_pl.settings import command_parser
-
-REPOSITORY = Path(__file__).parents[3]
-
-
-def plan_of(*words):
-    options, settings = option_parser().parse_known_args([str(word) for word in words])
-    return make_plan(options, settings)
+from tests.helpers import REPOSITORY, plan_of
 
 
 def test_settings_apply_to_every_recipe_and_the_first_is_the_baseline(recipes, tmp_path):

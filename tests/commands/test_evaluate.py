@@ -1,0 +1,99 @@
+"""`test` and `validate`: figures by hand, where they are written, and of how many images they are."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from cbam_pl.data.folder import load_folder
+from cbam_pl.training.classifier import Classifier
+from tests.helpers import checkpoint, one_line, scalars
+
+
+def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, command, tmp_path, image_folder):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    for _ in range(2):
+        outcome = command("test", "--trainer.default_root_dir", root)
+        assert outcome.status == 0, outcome.err
+    best = checkpoint(root, "best")
+    printed = dict(re.findall(r"^(test/\w+)  ([\d.]+)$", outcome.out, re.MULTILINE))
+    logged = scalars(root / "logs/tiny/version_0")
+    for tag in ("test/loss", "test/acc"):
+        ((step, value),) = logged[tag]
+        assert step == best["epoch"] + 1
+        assert float(printed[tag]) == pytest.approx(value, abs=1e-4)
+
+    # By hand: every test image through the network of best.ckpt.
+    model = Classifier.load_from_checkpoint(root / "checkpoints/tiny/version_0/best.ckpt").eval()
+    images = load_folder(str(image_folder)).test
+    data = best["ImageDataModule"]
+    x = (images.pixels / 255 - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(data["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        logits = model(x)
+    loss = torch.nn.functional.cross_entropy(logits, images.labels)
+    assert logged["test/loss"][0][1] == pytest.approx(float(loss), abs=1e-5)
+    assert logged["test/acc"][0][1] == pytest.approx(float((logits.argmax(1) == images.labels).double().mean()))
+    record = json.loads((root / "logs/tiny/version_0/test.json").read_text())
+    counts = [[0] * 3 for _ in range(3)]
+    for true, predicted in zip(images.labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        counts[true][predicted] += 1
+    assert record["confusion"] == counts  # of one test, though two were made
+    assert (record["epoch"], record["images"], record["classes"]) == (best["epoch"] + 1, 21, ["blue", "green", "red"])
+    assert record["test/acc"] == pytest.approx(sum(counts[label][label] for label in range(3)) / 21)
+    assert record["options"] == ["--trainer.default_root_dir", str(root)]
+
+
+def test_validate_gives_the_figures_of_training(trained, command):
+    root, _ = trained
+    outcome = command("validate", "--trainer.default_root_dir", root, "--ckpt_path", "last")
+    assert outcome.status == 0, outcome.err
+    figures = checkpoint(root)["figures"]
+    assert f"val/loss  {figures['val/loss']:.4f}" in outcome.out
+    assert f"val/acc  {figures['val/acc']:.4f}" in outcome.out
+
+
+def test_testing_again_replaces_the_point_and_a_rejected_test_keeps_it(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    test = ("test", "--trainer.default_root_dir", root)
+
+    def points():
+        return list((root / "logs/tiny/version_0").glob("events*.test-epoch*"))
+
+    assert command(*test).status == 0
+    (first,) = points()
+    assert command(*test, "--data.root", tmp_path / "nowhere").status == 2
+    assert points() == [first]
+    assert command(*test).status == 0
+    (second,) = points()
+    assert second != first
+
+
+def test_figures_of_a_part_say_of_how_many_images_they_are(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    options = ["--trainer.default_root_dir", root, "--data.batch_size", 3]
+    # Evaluation takes up to four times as many at once, here 11 and 10.
+    outcome = command("test", *options, "--trainer.limit_test_batches", 1)
+    assert outcome.status == 0, outcome.err
+    assert re.search(r"epoch \d, on 11 of 21 test images of folder:", outcome.out), outcome.out
+    record = json.loads((root / "logs/tiny/version_0/test.json").read_text())
+    assert record["images"] == 11 == sum(map(sum, record["confusion"]))
+    # Every part of a split is of all its classes, not of the first ones.
+    assert all(sum(row) for row in record["confusion"])
+    outcome = command("validate", *options, "--trainer.limit_val_batches", 1, "--data.batch_size", 1)
+    assert re.search(r"epoch \d, on 3 of 9 val images of folder:", outcome.out), outcome.out
+
+
+def test_a_dry_run_writes_nothing(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    before = {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
+    outcome = command("test", "--trainer.default_root_dir", root, "--trainer.fast_dev_run", "true")
+    assert outcome.status == 0, outcome.err
+    assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_images_of_other_classes_are_rejected(trained, command):
+    best = trained[0] / "checkpoints/tiny/version_0/best.ckpt"
+    error = one_line(command("test", "--data.dataset", "shapes", "--ckpt_path", best))
+    assert "(blue, green, red) are not those" in error

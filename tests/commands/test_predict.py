@@ -1,0 +1,66 @@
+"""`predict`: its table, its CSV, and files with any name."""
+
+import csv
+import os
+import subprocess
+import sys
+
+from tests.helpers import COLOURS, REPOSITORY, TEST_PER_CLASS, one_line, png_bomb
+
+
+def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder, tmp_path):
+    root, _ = trained
+    images = [image_folder / "test/red/0.png", image_folder / "test/blue"]
+    output = tmp_path / "out.csv"
+    outcome = command(
+        "predict", "--trainer.default_root_dir", root, "--images", *images, "--output", output, "--top", 2
+    )
+    assert outcome.status == 0, outcome.err
+    with output.open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 1 + TEST_PER_CLASS
+    assert list(rows[0]) == ["image", "class_1", "probability_1", "class_2", "probability_2"]
+    assert {row["image"] for row in rows} == {str(images[0]), *(str(path) for path in images[1].iterdir())}
+    for row in rows:
+        assert 1 > float(row["probability_1"]) >= float(row["probability_2"]) > 0
+        assert {row["class_1"], row["class_2"]} < set(COLOURS)
+    assert rows[0]["class_1"] in outcome.out
+
+
+def test_predict_takes_names_that_look_like_markup_or_no_text(trained, command, image_folder, tmp_path, monkeypatch):
+    names = [b"a[/red].png", b"[bold]x.png", b"line\nbreak.png", b"caf\xe9.png"]
+    (tmp_path / "images/a[").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "images")
+    for name in names:
+        with open(name, "wb") as stream:
+            stream.write((image_folder / "test/red/0.png").read_bytes())
+    outcome = command(
+        "predict", "--trainer.default_root_dir", trained[0], "--images", ".", "--output", tmp_path / "out.csv"
+    )
+    assert outcome.status == 0, outcome.err
+    with (tmp_path / "out.csv").open(newline="", errors="surrogateescape") as stream:
+        assert sorted(os.fsencode(row["image"]) for row in csv.DictReader(stream)) == sorted(names)
+    assert "[bold]x.png" in outcome.out
+
+
+def test_images_that_cannot_be_classified_are_named(trained, command, recipe, tmp_path):
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(png_bomb(20_000, 20_000))
+    predict = ("predict", "--trainer.default_root_dir", trained[0], "--images")
+    assert "bomb.png cannot be decoded (" in one_line(command(*predict, bomb))  # not: memory is filled
+    assert f"{recipe} is not a supported image" in one_line(command(*predict, recipe))
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_the_csv_is_complete_where_the_reader_of_the_table_leaves(trained, image_folder, tmp_path):
+    output = tmp_path / "out.csv"
+    words = ["--images", image_folder / "test", "--trainer.default_root_dir", trained[0], "--output", output]
+    script = [sys.executable, "train.py", "predict", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(script, cwd=REPOSITORY, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "decoding 21 images\n"
+        process.stdout.close()  # as `| head -1` does
+        assert process.stderr.read() == ""
+    with output.open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(COLOURS) * TEST_PER_CLASS

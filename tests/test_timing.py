@@ -1,0 +1,30 @@
+import time
+
+import torch
+
+from cbam_pl.timing import peak_memory, time_in_turns
+
+CPU = torch.device("cpu")
+
+
+def test_each_work_is_timed_in_every_round(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def work(name, seconds):
+        calls.append(name)
+        now[0] += seconds
+
+    works = {"slow": lambda: work("slow", 4.0), "fast": lambda: work("fast", 2.0)}
+    assert time_in_turns(works, 2, 5.0, CPU) == {"slow": [4.0, 4.0], "fast": [2.0, 2.0]}
+    # Two calls of each before, then in turns one more and as many as take five seconds: two and three.
+    assert calls == ["slow"] * 2 + ["fast"] * 2 + (["slow"] * 3 + ["fast"] * 4) * 2
+
+
+def test_the_peak_stays_when_memory_is_freed():
+    before = peak_memory(CPU)
+    held = bytearray(300_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    del held
+    assert peak_memory(CPU) >= 286  # 2²⁰ bytes each
+    assert peak_memory(CPU) >= before

@@ -1,0 +1,49 @@
+"""The Trainer's settings that are rejected, and what its failures become."""
+
+import errno
+import os
+import re
+
+import pytest
+
+from cbam_pl.errors import UserError
+from cbam_pl.training.run import new_run
+from cbam_pl.training.trainer import running
+from tests.helpers import fit, one_line
+
+# Setting → what its line says. test_cut_epochs.py has what changes an epoch.
+REJECTED = {
+    ("--trainer.max_epochs", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
+    ("--trainer.max_steps", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
+    ("--trainer.limit_train_batches", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
+    ("--trainer.barebones", "true"): "trainer.barebones=true leaves no checkpoint and no figures; leave it out",
+    ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "foo"): (
+        "trainer.callbacks: monitor=foo is not logged; use one of val/loss, val/acc, train/loss, train/acc, lr"
+    ),
+}
+
+
+@pytest.mark.parametrize("options", REJECTED, ids=lambda options: options[0])
+def test_a_setting_that_cannot_give_true_figures_is_rejected(options, command, recipe, tmp_path):
+    assert REJECTED[options] in one_line(command(*fit(recipe, tmp_path, *options)))
+    assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, r"cannot write /full/file \(No space left on device\); [\d,.]+ MB are free there"),
+        (errno.ENOMEM, "out of memory; lower data.batch_size"),
+    ],
+)
+def test_what_fails_for_the_machines_reasons_is_one_line(number, message, tmp_path):
+    run = new_run(tmp_path, "tiny")
+    with pytest.raises(UserError) as caught, running(run):
+        raise OSError(number, os.strerror(number), "/full/file")
+    assert re.match(message, str(caught.value))
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    for error in (OSError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("shapes cannot be multiplied")):
+        with pytest.raises(type(error)), running(new_run(tmp_path, "tiny")):
+            raise error
