@@ -1,6 +1,5 @@
 """What a checkpoint must hold, compared before any of it is used: an edited or damaged file may hold anything."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,20 +9,26 @@ from torch import Tensor, nn
 # Raise it when a key changes its meaning, and teach checkpoint.py the old one.
 FORMAT = 2
 
-_TYPES: dict[str, type] = {
-    "state_dict": dict,
+# A type; a list of values of one pattern; a dict with these keys, or with any keys where the key is a type.
+_PATTERN: dict[Any, Any] = {
     "epoch": int,
     "global_step": int,
-    "loops": dict,
-    "callbacks": dict,
+    "state_dict": {str: Tensor},
+    "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}},
+    "callbacks": {str: dict},
     "optimizer_states": list,
     "lr_schedulers": list,
-    "hyper_parameters": dict,
+    "hyper_parameters": {"num_classes": int},
     "datamodule_hyper_parameters": dict,
-    "ImageDataModule": dict,
-    "figures": dict,
+    "ImageDataModule": {"classes": [str], "mean": [float], "std": [float]},
+    "figures": {str: float},
     "interrupted_epoch": dict,
     "run_conditions": dict,
+}
+_RESUMED: dict[Any, Any] = {
+    "lr_schedulers": [dict],
+    "interrupted_epoch": {"lr": float, "sums": [float]},
+    "optimizer_states": [{"state": {int: dict}, "param_groups": [{"lr": float, "params": [int]}]}],
 }
 
 
@@ -40,33 +45,15 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version > FORMAT:
         raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
-    for key, kind in _TYPES.items():
-        _expect(checkpoint, key, kind)
+    _match(checkpoint, _PATTERN)
     if checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0:
         raise SchemaError(f"has epoch={checkpoint['epoch']} and global_step={checkpoint['global_step']}, below 0")
-    for group, kind in (("state_dict", Tensor), ("figures", float), ("callbacks", dict)):
-        for key in checkpoint[group]:
-            _expect(checkpoint[group], key, kind, f"{group}.")
-    _check_data(checkpoint["ImageDataModule"], checkpoint["hyper_parameters"])
-    place: Any = checkpoint["loops"]
-    for key in ("fit_loop", "epoch_progress", "current"):
-        place = _expect(place, key, dict, "loops.")
-    _expect(place, "processed", int, "loops.fit_loop.epoch_progress.current.")
-
-
-def _check_data(data: dict[str, Any], network: dict[str, Any]) -> None:
-    for key, kind in (("classes", str), ("mean", float), ("std", float)):
-        values = _expect(data, key, list, "ImageDataModule.")
-        if not all(type(value) is kind for value in values):
-            raise SchemaError(f"has ImageDataModule.{key}={values!r:.80}, which must be {kind.__name__} values")
-    for key in {"train_ids", "val_ids"} & data.keys():
-        if _expect(data, key, Tensor, "ImageDataModule.").dtype != torch.int64:
-            raise SchemaError(f"has ImageDataModule.{key} of {data[key].dtype}, which must be int64")
-    num_classes = _expect(network, "num_classes", int, "hyper_parameters.")
+    data, num_classes = checkpoint["ImageDataModule"], checkpoint["hyper_parameters"]["num_classes"]
     if [len(data[key]) for key in ("mean", "std", "classes")] != [3, 3, num_classes]:
         raise SchemaError("has ImageDataModule.mean, std or classes of another length than its network needs")
-    if not 1 <= num_classes <= 1_000_000:
-        raise SchemaError(f"has hyper_parameters.num_classes={num_classes}, which must be from 1 to 1,000,000")
+    for key in {"train_ids", "val_ids"} & data.keys():
+        if not isinstance(data[key], Tensor) or data[key].dtype != torch.int64:
+            raise SchemaError(f"has ImageDataModule.{key} other than an int64 tensor")
 
 
 def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Module) -> None:
@@ -80,55 +67,36 @@ def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Mo
     Raises:
         SchemaError: with the key that is wrong.
     """
-    _expect_like(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops.fit_loop")
+    _match(checkpoint, _RESUMED)
+    _match(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops.fit_loop")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in checkpoint["callbacks"]:
-            for key in callback.state_dict():
-                if key not in checkpoint["callbacks"][callback.state_key]:
-                    raise SchemaError(f"has no callbacks.{callback.state_key}.{key}")
-    interrupted = checkpoint["interrupted_epoch"]
-    sums = _expect(interrupted, "sums", list, "interrupted_epoch.")
-    if len(sums) != 3 or not all(isinstance(value, float) for value in (*sums, interrupted.get("lr"))):
-        raise SchemaError("has an interrupted_epoch whose lr and three sums are not float values")
-    _check_optimizer(checkpoint["optimizer_states"], [parameter.shape for parameter in network.parameters()])
-    if not all(isinstance(schedule, dict) for schedule in checkpoint["lr_schedulers"]):
-        raise SchemaError("has lr_schedulers that are not dicts")
-
-
-def _check_optimizer(states: list[Any], shapes: list[torch.Size]) -> None:
-    if len(states) != 1 or not isinstance(states[0], dict):
-        raise SchemaError("has optimizer_states other than those of one optimizer")
-    (optimizer,) = states
-    state = _expect(optimizer, "state", dict, "optimizer_states.")
-    groups = _expect(optimizer, "param_groups", list, "optimizer_states.")
-    if not groups or not all(isinstance(group, dict) and isinstance(group.get("lr"), float) for group in groups):
-        raise SchemaError("has optimizer_states.param_groups without a learning rate")
-    if [group.get("params") for group in groups] != [list(range(len(shapes)))]:
-        raise SchemaError(f"has optimizer_states.param_groups for other than {len(shapes)} parameters")
-    for index, values in state.items():
-        if not isinstance(index, int) or not 0 <= index < len(shapes) or not isinstance(values, dict):
-            raise SchemaError(f"has optimizer_states.state.{index}, which belongs to no parameter")
+            pattern = dict.fromkeys(callback.state_dict(), object)
+            _match(checkpoint["callbacks"][callback.state_key], pattern, f"callbacks.{callback.state_key}")
+    shapes = [parameter.shape for parameter in network.parameters()]
+    optimizer = [*checkpoint["optimizer_states"], {"state": {}, "param_groups": []}][0]
+    if [group["params"] for group in optimizer["param_groups"]] != [list(range(len(shapes)))]:
+        raise SchemaError(f"has optimizer_states for other than the network's {len(shapes)} parameters")
+    for index, values in optimizer["state"].items():
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]:
+            if not 0 <= index < len(shapes) or (
+                isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]
+            ):
                 raise SchemaError(f"has optimizer_states.state.{index}.{key} of another shape than its parameter")
 
 
-def _expect(values: Mapping[Any, Any], key: Any, kind: type, prefix: str = "") -> Any:
-    """The value of a key, of a type."""
-    if key not in values:
-        raise SchemaError(f"has no {prefix}{key}")
-    if not isinstance(values[key], kind) or (kind is int and isinstance(values[key], bool)):
-        found = type(values[key]).__name__
-        raise SchemaError(f"has a {found} as {prefix}{key}, which must be a {kind.__name__}")
-    return values[key]
-
-
-def _expect_like(value: Any, pattern: Any, key: str) -> None:
-    """Compare the keys and types of nested dictionaries."""
-    if isinstance(pattern, Mapping):
-        if not isinstance(value, Mapping):
-            raise SchemaError(f"has a {type(value).__name__} as {key}, which must be a dict")
-        for name in pattern:
-            _expect_like(_expect(value, name, object, f"{key}."), pattern[name], f"{key}.{name}")
-    elif isinstance(pattern, (bool, int)) and (not isinstance(value, type(pattern)) or value < 0):
-        raise SchemaError(f"has {key}={value!r:.80}, which must be a count or a truth value")
+def _match(value: Any, pattern: Any, key: str = "") -> None:
+    """Compare a value with a pattern, or with another value of the same structure."""
+    kind = pattern if isinstance(pattern, type) else type(pattern)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise SchemaError(f"has a {type(value).__name__} as {key}, which must be a {kind.__name__}")
+    if isinstance(pattern, list) and pattern:
+        for index, item in enumerate(value):
+            _match(item, pattern[0], f"{key}.{index}")
+    elif isinstance(pattern, dict):
+        for name, inner in pattern.items():
+            if not isinstance(name, type) and name not in value:
+                raise SchemaError(f"has no {key}.{name}".replace(" .", " "))
+            for found in value if isinstance(name, type) else [name]:
+                _match(found, type(found) if not isinstance(name, type) else name, f"{key}'s key")
+                _match(value[found], inner, f"{key}.{found}".lstrip("."))

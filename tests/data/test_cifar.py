@@ -1,23 +1,17 @@
 """CIFAR: tiny archives in the official format, read through torchvision; the download that fails."""
 
-import hashlib
-import io
-import pickle
 import socket
-import tarfile
 import urllib.error
 from pathlib import Path
-from typing import ClassVar, Literal
 
-import numpy as np
 import pytest
 import torch
 import torchvision.datasets.utils
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from cbam_pl.data.cifar import load_cifar
 from cbam_pl.errors import UserError
 from tests.helpers import Official
+
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def official(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Official:

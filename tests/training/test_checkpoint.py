@@ -66,7 +66,7 @@ FIT = {
     "broken loops": (put("loops.fit_loop", {"epoch_progress": {"current": {"processed": 1}}}), "has no loops.fit_loop"),
     "text as counter": (put("loops.fit_loop.epoch_progress.total", "x"), "loops.fit_loop.epoch_progress.total"),
     "two optimizers": (put("optimizer_states", [{}, {}]), "optimizer_states"),
-    "empty optimizer": (put("optimizer_states", [{}]), "has no optimizer_states.state"),
+    "empty optimizer": (put("optimizer_states", [{}]), "has no optimizer_states.0.state"),
     "moment of another shape": (
         put(["optimizer_states", "0", "state", 0, "exp_avg"], torch.ones(3)),
         "optimizer_states.state.0.exp_avg of another shape",
