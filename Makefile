@@ -1,8 +1,8 @@
 # `make train` and `make test` set up .venv by themselves. Another Python (3.10 or later): make train PYTHON=python3.12
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-# Two workers of one thread each; a file's tests stay together, so that its fixtures are made once.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
+# Two workers of one thread each; tests/conftest.py keeps together the tests that share what is dear to make.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup --durations 15
 
 .PHONY: train test test-all test-slow lint
 .DELETE_ON_ERROR:

@@ -19,6 +19,14 @@ from cbam_pl.cli import main
 from tests.helpers import COLOURS, TEST_PER_CLASS, TRAIN_PER_CLASS, Outcome
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup, tests that share dear fixtures run in one process: those of a file, or of `compare`."""
+    for item in items:
+        place = item.path.parent if item.path.parent.name == "compare" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(place)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, help="random cases of bad input for tests/test_fuzz.py, in place of its own")
 

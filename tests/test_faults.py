@@ -97,7 +97,7 @@ def test_too_little_memory_says_what_to_lower(launch, recipe, tmp_path):
     text = output.read_text()
     assert process.exitcode == 2, text
     assert "Traceback" not in text
-    assert "error: out of memory; lower data.batch_size, and raise trainer.accumulate_grad_batches" in text
+    assert "error: out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches" in text
 
 
 # Disks

@@ -94,7 +94,9 @@ def attempt(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         shutil.rmtree(out, ignore_errors=True)
         assert listing(tmp_path, out, may_write) == before, "a file beside the run's folder has changed"
         assert outcome.status in (0, 2), outcome.err
-        lines = [line for line in outcome.err.splitlines() if line.strip() and not line.startswith("warning: ")]
+        # Of a short training that max_steps ends inside an epoch, the last two.
+        expected = ("warning: ", "stopped by trainer.max_steps ", "resume: ")
+        lines = [line for line in outcome.err.splitlines() if line.strip() and not line.startswith(expected)]
         assert len(lines) == (outcome.status == 2), outcome.err
         assert all(line.startswith("error: ") and len(line) > 20 for line in lines), outcome.err
         return outcome.status
@@ -115,7 +117,7 @@ def explore(request: pytest.FixtureRequest) -> Callable[..., None]:
             seen.add(check(case))
 
         options = settings(
-            max_examples=round(share * cases),
+            max_examples=max(12, round(share * cases)),
             derandomize=asked is None,
             deadline=None,
             database=None,

@@ -176,3 +176,12 @@ def test_an_epoch_that_goes_on_is_timed_from_there(command, recipe, tmp_path, mo
     seconds = [float(found) for found in re.findall(r"^epoch .* ([\d.]+) s$", outcome.err, re.MULTILINE)]
     assert len(seconds) == EPOCHS - 1
     assert max(seconds) < 1e6
+
+
+def test_a_terminal_shows_a_bar_with_the_last_figures(command, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    outcome = command(*fit(recipe, tmp_path, "--trainer.max_epochs", 2))
+    assert outcome.status == 0, outcome.err
+    text = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", outcome.err).split())  # without colours and line breaks
+    assert re.search(r"epoch 2/2 .*loss: \d\.\d{3} images/s: [\d,]+", text), text
+    assert len(re.findall(r"epoch \d/2 train \d\.\d{4} ", text)) == 2

@@ -153,6 +153,7 @@ def test_a_job_of_another_comparison_is_waited_for(recipes, tmp_path, monkeypatc
     ours.join()
 
 
+@pytest.mark.slow
 def test_a_run_that_fit_is_training_is_waited_for_and_then_only_tested(recipes, quick, command, launch, tmp_path):
     root, epochs = tmp_path, ["--trainer.max_epochs", 12]
     fit = ["fit", "--config", recipes["none"], "--seed", 0, *epochs, "--trainer.default_root_dir", root]
@@ -212,6 +213,7 @@ def test_ctrl_c_ends_a_comparison_that_waits(recipes, tmp_path):
 # Runs with few steps, and runs that vanish
 
 
+@pytest.mark.slow
 def test_a_budget_below_one_epoch_is_trained_tested_and_found_again(recipes, quick, command, tmp_path):
     options = [
         "--configs",
