@@ -53,9 +53,7 @@ def read_history(logs: Path, name: str) -> History | None:
         rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}  # of an epoch trained twice, the last
     epochs = sorted(rows)
     figures = {key: np.array([float(rows[epoch].get(key) or "nan") for epoch in epochs]) for key in FIGURES}
-    # All scalars, and as little as possible of the rest.
-    sizes = {"scalars": 0, "images": 1, "histograms": 1, "tensors": 1, "audio": 1, "compressedHistograms": 1}
-    events = EventAccumulator(str(logs), sizes)
+    events = EventAccumulator(str(logs), {"scalars": 0})  # all of them
     events.Reload()
     logged = "train/loss_step" in events.Tags()["scalars"]
     losses = {event.step: event.value for event in events.Scalars("train/loss_step")} if logged else {}
@@ -63,21 +61,11 @@ def read_history(logs: Path, name: str) -> History | None:
     return History(name, np.array(steps), np.array([losses[step] for step in steps]), np.array(epochs), figures)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Moving average. Values (S,) → (S − window + 1,)."""
-    return np.convolve(values, np.full(window, 1 / window), "valid")
-
-
 def draw_curves(histories: Sequence[History]) -> Figure:
     """Loss by optimizer step, raw and smoothed; loss, accuracy and learning rate by epoch; one colour per run.
 
     The smoothed loss is a moving average over a fiftieth of all steps, and over at least five.
-
-    Raises:
-        ValueError: there is no run.
     """
-    if not histories:
-        raise ValueError("no run has logs, so there are no curves")
     figure = Figure((10.0, 7.2), dpi=DPI, layout="constrained")
     (by_step, loss), (accuracy, rate) = figure.subplots(2, 2)
     key = []  # one legend for all, below them, where it hides no curve
@@ -89,7 +77,8 @@ def draw_curves(histories: Sequence[History]) -> Figure:
             middle = history.steps[(window - 1) // 2 :][: count - window + 1]
             raw = {"alpha": 0.25, "linewidth": 0.5, "zorder": 1, "rasterized": True}
             by_step.plot(history.steps, history.losses, color=colour, **raw)
-            by_step.plot(middle, smooth(history.losses, window), color=colour, linewidth=1.5, zorder=2)
+            smoothed = np.convolve(history.losses, np.full(window, 1 / window), "valid")  # (S − window + 1,)
+            by_step.plot(middle, smoothed, color=colour, linewidth=1.5, zorder=2)
         for axes, name in ((loss, "loss"), (accuracy, "acc")):
             for style, split in _STYLES:
                 _plot(axes, history.epochs, history.figures[f"{split}/{name}"], color=colour, linestyle=style)

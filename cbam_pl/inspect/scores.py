@@ -1,8 +1,8 @@
 """Does attention fall on the object, and does the network need what it attends to? Numbers beside the pictures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,38 +11,6 @@ from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
 from cbam_pl.inspect.grad_cam import grad_cam
 
 DELETED = tuple(range(10, 100, 10))  # percent of the pixels
-UNIFORM = "uniform"
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over images, and its standard error."""
-
-    value: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Mean":
-        """The mean of values (N,)."""
-        values = values.double()
-        return cls(float(values.mean()), float(values.std(correction=0)) / sqrt(max(1, len(values) - 1)))
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Scores of one importance map.
-
-    Args:
-        name: the block whose spatial gate it is, or Grad-CAM, or uniform.
-        inside: fraction of the map's energy inside the object; None if the object's mask is unknown.
-        pointing: how often the map's maximum is inside the object; likewise.
-        accuracy: percent of pixels deleted, the most important first → accuracy; 0 for the whole image.
-    """
-
-    name: str
-    inside: Mean | None
-    pointing: Mean | None
-    accuracy: dict[int, float]
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
@@ -112,7 +80,7 @@ def deletion_curve(
 
 def measure(
     network: nn.Module, images: Tensor, labels: Tensor, masks: Tensor | None, batch_size: int = 250
-) -> list[Measure]:
+) -> list[dict[str, Any]]:
     """Score every spatial gate, Grad-CAM of the predicted class, and a uniform map, whose deletion is random.
 
     Args:
@@ -121,6 +89,10 @@ def measure(
         labels: (N,).
         masks: (N, 1, H, W) bool, True on the object; None if unknown.
         batch_size: images per forward pass.
+
+    Returns:
+        For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
+        masks; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the whole image.
     """
     size = images.shape[2:]
 
@@ -137,15 +109,15 @@ def measure(
         parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
     maps = {name: torch.cat(part) for name, part in parts.items()}
     maps["Grad-CAM"] = maps.pop("Grad-CAM")  # after the gates
-    maps[UNIFORM] = torch.ones(len(images), *size)
+    maps["uniform"] = torch.ones(len(images), *size)
     whole = {0: float((predicted == labels).double().mean())}
-    objects = None if masks is None else masks[:, 0].cpu()
-    return [
-        Measure(
-            name,
-            None if objects is None else Mean.of(energy_inside(values, objects)),
-            None if objects is None else Mean.of(pointing_game(values, objects)),
-            whole | deletion_curve(classify, images, labels, values),
-        )
-        for name, values in maps.items()
-    ]
+    rows = []
+    for name, values in maps.items():
+        row: dict[str, Any] = {"map": name}
+        for score, function in (("inside", energy_inside), ("pointing", pointing_game)):
+            known = None if masks is None else function(values, masks[:, 0].cpu()).double()
+            error = None if known is None else float(known.std(correction=0)) / sqrt(max(1, len(known) - 1))
+            row |= {score: None if known is None else float(known.mean()), f"{score}_error": error}
+        curve = whole | deletion_curve(classify, images, labels, values)
+        rows.append(row | {f"accuracy_without_{percent}_percent": value for percent, value in curve.items()})
+    return rows

@@ -60,24 +60,24 @@ def test_measure_has_every_gate_grad_cam_and_the_uniform_map():
     images, labels = torch.randn(30, 3, 32, 32), torch.arange(30) % 10
     masks = torch.zeros(30, 1, 32, 32, dtype=torch.bool)
     masks[:, :, 8:16, 8:24] = True
-    measures = {row.name: row for row in measure(network, images, labels, masks, batch_size=7)}
+    measures = {row["map"]: row for row in measure(network, images, labels, masks, batch_size=7)}
     assert list(measures) == ["blocks.0", "blocks.1", "blocks.2", "Grad-CAM", "uniform"]
     logits = feature_maps(network, images).logits
-    assert measures["uniform"].inside.value == pytest.approx(1 / 8)
-    assert measures["uniform"].pointing.value == pytest.approx(1 / 8)
+    assert measures["uniform"]["inside"] == pytest.approx(1 / 8)
+    assert measures["uniform"]["pointing"] == pytest.approx(1 / 8)
     gates = upsample(attention_maps(network, images)["blocks.1"].spatial, (32, 32))
     inside = energy_inside(gates, masks[:, 0])
-    assert measures["blocks.1"].inside.value == pytest.approx(inside.mean().item())
-    assert measures["blocks.1"].inside.error == pytest.approx(inside.std().item() / 30**0.5)
+    assert measures["blocks.1"]["inside"] == pytest.approx(inside.mean().item())
+    assert measures["blocks.1"]["inside_error"] == pytest.approx(inside.std().item() / 30**0.5)
     cams = grad_cam(network, images, logits.argmax(1))
-    assert measures["Grad-CAM"].pointing.value == pytest.approx(pointing_game(cams, masks[:, 0]).mean().item())
+    assert measures["Grad-CAM"]["pointing"] == pytest.approx(pointing_game(cams, masks[:, 0]).mean().item())
     for row in measures.values():
-        assert list(row.accuracy) == [0, *DELETED]
-        assert row.accuracy[0] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+        assert list(row)[5:] == [f"accuracy_without_{percent}_percent" for percent in (0, *DELETED)]
+        assert row["accuracy_without_0_percent"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
 def test_measure_without_gates_or_masks():
     network = build_network("cnn", 10, "se").eval()
     measures = measure(network, torch.randn(5, 3, 32, 32), torch.arange(5), None)
-    assert [row.name for row in measures] == ["Grad-CAM", "uniform"]
-    assert all(row.inside is None and row.pointing is None for row in measures)
+    assert [row["map"] for row in measures] == ["Grad-CAM", "uniform"]
+    assert all(row["inside"] is None and row["pointing"] is None for row in measures)

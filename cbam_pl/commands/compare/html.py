@@ -11,10 +11,7 @@ from matplotlib.figure import Figure
 
 from cbam_pl.commands.compare import figures, report
 from cbam_pl.commands.compare.plan import Plan, nest
-from cbam_pl.commands.visualize import Choice, LoadedCheckpoint, look
-from cbam_pl.inspect.drawing import draw_attention, draw_grad_cam
-from cbam_pl.inspect.gates import attention_maps, feature_maps
-from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
 from cbam_pl.training.checkpoint import read_checkpoint
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -63,19 +60,14 @@ def _pictures(plan: Plan, name: str, results: Sequence[report.Result]) -> list[d
     seed = (common or seeds[name])[0]
     (result,) = (one for one in results if (one["recipe"], one["seed"]) == (name, seed))
     path, data = Path(result["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
-    network, pictured, inputs = look(LoadedCheckpoint(path, path.stem, read_checkpoint(path), data), Choice())
-    maps = attention_maps(network, inputs)
-    cams = grad_cam(network, inputs, feature_maps(network, inputs).logits.argmax(1))
     title = f"{plan.labels[name]}, seed {seed}, epoch {result['epoch']}"
-    drawings: dict[str, Any] = {
-        "Grad-CAM and spatial gates": lambda: draw_grad_cam(pictured, cams, maps, f"Grad-CAM\n{title}")
-    }
-    if maps:
-        drawings["gates"] = lambda: draw_attention(pictured, maps, f"Attention\n{title}")
+    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data), title)
     pictures = []
-    for kind, draw in drawings.items():
+    for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
+        if key not in drawn:
+            continue
         try:
-            image = b64encode(figures.as_png(draw())).decode()
+            image = b64encode(figures.as_png(drawn[key]())).decode()
             pictures.append({"caption": f"{title}: {kind}", "source": f"data:image/png;base64,{image}"})
         except ValueError as error:
             pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
