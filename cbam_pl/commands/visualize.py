@@ -23,8 +23,7 @@ from cbam_pl.errors import UserError, as_user_error, cannot_write
 from cbam_pl.inspect import drawing
 from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.gates import attention_maps, feature_maps
-from cbam_pl.inspect.grad_cam import grad_cam
-from cbam_pl.inspect.scores import DELETED, measure
+from cbam_pl.inspect.scores import DELETED, grad_cam, measure
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.run import run_of

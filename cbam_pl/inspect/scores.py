@@ -1,16 +1,48 @@
-"""Does attention fall on the object, and does the network need what it attends to? Numbers beside the pictures."""
+"""Grad-CAM, and scores: does attention fall on the object, and does the network need what it attends to?"""
 
 from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Any
 
 import torch
+from captum.attr import LayerGradCam  # takes a second to import; training does without this file
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
-from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.inspect.gates import (
+    as_input,
+    attention_maps,
+    evaluation_mode,
+    feature_maps,
+    last_activation,
+    unwrap,
+    upsample,
+)
 
 DELETED = tuple(range(10, 100, 10))  # percent of the pixels
+
+
+def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Evidence for a class at each position of the last convolution's activations.
+
+    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
+
+    Args:
+        network: a CNN or ResNet of cbam_pl.models, also compiled or wrapped.
+        images: normalised as in training.
+        classes: the class to explain, for each image.
+
+    Shape:
+        images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
+
+    Raises:
+        ValueError: another network, or images that are not (B, 3, H, W).
+    """
+    network = unwrap(network)
+    with evaluation_mode(network), torch.enable_grad():
+        images = as_input(images, network)
+        explain = LayerGradCam(network, last_activation(network))
+        coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
+    return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from cbam_pl.inspect.drawing import (
     rasterise,
 )
 from cbam_pl.inspect.gates import AttentionMaps, FeatureMaps, attention_maps, feature_maps
-from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.inspect.scores import grad_cam
 from cbam_pl.models import build_network
 
 CLASSES = ["airplane", "automobile", "a class with a very long name", "cat", "price in $ or $$"]

@@ -2,8 +2,15 @@ import pytest
 import torch
 
 from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
-from cbam_pl.inspect.grad_cam import grad_cam
-from cbam_pl.inspect.scores import DELETED, deletion_curve, deletion_order, energy_inside, measure, pointing_game
+from cbam_pl.inspect.scores import (
+    DELETED,
+    deletion_curve,
+    deletion_order,
+    energy_inside,
+    grad_cam,
+    measure,
+    pointing_game,
+)
 from cbam_pl.models import build_network
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from cbam_pl.commands.compare import report
 from cbam_pl.commands.compare.cluster import start_on_ray
 from cbam_pl.commands.compare.costs import in_new_process, measure_costs, time_recipes
-from cbam_pl.commands.compare.html import render
 from cbam_pl.commands.compare.jobs import (
     Job,
     environments,
@@ -22,6 +21,7 @@ from cbam_pl.commands.compare.jobs import (
     threads_per_job,
     uses_cuda,
 )
+from cbam_pl.commands.compare.page import render
 from cbam_pl.commands.compare.plan import Plan, make_plan, nest, option_parser
 from cbam_pl.commands.compare.watch import watch
 from cbam_pl.data.datamodule import ImageDataModule

@@ -1,26 +1,100 @@
-"""The report's charts: small enough that one fills a phone's width, and readable without colours."""
+"""The report as one HTML page that needs no other file, for a phone, a screen and paper.
 
+Its charts are small enough that one fills a phone's width, and readable without colours.
+"""
+
+from base64 import b64encode
 from collections.abc import Sequence
 from io import BytesIO, StringIO
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import matplotlib
 import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from cbam_pl.commands.compare.plan import Plan, nest
+from cbam_pl.commands.compare.report import COSTS, Result
+from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
 from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
 from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise
+from cbam_pl.training.checkpoint import read_checkpoint
 
 _WIDTH = 4.1  # inches
 _MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
 _MAX_CLASSES = 20
 
 
-def draw_epochs(recipes: dict[str, Any]) -> Figure:
+def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> str:
+    """The page."""
+    recipes, labels = content["recipes"], content["labels"]
+    headings = ["recipe", "seed", "best epoch", "validation, %", "test, %", "test loss", "checkpoint"]
+    cells = {"val_acc": ".2f", "test_acc": ".2f", "test_loss": ".4f", "checkpoint": ""}
+    runs = [
+        (labels[run["recipe"]], run["seed"], run["epoch"], *(format(run[key], form) for key, form in cells.items()))
+        for run in content["runs"]
+    ]
+    differing = [(key, *values) for key, values in content["settings"]["differing"].items()]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text()).render(
+        content=content,
+        legend=[(one["label"], _style(n)["color"], _SIGNS[n % len(_SIGNS)]) for n, one in enumerate(recipes.values())],
+        runs={"headings": headings, "rows": runs},
+        differing={"headings": ["differing", *labels.values()], "rows": differing},
+        epochs=_svg(_draw_epochs(recipes)),
+        differences=_svg(_draw_differences(recipes)),
+        classes=_svg(_draw_classes(recipes)),
+        costs=[_svg(_draw_against_cost(recipes, key, *column[:2])) for key, column in COSTS.items()],
+        pictures=[picture for name in recipes for picture in _pictures(plan, name, results)],
+    )
+
+
+def _svg(figure: Figure | None) -> Markup | None:
+    """A figure as an SVG element to embed in a page, its text as text."""
+    if figure is None:
+        return None
+    # "none": text is set in the page's own font, and can be searched and read aloud.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "font.family": "sans-serif"}):
+        stream = StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = stream.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str, str]]:
+    """Gates and Grad-CAM of a recipe, of the first seed that all recipes have: the same test images for each."""
+    runs = {(one["recipe"], one["seed"]): one for one in results}
+    trained = {recipe for recipe, _ in runs}
+    own = [seed for seed in plan.seeds if (name, seed) in runs]
+    seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
+    path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
+    title = f"{plan.labels[name]}, seed {seed}, epoch {runs[name, seed]['epoch']}"
+    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data), title)
+    pictures = []
+    for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
+        try:
+            if key in drawn:
+                image = b64encode(_png(drawn[key]())).decode()
+                pictures.append({"caption": f"{title}: {kind}", "source": f"data:image/png;base64,{image}"})
+        except ValueError as error:
+            pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
+    return pictures
+
+
+def _png(figure: Figure) -> bytes:
+    """A figure as a small PNG file: 256 colours."""
+    small = BytesIO()
+    Image.fromarray(rasterise(figure)).quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def _draw_epochs(recipes: dict[str, Any]) -> Figure:
     """Validation accuracy by epoch: mean over the seeds, with a band of ± one standard deviation."""
     figure, axes = _new(2.9)
     for number, recipe in enumerate(recipes.values()):
@@ -34,9 +108,11 @@ def draw_epochs(recipes: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_differences(recipes: dict[str, Any]) -> Figure:
+def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
     """Each recipe's difference to the baseline: the pairs as dots, their mean and 95 % interval."""
     shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["difference"]]
+    if not shown:
+        return None
     figure, axes = _new(0.9 + 0.5 * len(shown))
     for row, (number, recipe) in enumerate(shown):
         difference = recipe["difference"]
@@ -47,7 +123,7 @@ def draw_differences(recipes: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: float) -> Figure:
+def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: float) -> Figure:
     """Test accuracy, mean ± one standard deviation, against one cost."""
     figure, axes = _new(2.4)
     costs = []
@@ -68,7 +144,7 @@ def draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: 
     return figure
 
 
-def draw_classes(recipes: dict[str, Any]) -> Figure | None:
+def _draw_classes(recipes: dict[str, Any]) -> Figure | None:
     """Differences in accuracy by class, with 95 % intervals; of many classes those with the largest differences."""
     shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["per_class"]]
     if not shown:
@@ -88,29 +164,6 @@ def draw_classes(recipes: dict[str, Any]) -> Figure | None:
     _label_rows(axes, [cut(name, 16) for name in classes])
     _label(axes, "class's accuracy minus baseline's, points", "")
     return figure
-
-
-def as_svg(figure: Figure) -> str:
-    """A figure as an SVG element to embed in a page, its text as text."""
-    # "none": text is set in the page's own font, and can be searched and read aloud.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "font.family": "sans-serif"}):
-        stream = StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def as_png(figure: Figure) -> bytes:
-    """A figure as a small PNG file: 256 colours."""
-    small = BytesIO()
-    Image.fromarray(rasterise(figure)).quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return small.getvalue()
-
-
-def legend(recipes: dict[str, Any]) -> Sequence[tuple[str, str, str]]:
-    """Label, colour and mark of each recipe."""
-    numbered = enumerate(recipes.values())
-    return [(recipe["label"], _style(number)["color"], _SIGNS[number % len(_SIGNS)]) for number, recipe in numbered]
 
 
 def _new(height: float) -> tuple[Figure, Axes]:
