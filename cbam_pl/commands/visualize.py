@@ -163,10 +163,7 @@ def pictures_of(
     Args:
         loaded: the checkpoint.
         title: second line of each picture's title.
-        images: files and folders to draw instead of test images.
-        indices: of the test images, from 0.
-        class_name: whose first test images to draw.
-        num_images: how many; None: 3.
+        images, indices, class_name, num_images: which images, as the options of `visualize` say.
 
     Raises:
         UserError: there is no such image.

@@ -27,29 +27,20 @@ class AttentionMaps:
 
     A joint gate (B, C, H, W), as BAM and the parallel order of CBAM have, is given by its means: over positions as the
     channel gate, over channels as the spatial gate. BAM multiplies its input by 1 + gate; the gate alone is given.
-
-    Args:
-        channel: (B, C) in (0, 1), the weight of each channel; None if the attention has no channel gate.
-        spatial: (B, H, W) in (0, 1), the weight of each position; None if it has no spatial gate.
     """
 
-    channel: Tensor | None
-    spatial: Tensor | None
+    channel: Tensor | None  # (B, C) in (0, 1), the weight of each channel; None if there is no channel gate
+    spatial: Tensor | None  # (B, H, W) in (0, 1), the weight of each position; None if there is no spatial gate
 
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """Activations of a network for a batch of images, on its device.
+    """Activations of a network for a batch of images, on its device."""
 
-    Args:
-        logits: (B, classes).
-        blocks: name of each convolution block → its output (B, C, H, W), in the order of the layers.
-        last: (B, C, H, W), the last convolution's activations: after normalisation and ReLU, and in the cnn before the
-            pooling, which leaves a finer map than the block's output.
-    """
-
-    logits: Tensor
-    blocks: dict[str, Tensor]
+    logits: Tensor  # (B, classes)
+    blocks: dict[str, Tensor]  # name of each convolution block → its output (B, C, H, W), in the order of the layers
+    # (B, C, H, W), the last convolution's activations: after normalisation and ReLU, and in the cnn before the pooling,
+    # which leaves a finer map than the block's output.
     last: Tensor
 
 

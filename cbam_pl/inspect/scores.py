@@ -1,6 +1,6 @@
 """Grad-CAM, and scores: does attention fall on the object, and does the network need what it attends to?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
@@ -71,21 +71,20 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     return (highest & masks).sum((1, 2)) / highest.sum((1, 2))
 
 
-def deletion_order(maps: Tensor, seed: int = 0) -> Tensor:
+def deletion_order(maps: Tensor) -> Tensor:
     """The pixels of each image, most important first; ties in random order, so a uniform map gives a random order.
 
     Shape:
         maps (N, H, W) → (N, H · W) int64, indices into the flattened image.
     """
     flat = maps.flatten(1).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.rand(flat.shape, generator=generator).argsort(1)
+    shuffled = torch.rand(flat.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
     ranked = flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, ranked)
 
 
 def deletion_curve(
-    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor, deleted: Sequence[int] = DELETED
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor
 ) -> dict[int, float]:
     """Accuracy after the most important pixels were replaced by the data's mean colour.
 
@@ -96,14 +95,13 @@ def deletion_curve(
         images: (N, 3, H, W), normalised, so that 0 is the data's mean.
         labels: (N,).
         maps: (N, H, W), importance of each pixel.
-        deleted: percent of the pixels to delete.
 
     Returns:
-        Percent deleted → accuracy.
+        Percent of the pixels deleted → accuracy.
     """
     order = deletion_order(maps).to(images.device)
     accuracy = {}
-    for percent in deleted:
+    for percent in DELETED:
         removed = order[:, : round(order.shape[1] * percent / 100)]
         kept = torch.ones_like(order, dtype=images.dtype).scatter_(1, removed, 0.0).view(-1, 1, *images.shape[2:])
         accuracy[percent] = float((classify(images * kept) == labels).double().mean())

@@ -83,6 +83,6 @@ def test_curves_are_drawn_from_little():
     one = history_of(epochs=1)
     assert [line.get_marker() for line in draw_curves([one]).axes[1].lines] == ["o", "o"]
     bare = dataclasses.replace(one, steps=np.array([]), losses=np.array([]))
-    assert "the logs hold no steps" in [text.get_text() for text in draw_curves([bare]).axes[0].texts]
+    assert not draw_curves([bare]).axes[0].lines
     diverged = dataclasses.replace(one, losses=np.full(100, np.nan))
     rasterise(draw_curves([diverged]))
