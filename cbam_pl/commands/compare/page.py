@@ -149,18 +149,16 @@ def _draw_classes(recipes: dict[str, Any]) -> Figure | None:
     shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["per_class"]]
     if not shown:
         return None
-    largest: dict[str, float] = {}
-    for _, recipe in shown:
-        for row in recipe["per_class"]:
-            largest[row["class"]] = max(largest.get(row["class"], 0.0), abs(row["mean"]))
-    chosen = set(sorted(largest, key=lambda name: -largest[name])[:_MAX_CLASSES])
+    rows = [recipe["per_class"] for _, recipe in shown]
+    largest = {name: max(abs(row[name]["mean"]) for row in rows) for name in rows[0]}
+    chosen = sorted(largest, key=lambda name: -largest[name])[:_MAX_CLASSES]
     classes = [name for name in largest if name in chosen]
     figure, axes = _new(0.9 + len(classes) * (0.16 + 0.1 * len(shown)))
     for place, (number, recipe) in enumerate(shown):
         offset = 0.6 * ((place + 0.5) / len(shown) - 0.5)
-        rows = {row["class"]: row for row in recipe["per_class"]}
         for height, name in enumerate(classes):
-            _draw_interval(axes, height + offset, rows[name], _style(number, markersize=4, linewidth=1.2))
+            style = _style(number, markersize=4, linewidth=1.2)
+            _draw_interval(axes, height + offset, recipe["per_class"][name], style)
     _label_rows(axes, [cut(name, 16) for name in classes])
     _label(axes, "class's accuracy minus baseline's, points", "")
     return figure

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cbam_pl.commands.compare.jobs import Job, find, read_epochs, read_progress, read_test, threads_per_job
-from cbam_pl.commands.compare.plan import Plan
+from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
@@ -96,7 +96,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         "measured": _how_measured(plan, results),
         "recipes": recipes,
         "runs": [{key: value for key, value in one.items() if key not in ("test", "epochs")} for one in results],
-        "settings": _split_settings(plan.configs),
+        "settings": dict(zip(("common", "differing"), split_settings(plan.configs), strict=True)),
         "classes": test["classes"],
         "confusion": {f"{one['recipe']} seed {one['seed']}": one["test"]["confusion"] for one in results},
     }
@@ -123,28 +123,18 @@ def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
     return {"epoch": epochs, "mean": means, "sd": sds}
 
 
-def _per_class(pairs: Sequence[tuple[Result, Result]]) -> list[dict[str, Any]] | None:
+def _per_class(pairs: Sequence[tuple[Result, Result]]) -> dict[str, dict[str, Any]] | None:
     """Difference of each class's accuracy, in percentage points."""
     ours, baseline = ([one["test"] for one in side] for side in zip(*pairs, strict=True))
     if ours[0]["classes"] != baseline[0]["classes"]:
         return None
-    rows = []
+    rows = {}
     for index, name in enumerate(ours[0]["classes"]):
         if count := sum(ours[0]["confusion"][index]):
             correct = ([100 * one["confusion"][index][index] / count for one in side] for side in (ours, baseline))
             difference = compare_pairs(*correct)
-            rows.append({"class": name, "mean": difference.mean, "interval": difference.interval})
+            rows[name] = {"mean": difference.mean, "interval": difference.interval}
     return rows
-
-
-def _split_settings(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that all recipes have in common, and the others with each recipe's value."""
-    split: dict[str, dict[str, Any]] = {"common": {}, "differing": {}}
-    for key in {key: None for settings in configs.values() for key in settings}:
-        first, *others = given = [settings.get(key) for settings in configs.values()]
-        equal = all(value == first for value in others)
-        split["common" if equal else "differing"][key] = first if equal else given
-    return split
 
 
 def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> list[str]:
@@ -230,7 +220,7 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
 
 def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
     """On what, with how many seeds, where, when."""
-    settings, first = _split_settings(plan.configs)["common"], results[0]
+    settings, first = split_settings(plan.configs)[0], results[0]
     dates = sorted({run["date"] for run in results})
     data = settings.get("data.dataset")
     known = {
