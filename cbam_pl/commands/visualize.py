@@ -3,7 +3,8 @@
 import csv
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from cbam_pl.data.datamodule import ImageDataModule
@@ -22,74 +23,33 @@ from cbam_pl.errors import UserError, as_user_error, cannot_write
 from cbam_pl.inspect import drawing
 from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.gates import attention_maps, feature_maps
-from cbam_pl.inspect.grad_cam import grad_cam
-from cbam_pl.inspect.scores import DELETED, Measure, measure
+from cbam_pl.inspect.scores import DELETED, grad_cam, measure
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.run import run_of
 
-_NUM_IMAGES = 3
-_MEASURE_IMAGES = 1000
-_OTHER_FOLDER = "name another folder with --output"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which images to draw and to measure on.
-
-    Args:
-        images: the user's own files and folders.
-        indices: of test images, from 0.
-        class_name: of test images.
-        num_images: how many, unless each is named; None: 3.
-        measure_images: test images to measure on; None: 1000.
-
-    Raises:
-        UserError: options that exclude one another.
-    """
-
-    images: list[str] | None = None
-    indices: list[int] | None = None
-    class_name: str | None = None
-    num_images: int | None = None
-    measure_images: int | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("images", "indices", "class_name") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} exclude one another; give one of them")
-        if self.num_images is not None and given and given[0] != "class_name":
-            raise UserError(f"--num_images has no effect with --{given[0]}, which names every image; leave it out")
-
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint to draw.
-
-    Args:
-        path: its file.
-        name: of its files and titles.
-        content: what it holds.
-        data: arguments of its ImageDataModule.
-    """
+    """A checkpoint to draw."""
 
     path: Path
-    name: str
     content: dict[str, Any]
-    data: dict[str, Any]
+    data: dict[str, Any]  # arguments of its ImageDataModule
 
     @property
-    def title(self) -> str:
-        """The name, with the network and how long it was trained."""
-        settings = self.content["hyper_parameters"]
-        attention = settings["attention"]["kind"]
-        return f"{self.name} ({settings['arch']}, attention {attention}, epoch {self.content['epoch'] + 1})"
+    def logs(self) -> Path:
+        """The log folder of its run; the checkpoint's own folder where that is not known."""
+        run = run_of(self.path)
+        return self.path.absolute().parent if run is None or not run.logs.is_dir() else run.logs
 
+    @cached_property
     def network(self) -> nn.Module:
         """The network with its weights, on the GPU if there is one."""
-        classifier = load_classifier(self.path, self.content)
-        return classifier.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network = load_classifier(self.path, self.content).network
+        return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
+    @cached_property
     def test_images(self) -> Images:
         """The test split of its data."""
         data = ImageDataModule(**self.data)
@@ -98,9 +58,9 @@ class LoadedCheckpoint:
         data.load_state_dict(self.content["ImageDataModule"])
         return data.images("test")
 
-    def normalise(self, pixels: Tensor, network: nn.Module) -> Tensor:
+    def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) uint8 → the network's input, on its device."""
-        device = next(network.parameters()).device
+        device = next(self.network.parameters()).device
         data = self.content["ImageDataModule"]
         return Normalise(data["mean"], data["std"], device)(pixels.to(device).float() / 255)
 
@@ -110,22 +70,63 @@ def visualize(options: list[str]) -> None:
 
     Args:
         options: words of the command line after `visualize`.
+
+    Raises:
+        UserError: bad input; or, after all others are written, the pictures that cannot be drawn.
     """
     parser = command_parser("visualize")
     settings = parse(parser, options)
-    found = [find_checkpoint(Path(settings.trainer.default_root_dir), name) for name in settings.ckpt_path]
+    _check_options(settings)
     loaded = []
-    for name, (path, content) in zip(unique_names([path for path, _ in found]), found, strict=True):
+    for name in settings.ckpt_path:
+        path, content = find_checkpoint(Path(settings.trainer.default_root_dir), name)
         saved = content["datamodule_hyper_parameters"]
         data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
-        loaded.append(LoadedCheckpoint(path, name, content, {**saved, **data}))
-    choice = Choice(**{field.name: settings[field.name] for field in fields(Choice)})
-    if settings.measure and choice.images is not None:
-        raise UserError("--measure needs images whose classes are known; leave --images out")
-    if choice.measure_images is not None and not settings.measure:
-        raise UserError("--measure_images has no effect without --measure")
+        loaded.append(LoadedCheckpoint(path, content, {**saved, **data}))
+    folder = loaded[0].logs / "pictures" if settings.output is None else Path(settings.output).expanduser()
+    chosen = {name: settings[name] for name in ("images", "indices", "class_name", "num_images")}
+    pictures: dict[str, Callable[[], Figure]] = {}
+    measured = {}
+    failures = []
     with as_user_error():
-        _draw(loaded, choice, settings.output, settings.format, settings.measure)
+        for one, name in zip(loaded, unique_names([one.path for one in loaded]), strict=True):
+            model = one.content["hyper_parameters"]
+            network = f"{model['arch']}, attention {model['attention']['kind']}, epoch {one.content['epoch'] + 1}"
+            title, prefix = f"{name} ({network})", f"{name}-" if len(loaded) > 1 else ""
+            drawn = pictures_of(one, title, **chosen)
+            if "attention" not in drawn:
+                print(f"{title}: this network has no gates, so there is no picture of them")
+            pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
+            measured[f"{prefix}measures.csv"] = one, title
+        if histories := _read_histories(loaded):
+            pictures["curves"] = partial(draw_curves, histories)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, draw in pictures.items():
+                path = folder / f"{name}.{settings.format}"
+                try:
+                    draw().savefig(path)
+                    print(path)
+                except ValueError as error:
+                    failures.append(f"no {path.name}: {error}")
+            for name, (one, title) in measured.items() if settings.measure else ():
+                _measure(one, title, settings.measure_images or 1000, folder / name)
+        except OSError as error:
+            raise cannot_write(error.filename or folder, error, "name another folder with --output") from error
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def _check_options(settings: Any) -> None:
+    given = [name for name in ("images", "indices", "class_name") if settings[name] is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude one another; give one of them")
+    if settings.num_images is not None and given and given[0] != "class_name":
+        raise UserError(f"--num_images has no effect with --{given[0]}, which names every image; leave it out")
+    if settings.measure and settings.images is not None:
+        raise UserError("--measure needs images whose classes are known; leave --images out")
+    if settings.measure_images is not None and not settings.measure:
+        raise UserError("--measure_images has no effect without --measure")
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -149,89 +150,63 @@ def _number(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _draw(loaded: Sequence[LoadedCheckpoint], choice: Choice, output: str | None, suffix: str, measured: bool) -> None:
-    """Write the pictures of each checkpoint, their curves, and the measures where asked for.
+def pictures_of(
+    loaded: LoadedCheckpoint,
+    title: str,
+    images: list[str] | None = None,
+    indices: list[int] | None = None,
+    class_name: str | None = None,
+    num_images: int | None = None,
+) -> dict[str, Callable[[], Figure]]:
+    """What draws each picture of what a network sees, by name; without gates there is no `attention`.
+
+    Args:
+        loaded: the checkpoint.
+        title: second line of each picture's title.
+        images, indices, class_name, num_images: which images, as the options of `visualize` say.
 
     Raises:
-        UserError: after all others are written, the pictures that cannot be drawn; or a folder cannot be written.
+        UserError: there is no such image.
     """
-    run = run_of(loaded[0].path)
-    beside = loaded[0].path.absolute().parent if run is None or not run.logs.is_dir() else run.logs
-    folder = beside / "pictures" if output is None else Path(output).expanduser()
-    failures: list[str] = []
-
-    def write(name: str, draw: Callable[..., Figure], *arguments: Any) -> None:
-        path = folder / f"{name}.{suffix}"
-        try:
-            draw(*arguments).savefig(path)
-        except ValueError as error:
-            failures.append(f"no {path.name}: {error}")
-        except OSError as error:
-            raise cannot_write(path, error, _OTHER_FOLDER) from error
-        else:
-            print(path)
-
-    looks = [look(one, choice) for one in loaded]  # before anything is written, so that mistakes come first
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error, _OTHER_FOLDER) from error
-    names = [f"{one.name}-" if len(loaded) > 1 else "" for one in loaded]
-    for one, name, (network, images, inputs) in zip(loaded, names, looks, strict=True):
-        features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
-        write(f"{name}features", drawing.draw_features, images, features, f"Features\n{one.title}")
-        write(f"{name}heat_maps", drawing.draw_heat_maps, images, features, f"Most active channels\n{one.title}")
-        if maps:
-            write(f"{name}attention", drawing.draw_attention, images, maps, f"Attention\n{one.title}")
-        else:
-            print(f"{one.title}: this network has no gates, so there is no picture of them")
-        cams = grad_cam(network, inputs, features.logits.argmax(1))
-        write(f"{name}grad_cam", drawing.draw_grad_cam, images, cams, maps, f"Grad-CAM\n{one.title}")
-    histories = _read_histories(loaded)
-    if histories:
-        write("curves", draw_curves, histories)
-    for one, name, (network, _, _) in zip(loaded, names, looks, strict=True) if measured else ():
-        _measure(one, network, choice.measure_images or _MEASURE_IMAGES, folder / f"{name}measures.csv")
-    if failures:
-        raise UserError("; ".join(failures))
-
-
-def look(loaded: LoadedCheckpoint, choice: Choice) -> tuple[nn.Module, drawing.CaptionedImages, Tensor]:
-    """The network, the chosen images with their captions, and the same images as its input (B, 3, H, W)."""
-    network = loaded.network()
     classes = loaded.content["ImageDataModule"]["classes"]
-    if choice.images is not None:
-        files = find_images(choice.images)
+    if images is not None:
+        files = find_images(images)
         pixels = torch.stack([decode(file, loaded.content["hyper_parameters"]["image_size"]) for file in files])
         headings = [file.name for file in files]
     else:
-        images = loaded.test_images()
-        indices = _choose(choice, images.labels, classes)
-        pixels = images.pixels[indices]
-        headings = [f"test image {index}\ntrue: {classes[images.labels[index]]}" for index in indices]
-    inputs = loaded.normalise(pixels, network)
-    logits = feature_maps(network, inputs).logits
-    return network, drawing.CaptionedImages(pixels, drawing.describe(logits, classes, headings)), inputs
+        test = loaded.test_images
+        if indices is None:
+            indices = _choose(test.labels, classes, class_name, num_images or 3)
+        for index in indices:
+            if not 0 <= index < len(test):
+                raise UserError(f"--indices {index} is outside the test split; use 0 to {len(test) - 1}")
+        pixels = test.pixels[indices]
+        headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
+    network, inputs = loaded.network, loaded.normalise(pixels)
+    features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
+    cams = grad_cam(network, inputs, features.logits.argmax(1))
+    shown = drawing.CaptionedImages(pixels, drawing.describe(features.logits, classes, headings))
+    drawn = {
+        "features": partial(drawing.draw_features, shown, features, f"Features\n{title}"),
+        "heat_maps": partial(drawing.draw_heat_maps, shown, features, f"Most active channels\n{title}"),
+        "attention": partial(drawing.draw_attention, shown, maps, f"Attention\n{title}"),
+        "grad_cam": partial(drawing.draw_grad_cam, shown, cams, maps, f"Grad-CAM\n{title}"),
+    }
+    return {name: draw for name, draw in drawn.items() if maps or name != "attention"}
 
 
-def _choose(choice: Choice, labels: Tensor, classes: list[str]) -> list[int]:
-    """Indices of the chosen test images, whose labels (N,) are given."""
-    count = choice.num_images or _NUM_IMAGES
-    if choice.indices is not None:
-        for index in choice.indices:
-            if not 0 <= index < len(labels):
-                raise UserError(f"--indices {index} is outside the test split; use 0 to {len(labels) - 1}")
-        return choice.indices
-    if choice.class_name is not None:
-        if choice.class_name not in classes:
-            near = difflib.get_close_matches(choice.class_name, classes, 1)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(classes[:20])}"
-            raise UserError(f"--class_name {choice.class_name} is not a class of the data; {hint}")
-        members = (labels == classes.index(choice.class_name)).nonzero()[:, 0]
-        if len(members) == 0:
-            raise UserError(f"--class_name {choice.class_name} has no test image; choose another")
-        return members[:count].tolist()
-    return _evenly(len(labels), count)
+def _choose(labels: Tensor, classes: list[str], class_name: str | None, count: int) -> list[int]:
+    """Indices of test images with these labels (N,): the first of a class, or of all, evenly spread."""
+    if class_name is None:
+        return _evenly(len(labels), count)
+    if class_name not in classes:
+        near = difflib.get_close_matches(class_name, classes, 1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(classes[:20])}"
+        raise UserError(f"--class_name {class_name} is not a class of the data; {hint}")
+    members = (labels == classes.index(class_name)).nonzero()[:, 0]
+    if len(members) == 0:
+        raise UserError(f"--class_name {class_name} has no test image; choose another")
+    return members[:count].tolist()
 
 
 def _evenly(total: int, count: int) -> list[int]:
@@ -241,48 +216,36 @@ def _evenly(total: int, count: int) -> list[int]:
 
 def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
     """What each run logged; once, though several of its checkpoints may be given."""
-    runs = {run.logs.resolve(): one for one in loaded if (run := run_of(one.path)) is not None}
-    names = _number([_name_of(one.path) for one in runs.values()])
-    histories: dict[Path, History | None] = {}
-    for (logs, one), name in zip(runs.items(), names, strict=True):
-        histories[logs] = read_history(logs, f"{name} ({one.content['hyper_parameters']['attention']['kind']})")
-    for one in loaded:
-        run = run_of(one.path)
-        if run is None or histories[run.logs.resolve()] is None:
-            print(f"{one.title}: no logs of its run were found, so there are no curves")
-    return [history for history in histories.values() if history is not None]
+    runs = {one.logs.resolve(): one for one in loaded}
+    histories = []
+    for (logs, one), name in zip(runs.items(), _number([_name_of(one.path) for one in runs.values()]), strict=True):
+        kind = one.content["hyper_parameters"]["attention"]["kind"]
+        if history := read_history(logs, f"{name} ({kind})"):
+            histories.append(history)
+        else:
+            print(f"{name}: no logs of its run were found, so there are no curves")
+    return histories
 
 
-def _measure(loaded: LoadedCheckpoint, network: nn.Module, count: int, path: Path) -> None:
+def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> None:
     """Measure on evenly chosen test images, print the table and save it."""
-    images = loaded.test_images()
-    images = images.subset(torch.tensor(_evenly(len(images), count)))
-    measures = measure(network, loaded.normalise(images.pixels, network), images.labels, images.masks)
-    print(f"{loaded.title}, {len(images):,} test images:")
-    table = Table()
-    headings = ["map"] if images.masks is None else ["map", "inside %", "pointing %"]
-    for heading in [*headings, "whole", *(f"-{percent} %" for percent in DELETED)]:
-        table.add_column(heading, justify="left" if heading == "map" else "right", no_wrap=True)
-    for row in measures:
-        shown = [f"{100 * mean.value:.1f} ± {100 * mean.error:.1f}" for mean in (row.inside, row.pointing) if mean]
-        table.add_row(escape(row.name), *shown, *(f"{100 * accuracy:.1f}" for accuracy in row.accuracy.values()))
+    images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
+    rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks)
+    print(f"{title}, {len(images):,} test images:")
+    known = [] if images.masks is None else ["inside", "pointing"]
+    headings = [*(f"{name} %" for name in known), "whole", *(f"-{percent} %" for percent in DELETED)]
+    table = Table("map", *(Column(heading, justify="right", no_wrap=True) for heading in headings))
+    for row in rows:
+        scores = [f"{100 * row[name]:.1f} ± {100 * row[f'{name}_error']:.1f}" for name in known]
+        accuracies = [f"{100 * value:.1f}" for key, value in row.items() if key.startswith("accuracy")]
+        table.add_row(escape(row["map"]), *scores, *accuracies)
     Console(width=160).print(table)
-    if images.masks is not None:
+    if known:
         print("inside: fraction of the map's energy (above its minimum) on the object; ± is one standard error")
         print("pointing: how often the map's maximum is on the object")
     print("-10 % …: accuracy in % without the most important pixels; for uniform, without random pixels")
-    try:
-        _write_measures(measures, path)
-    except OSError as error:
-        raise cannot_write(path, error, _OTHER_FOLDER) from error
-    print(path)
-
-
-def _write_measures(measures: Sequence[Measure], path: Path) -> None:
     with path.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        accuracies = [f"accuracy_without_{percent}_percent" for percent in measures[0].accuracy]
-        writer.writerow(["map", "inside", "inside_error", "pointing", "pointing_error", *accuracies])
-        for row in measures:
-            means = [("", "") if mean is None else (mean.value, mean.error) for mean in (row.inside, row.pointing)]
-            writer.writerow([row.name, *means[0], *means[1], *row.accuracy.values()])
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)

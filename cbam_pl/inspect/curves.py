@@ -23,61 +23,42 @@ _STYLES = [("--", "train"), ("-", "val")]
 
 @dataclass(frozen=True)
 class History:
-    """What a run logged.
+    """What a run logged."""
 
-    Args:
-        name: of the run, for the legend.
-        steps: (S,) optimizer steps, from 1.
-        losses: (S,) loss of each step's batch.
-        epochs: (E,) from 1.
-        figures: train/loss, val/loss, train/acc, val/acc, lr → (E,), NaN where an epoch has none.
-    """
+    name: str  # for the legend
+    steps: np.ndarray  # (S,) optimizer steps, from 1
+    losses: np.ndarray  # (S,) loss of each step's batch
+    epochs: np.ndarray  # (E,) from 1
+    figures: dict[str, np.ndarray]  # train/loss, val/loss, train/acc, val/acc, lr → (E,), NaN where an epoch has none
 
-    name: str
-    steps: np.ndarray
-    losses: np.ndarray
-    epochs: np.ndarray
-    figures: dict[str, np.ndarray]
+
+def read_metrics(logs: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv, one per epoch, without empty cells; of an epoch trained twice, the last."""
+    with (logs / "metrics.csv").open(newline="") as stream:
+        rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}
+    return [{name: float(value) for name, value in rows[epoch].items() if value} for epoch in sorted(rows)]
 
 
 def read_history(logs: Path, name: str) -> History | None:
-    """Read what a run logged; None if there is no metrics.csv.
-
-    Args:
-        logs: the run's log folder, logs/RECIPE/version_N.
-        name: of the run, for the legend.
-    """
+    """Read what a run logged into logs/RECIPE/version_N; None if there is no metrics.csv."""
     if not (logs / "metrics.csv").is_file():
         return None
-    with (logs / "metrics.csv").open(newline="") as stream:
-        rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}  # of an epoch trained twice, the last
-    epochs = sorted(rows)
-    figures = {key: np.array([float(rows[epoch].get(key) or "nan") for epoch in epochs]) for key in FIGURES}
-    # All scalars, and as little as possible of the rest.
-    sizes = {"scalars": 0, "images": 1, "histograms": 1, "tensors": 1, "audio": 1, "compressedHistograms": 1}
-    events = EventAccumulator(str(logs), sizes)
+    rows = read_metrics(logs)
+    figures = {key: np.array([row.get(key, np.nan) for row in rows]) for key in FIGURES}
+    events = EventAccumulator(str(logs), {"scalars": 0})  # all of them
     events.Reload()
     logged = "train/loss_step" in events.Tags()["scalars"]
     losses = {event.step: event.value for event in events.Scalars("train/loss_step")} if logged else {}
-    steps = sorted(losses)
-    return History(name, np.array(steps), np.array([losses[step] for step in steps]), np.array(epochs), figures)
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Moving average. Values (S,) → (S − window + 1,)."""
-    return np.convolve(values, np.full(window, 1 / window), "valid")
+    steps = np.array(sorted(losses), dtype=int)
+    epochs = np.array([row["epoch"] for row in rows])
+    return History(name, steps, np.array([losses[step] for step in steps.tolist()]), epochs, figures)
 
 
 def draw_curves(histories: Sequence[History]) -> Figure:
     """Loss by optimizer step, raw and smoothed; loss, accuracy and learning rate by epoch; one colour per run.
 
     The smoothed loss is a moving average over a fiftieth of all steps, and over at least five.
-
-    Raises:
-        ValueError: there is no run.
     """
-    if not histories:
-        raise ValueError("no run has logs, so there are no curves")
     figure = Figure((10.0, 7.2), dpi=DPI, layout="constrained")
     (by_step, loss), (accuracy, rate) = figure.subplots(2, 2)
     key = []  # one legend for all, below them, where it hides no curve
@@ -89,7 +70,8 @@ def draw_curves(histories: Sequence[History]) -> Figure:
             middle = history.steps[(window - 1) // 2 :][: count - window + 1]
             raw = {"alpha": 0.25, "linewidth": 0.5, "zorder": 1, "rasterized": True}
             by_step.plot(history.steps, history.losses, color=colour, **raw)
-            by_step.plot(middle, smooth(history.losses, window), color=colour, linewidth=1.5, zorder=2)
+            smoothed = np.convolve(history.losses, np.full(window, 1 / window), "valid")  # (S − window + 1,)
+            by_step.plot(middle, smoothed, color=colour, linewidth=1.5, zorder=2)
         for axes, name in ((loss, "loss"), (accuracy, "acc")):
             for style, split in _STYLES:
                 _plot(axes, history.epochs, history.figures[f"{split}/{name}"], color=colour, linestyle=style)
@@ -102,8 +84,6 @@ def draw_curves(histories: Sequence[History]) -> Figure:
     if losses.size:
         # A few steps, above all the first ones, may have several times the loss of all others.
         by_step.set_ylim(0, 1.05 * float(np.quantile(losses, 0.998)))
-    else:
-        by_step.text(0.5, 0.5, "the logs hold no steps", ha="center", va="center", transform=by_step.transAxes)
     rates = np.concatenate([history.figures["lr"] for history in histories])
     if rates.min() > 0 and rates.max() > 5 * rates.min():
         rate.set_yscale("log")

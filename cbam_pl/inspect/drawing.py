@@ -3,7 +3,8 @@
     figure = draw_attention(images, attention_maps(network, inputs), "Attention")
     figure.savefig("attention.png")
 
-A map that is not finite, or constant over all images, raises a ValueError: its picture would look like a result.
+All of them raise a ValueError for a map that is not finite, or constant over all images: its picture would look like
+a result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,11 +55,7 @@ def describe(logits: Tensor, classes: Sequence[str], headings: Sequence[str]) ->
 
 
 def draw_features(images: CaptionedImages, features: FeatureMaps, title: str) -> Figure:
-    """The first nine channels of each convolution block; one row per image.
-
-    Raises:
-        ValueError: a block's output is not finite, or constant.
-    """
+    """The first nine channels of each convolution block; one row per image."""
     figure, columns = _new_panels(images, len(features.blocks), 4, title, _MOSAIC)
     for axes, (name, values) in zip(columns, features.blocks.items(), strict=True):
         _check_map(f"the output of {name}", values)
@@ -73,18 +70,13 @@ def draw_features(images: CaptionedImages, features: FeatureMaps, title: str) ->
         mosaics = [make_grid(one[:, None], 3, _CELL_GAP, pad_value=torch.nan)[0] for one in cells]
         inner = [mosaic[_CELL_GAP:-_CELL_GAP, _CELL_GAP:-_CELL_GAP] for mosaic in mosaics]  # without the outer margin
         axes.imshow(_stack(torch.stack(inner)), cmap=COLOURS, vmin=low, vmax=high, interpolation="nearest")
-        shown = f"first 9 of {channels}" if channels > 9 else f"{channels}"
-        axes.set_title(f"{name}\n{shown} channels, {height}×{width}", **_HEADING)
+        axes.set_title(f"{name}\nfirst {min(9, channels)} of {channels} channels, {height}×{width}", **_HEADING)
         _add_colour_bar(axes, "activation (brightest 2 % cut)")
     return figure
 
 
 def draw_heat_maps(images: CaptionedImages, features: FeatureMaps, title: str) -> Figure:
-    """The three channels of the last convolution with the highest mean, over each image; they differ by image.
-
-    Raises:
-        ValueError: the activations are not finite, or constant.
-    """
+    """The three channels of the last convolution with the highest mean, over each image; they differ by image."""
     last = features.last.float()
     _check_map("the last convolution's output", last)
     means, channels = last.mean((2, 3)).topk(min(3, last.shape[1]))  # (B, 3)
@@ -101,13 +93,7 @@ def draw_heat_maps(images: CaptionedImages, features: FeatureMaps, title: str) -
 
 
 def draw_attention(images: CaptionedImages, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
-    """The spatial gate of each block over the image, and its channel gate as sorted bars; one row per image.
-
-    Raises:
-        ValueError: there are no gates, a gate is not finite, or a spatial gate is constant over all images.
-    """
-    if not maps:
-        raise ValueError("this network has no gates: its attention is none")
+    """The spatial gate of each block over the image, and its channel gate as sorted bars; one row per image."""
     panels = [(name, gate) for name, one in maps.items() for gate in (one.spatial, one.channel) if gate is not None]
     figure, columns = _new_panels(images, len(panels), 6, title)
     for axes, (name, gate) in zip(columns, panels, strict=True):
@@ -119,11 +105,7 @@ def draw_attention(images: CaptionedImages, maps: Mapping[str, AttentionMaps], t
 
 
 def draw_grad_cam(images: CaptionedImages, cams: Tensor, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
-    """Grad-CAM of the predicted class (B, H, W) ≥ 0 over each image, and the spatial gates beside it.
-
-    Raises:
-        ValueError: a map is not finite, or constant over all images.
-    """
+    """Grad-CAM of the predicted class (B, H, W) ≥ 0 over each image, and the spatial gates beside it."""
     _check_map("Grad-CAM", cams)
     spatial = {name: gates.spatial for name, gates in maps.items() if gates.spatial is not None}
     figure, columns = _new_panels(images, 1 + len(spatial), 7, title)
@@ -191,13 +173,8 @@ def _new_panels(
     top = 20 + 16 * len(lines)
     height = top + rows * (above + column + below)
     figure = _new_figure(width, height, lines)
-    place = {
-        "left": left / width,
-        "right": 1 - right / width,
-        "bottom": below / height,
-        "top": 1 - (top + above) / height,
-    }
-    place |= {"wspace": between / side, "hspace": (above + below) / column}
+    place = {"left": left / width, "right": 1 - right / width, "wspace": between / side}
+    place |= {"bottom": below / height, "top": 1 - (top + above) / height, "hspace": (above + below) / column}
     grid = figure.subplots(rows, 1 + per_row, squeeze=False, gridspec_kw=place)
     for axes in grid.flat:
         axes.set_axis_off()

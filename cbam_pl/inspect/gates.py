@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,39 +27,29 @@ class AttentionMaps:
 
     A joint gate (B, C, H, W), as BAM and the parallel order of CBAM have, is given by its means: over positions as the
     channel gate, over channels as the spatial gate. BAM multiplies its input by 1 + gate; the gate alone is given.
-
-    Args:
-        channel: (B, C) in (0, 1), the weight of each channel; None if the attention has no channel gate.
-        spatial: (B, H, W) in (0, 1), the weight of each position; None if it has no spatial gate.
     """
 
-    channel: Tensor | None
-    spatial: Tensor | None
+    channel: Tensor | None  # (B, C) in (0, 1), the weight of each channel; None if there is no channel gate
+    spatial: Tensor | None  # (B, H, W) in (0, 1), the weight of each position; None if there is no spatial gate
 
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """Activations of a network for a batch of images, on its device.
+    """Activations of a network for a batch of images, on its device."""
 
-    Args:
-        logits: (B, classes).
-        blocks: name of each convolution block → its output (B, C, H, W), in the order of the layers.
-        last: (B, C, H, W), the last convolution's activations: after normalisation and ReLU, and in the cnn before the
-            pooling, which leaves a finer map than the block's output.
-    """
-
-    logits: Tensor
-    blocks: dict[str, Tensor]
+    logits: Tensor  # (B, classes)
+    blocks: dict[str, Tensor]  # name of each convolution block → its output (B, C, H, W), in the order of the layers
+    # (B, C, H, W), the last convolution's activations: after normalisation and ReLU, and in the cnn before the pooling,
+    # which leaves a finer map than the block's output.
     last: Tensor
 
 
 def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMaps]:
     """The gates of every attention module in `network`, in evaluation mode.
 
-    Finds every module with a method `gates`, as all of `cbam_pl.attention` have, in any network; also if the network
-    is compiled, wrapped by DistributedDataParallel, or trained with automatic mixed precision. Runs one forward pass in
-    the precision of the weights, and restores everything: training mode, running statistics, gradients, hooks and
-    random state.
+    Finds every module with a method `gates`, as all of `cbam_pl.attention` have, in any network, also compiled, wrapped
+    by DistributedDataParallel, or trained with automatic mixed precision. Runs one forward pass in the precision of the
+    weights and leaves no trace: training mode, running statistics, gradients, hooks and random state are kept.
 
     Args:
         network: (B, 3, H, W) → any output.
@@ -83,9 +73,9 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
         maps[name] = _as_maps(module, module.gates(arguments[0]))  # type: ignore[operator]
 
     network = unwrap(network)
-    with evaluation_mode(network), torch.no_grad(), _hooks() as hooks:
+    with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
         for name, module in _attention_modules(network).items():
-            hooks.append(module.register_forward_pre_hook(partial(record, name)))
+            hooks.enter_context(module.register_forward_pre_hook(partial(record, name)))
         network(as_input(images, network))
     return maps
 
@@ -107,9 +97,9 @@ def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
     def record(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
         seen[name] = output
 
-    with evaluation_mode(network), torch.no_grad(), _hooks() as hooks:
+    with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
         for name, module in layers.items():
-            hooks.append(module.register_forward_hook(partial(record, name)))
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
         logits = network(as_input(images, network))
     last = seen.pop("")
     return FeatureMaps(logits, {name: seen[name] for name in layers if name}, last)
@@ -180,16 +170,13 @@ def _plain_name(path: str) -> str:
 
 
 def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
-    channel = spatial = None
-    for name, given in gates.items():
-        gate = given.float()
-        if isinstance(module, BAM):
-            gate = gate - 1
-        if name in ("channel", "joint"):
-            channel = gate.mean((2, 3))  # (B, C)
-        if name in ("spatial", "joint"):
-            spatial = gate.mean(1)  # (B, H, W)
-    return AttentionMaps(channel, spatial)
+    shift = 1 if isinstance(module, BAM) else 0
+    floats = {name: gate.float() - shift for name, gate in gates.items()}  # (B, C or 1, H or 1, W or 1)
+    channel, spatial = (floats.get(name, floats.get("joint")) for name in ("channel", "spatial"))
+    return AttentionMaps(
+        None if channel is None else channel.mean((2, 3)),  # (B, C)
+        None if spatial is None else spatial.mean(1),  # (B, H, W)
+    )
 
 
 def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
@@ -230,14 +217,3 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    """A list of hooks that are removed at the end, also after an error."""
-    hooks: list[Any] = []
-    try:
-        yield hooks
-    finally:
-        for hook in hooks:
-            hook.remove()

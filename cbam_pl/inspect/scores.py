@@ -1,48 +1,48 @@
-"""Does attention fall on the object, and does the network need what it attends to? Numbers beside the pictures."""
+"""Grad-CAM, and scores: does attention fall on the object, and does the network need what it attends to?"""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import sqrt
+from typing import Any
 
 import torch
+from captum.attr import LayerGradCam  # takes a second to import; training does without this file
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
-from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.inspect.gates import (
+    as_input,
+    attention_maps,
+    evaluation_mode,
+    feature_maps,
+    last_activation,
+    unwrap,
+    upsample,
+)
 
 DELETED = tuple(range(10, 100, 10))  # percent of the pixels
-UNIFORM = "uniform"
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over images, and its standard error."""
+def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Evidence for a class at each position of the last convolution's activations.
 
-    value: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Mean":
-        """The mean of values (N,)."""
-        values = values.double()
-        return cls(float(values.mean()), float(values.std(correction=0)) / sqrt(max(1, len(values) - 1)))
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Scores of one importance map.
+    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
 
     Args:
-        name: the block whose spatial gate it is, or Grad-CAM, or uniform.
-        inside: fraction of the map's energy inside the object; None if the object's mask is unknown.
-        pointing: how often the map's maximum is inside the object; likewise.
-        accuracy: percent of pixels deleted, the most important first → accuracy; 0 for the whole image.
-    """
+        network: a CNN or ResNet of cbam_pl.models, also compiled or wrapped.
+        images: normalised as in training.
+        classes: the class to explain, for each image.
 
-    name: str
-    inside: Mean | None
-    pointing: Mean | None
-    accuracy: dict[int, float]
+    Shape:
+        images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
+
+    Raises:
+        ValueError: another network, or images that are not (B, 3, H, W).
+    """
+    network = unwrap(network)
+    with evaluation_mode(network), torch.enable_grad():
+        images = as_input(images, network)
+        explain = LayerGradCam(network, last_activation(network))
+        coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
+    return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
@@ -71,21 +71,20 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     return (highest & masks).sum((1, 2)) / highest.sum((1, 2))
 
 
-def deletion_order(maps: Tensor, seed: int = 0) -> Tensor:
+def deletion_order(maps: Tensor) -> Tensor:
     """The pixels of each image, most important first; ties in random order, so a uniform map gives a random order.
 
     Shape:
         maps (N, H, W) → (N, H · W) int64, indices into the flattened image.
     """
     flat = maps.flatten(1).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.rand(flat.shape, generator=generator).argsort(1)
+    shuffled = torch.rand(flat.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
     ranked = flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, ranked)
 
 
 def deletion_curve(
-    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor, deleted: Sequence[int] = DELETED
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor
 ) -> dict[int, float]:
     """Accuracy after the most important pixels were replaced by the data's mean colour.
 
@@ -96,14 +95,13 @@ def deletion_curve(
         images: (N, 3, H, W), normalised, so that 0 is the data's mean.
         labels: (N,).
         maps: (N, H, W), importance of each pixel.
-        deleted: percent of the pixels to delete.
 
     Returns:
-        Percent deleted → accuracy.
+        Percent of the pixels deleted → accuracy.
     """
     order = deletion_order(maps).to(images.device)
     accuracy = {}
-    for percent in deleted:
+    for percent in DELETED:
         removed = order[:, : round(order.shape[1] * percent / 100)]
         kept = torch.ones_like(order, dtype=images.dtype).scatter_(1, removed, 0.0).view(-1, 1, *images.shape[2:])
         accuracy[percent] = float((classify(images * kept) == labels).double().mean())
@@ -112,7 +110,7 @@ def deletion_curve(
 
 def measure(
     network: nn.Module, images: Tensor, labels: Tensor, masks: Tensor | None, batch_size: int = 250
-) -> list[Measure]:
+) -> list[dict[str, Any]]:
     """Score every spatial gate, Grad-CAM of the predicted class, and a uniform map, whose deletion is random.
 
     Args:
@@ -121,6 +119,10 @@ def measure(
         labels: (N,).
         masks: (N, 1, H, W) bool, True on the object; None if unknown.
         batch_size: images per forward pass.
+
+    Returns:
+        For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
+        masks; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the whole image.
     """
     size = images.shape[2:]
 
@@ -137,15 +139,15 @@ def measure(
         parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
     maps = {name: torch.cat(part) for name, part in parts.items()}
     maps["Grad-CAM"] = maps.pop("Grad-CAM")  # after the gates
-    maps[UNIFORM] = torch.ones(len(images), *size)
+    maps["uniform"] = torch.ones(len(images), *size)
     whole = {0: float((predicted == labels).double().mean())}
-    objects = None if masks is None else masks[:, 0].cpu()
-    return [
-        Measure(
-            name,
-            None if objects is None else Mean.of(energy_inside(values, objects)),
-            None if objects is None else Mean.of(pointing_game(values, objects)),
-            whole | deletion_curve(classify, images, labels, values),
-        )
-        for name, values in maps.items()
-    ]
+    rows = []
+    for name, values in maps.items():
+        row: dict[str, Any] = {"map": name}
+        for score, function in (("inside", energy_inside), ("pointing", pointing_game)):
+            known = None if masks is None else function(values, masks[:, 0].cpu()).double()
+            error = None if known is None else float(known.std(correction=0)) / sqrt(max(1, len(known) - 1))
+            row |= {score: None if known is None else float(known.mean()), f"{score}_error": error}
+        curve = whole | deletion_curve(classify, images, labels, values)
+        rows.append(row | {f"accuracy_without_{percent}_percent": value for percent, value in curve.items()})
+    return rows

@@ -1,15 +1,14 @@
 """Log the network itself to TensorBoard: pictures, statistics of its gates, its graph and hyperparameters."""
 
 import warnings
-from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -18,7 +17,6 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
 from cbam_pl.inspect import drawing, gates
-from cbam_pl.training.classifier import Classifier
 
 # Sorted after lr, train and val: TensorBoard opens the first groups of charts, and those are the ones to see first.
 _GATES = "val_gates"
@@ -53,34 +51,26 @@ class NetworkMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the images, evenly over the validation split, and draw the graph of a new run."""
-        data = getattr(trainer, "datamodule", None)
-        writers = _writers(trainer)
-        if not writers or not isinstance(pl_module, Classifier) or not isinstance(data, ImageDataModule):
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not (writers := _writers(trainer)):
             return
         images = data.images("val")
         self._probed = images.subset(torch.linspace(0, len(images) - 1, min(_NUM_PROBED, len(images))).long())
         pixels = self._probed.pixels.to(pl_module.device).float() / 255
         self._inputs = Normalise(data.mean, data.std, pixels.device)(pixels)
         self._classes = data.classes
-        if trainer.global_step == 0:
-            for writer in writers:
-                _add_graph(writer, pl_module.network, self._inputs[:1])
+        for writer in writers if trainer.global_step == 0 else []:
+            _add_graph(writer, pl_module.network, self._inputs[:1])  # type: ignore[arg-type]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the predictions of the last validation."""
         self._predictions.clear()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Keep the predictions on the device, for the confusion matrix."""
-        if self.pictures_every and isinstance(outputs, Tensor):
+        if self.pictures_every:
             self._predictions.append((outputs.argmax(1), batch[1]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,38 +114,32 @@ class NetworkMonitor(Callback):
         network, inputs = pl_module.network, self._inputs[chosen]
         features, maps = gates.feature_maps(network, inputs), gates.attention_maps(network, inputs)  # type: ignore[arg-type]
         headings = [f"true: {self._classes[label]}" for label in self._probed.labels[chosen]]
-        images = drawing.CaptionedImages(
-            self._probed.pixels[chosen], drawing.describe(features.logits, self._classes, headings)
-        )
-        epoch = f"epoch {self._epoch}"
-        self._log_picture(trainer, "features", lambda: drawing.draw_features(images, features, f"Features\n{epoch}"))
+        captions = drawing.describe(features.logits, self._classes, headings)
+        images, epoch = drawing.CaptionedImages(self._probed.pixels[chosen], captions), f"epoch {self._epoch}"
+        pictures = {"features": partial(drawing.draw_features, images, features, f"Features\n{epoch}")}
         if maps:
-            self._log_picture(trainer, "attention", lambda: drawing.draw_attention(images, maps, f"Attention\n{epoch}"))
+            pictures["attention"] = partial(drawing.draw_attention, images, maps, f"Attention\n{epoch}")
         if counts is not None:
             title = f"Confusion of {int(counts.sum()):,} validation images\n{epoch}"
-            self._log_picture(trainer, "confusion", lambda: drawing.draw_confusion(counts, self._classes, title))
-
-    def _log_picture(self, trainer: Trainer, name: str, draw: Callable[[], Figure]) -> None:
-        try:
-            image = drawing.rasterise(draw())
-        except ValueError as error:
-            # A picture that cannot be drawn must not end the training.
-            self._warn_once(f"pictures/{name}", f"no pictures/{name} in epoch {self._epoch}: {error}")
-            return
-        for writer in _writers(trainer):
-            writer.add_image(f"pictures/{name}", image, self._epoch, dataformats="HWC")
+            pictures["confusion"] = partial(drawing.draw_confusion, counts, self._classes, title)
+        for name, draw in pictures.items():
+            try:
+                image = drawing.rasterise(draw())
+            except ValueError as error:  # which must not end the training
+                self._warn_once(f"pictures/{name}", f"no pictures/{name} in epoch {self._epoch}: {error}")
+                continue
+            for writer in _writers(trainer):
+                writer.add_image(f"pictures/{name}", image, self._epoch, dataformats="HWC")
 
     def _confusion(self, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
         """Images by true and predicted class (classes, classes) over all processes; None without a validation."""
         if not self._predictions:
             return None
-        predicted, true = (torch.cat(parts).cpu() for parts in zip(*self._predictions, strict=True))
+        predicted, true = (torch.cat(parts) for parts in zip(*self._predictions, strict=True))
         self._predictions.clear()
         classes = int(pl_module.hparams["num_classes"])
         counts = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
-        if trainer.world_size > 1:
-            counts = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum")
-        return counts.cpu()
+        return trainer.strategy.reduce(counts, reduce_op="sum").cpu()
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -182,34 +166,20 @@ def _add_graph(writer: SummaryWriter, network: nn.Module, image: Tensor) -> None
 
 def _add_hyperparameters(writer: SummaryWriter, trainer: Trainer, pl_module: LightningModule) -> None:
     """Add the run to the HPARAMS tab, with its last loss and accuracy."""
-    data = getattr(trainer, "datamodule", None)
-    values = {
-        **_flatten(pl_module.hparams, "model"),
-        **({} if data is None else _flatten(data.hparams, "data")),
-        "max_epochs": trainer.max_epochs,
-        "precision": trainer.precision,
-    }
+    model = dict(pl_module.hparams)
+    groups = {"model.attention": model.pop("attention"), "model": model, "data": trainer.datamodule.hparams}  # type: ignore[attr-defined]
+    values = {f"{group}.{name}": value for group, settings in groups.items() for name, value in settings.items()}
+    values |= {"max_epochs": trainer.max_epochs, "precision": trainer.precision}
     for optimizer in trainer.optimizers:
         values["optimizer"] = type(optimizer).__name__
         names = [name for name in ("lr", "weight_decay", "momentum") if name in optimizer.defaults]
         values |= {name: float(optimizer.defaults[name]) for name in names}
     for config in trainer.lr_scheduler_configs:
         values["lr_scheduler"] = type(config.scheduler).__name__
-    plain = (bool, int, float, str)
-    known = {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+    known = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in values.items()}
     # The names of scalars that are logged already. The public ways, Logger.log_hyperparams and add_hparams, write their
     # values once more: at this step, though the last validation may be epochs ago, or as another run.
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
     file_writer: Any = writer.file_writer  # None only if nothing was ever logged
     for summary in hparams(known, metrics) if file_writer is not None else ():
         file_writer.add_summary(summary)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}.{name}")
-        else:
-            flat[f"{prefix}.{name}"] = value
-    return flat

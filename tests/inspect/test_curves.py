@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from cbam_pl.inspect.curves import History, draw_curves, read_history, smooth
+from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.drawing import rasterise
 
 HEADER = "epoch,lr,train/loss,train/acc,val/loss,val/acc\n"
@@ -34,17 +34,13 @@ def test_history_is_what_the_run_logged(tmp_path):
     assert read_history(tmp_path / "elsewhere", "run") is None
 
 
-def test_smoothing_is_the_mean_of_neighbours():
-    assert smooth(np.array([1.0, 2.0, 6.0, 0.0]), 3).tolist() == pytest.approx([3.0, 8 / 3])
-
-
 def test_curves_are_the_runs_figures():
     history = history_of()
     by_step, loss, accuracy, rate = draw_curves([history]).axes
     raw, smoothed = by_step.lines
     assert raw.get_xydata().tolist() == np.stack([history.steps, history.losses], 1).tolist()
     assert smoothed.get_xdata().tolist() == list(range(3, 99))  # the middle of each five
-    assert smoothed.get_ydata()[0] == pytest.approx(history.losses[:5].mean())
+    assert smoothed.get_ydata().tolist() == pytest.approx([history.losses[i : i + 5].mean() for i in range(96)])
     drawn = [line.get_ydata().tolist() for axes in (loss, accuracy, rate) for line in axes.lines]
     expected = [history.figures[name].tolist() for name in ("train/loss", "val/loss", "train/acc", "val/acc", "lr")]
     assert drawn == expected
@@ -87,8 +83,6 @@ def test_curves_are_drawn_from_little():
     one = history_of(epochs=1)
     assert [line.get_marker() for line in draw_curves([one]).axes[1].lines] == ["o", "o"]
     bare = dataclasses.replace(one, steps=np.array([]), losses=np.array([]))
-    assert "the logs hold no steps" in [text.get_text() for text in draw_curves([bare]).axes[0].texts]
+    assert not draw_curves([bare]).axes[0].lines
     diverged = dataclasses.replace(one, losses=np.full(100, np.nan))
     rasterise(draw_curves([diverged]))
-    with pytest.raises(ValueError, match="no run has logs"):
-        draw_curves([])

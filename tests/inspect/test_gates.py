@@ -17,7 +17,7 @@ from cbam_pl.inspect.gates import (
     is_constant,
     unwrap,
 )
-from cbam_pl.inspect.grad_cam import grad_cam
+from cbam_pl.inspect.scores import grad_cam
 from cbam_pl.models import build_network, insert_attention
 
 

@@ -1,14 +1,38 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
-from cbam_pl.inspect.grad_cam import grad_cam
-from cbam_pl.inspect.scores import DELETED, deletion_curve, deletion_order, energy_inside, measure, pointing_game
+from cbam_pl.inspect.scores import (
+    DELETED,
+    deletion_curve,
+    deletion_order,
+    energy_inside,
+    grad_cam,
+    measure,
+    pointing_game,
+)
 from cbam_pl.models import build_network
 
 
 def masks_of(*rows):
     return torch.tensor(rows).bool()
+
+
+def test_grad_cam_is_the_papers_equations():
+    torch.manual_seed(1)
+    network, x = build_network("cnn", 10, "cbam").eval(), torch.randn(3, 3, 32, 32)
+    classes = torch.tensor([3, 0, 7])
+    maps = grad_cam(network, x, classes)
+    seen = []
+    hook = network.blocks[2].relu.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    logits = network(x)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[range(3), classes].sum(), seen)
+    coarse = F.relu((gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True))  # (B, 1, 8, 8)
+    expected = F.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(maps, expected.detach())
+    assert maps.max() > 0
 
 
 def test_energy_inside_is_above_the_maps_minimum():
@@ -60,24 +84,24 @@ def test_measure_has_every_gate_grad_cam_and_the_uniform_map():
     images, labels = torch.randn(30, 3, 32, 32), torch.arange(30) % 10
     masks = torch.zeros(30, 1, 32, 32, dtype=torch.bool)
     masks[:, :, 8:16, 8:24] = True
-    measures = {row.name: row for row in measure(network, images, labels, masks, batch_size=7)}
+    measures = {row["map"]: row for row in measure(network, images, labels, masks, batch_size=7)}
     assert list(measures) == ["blocks.0", "blocks.1", "blocks.2", "Grad-CAM", "uniform"]
     logits = feature_maps(network, images).logits
-    assert measures["uniform"].inside.value == pytest.approx(1 / 8)
-    assert measures["uniform"].pointing.value == pytest.approx(1 / 8)
+    assert measures["uniform"]["inside"] == pytest.approx(1 / 8)
+    assert measures["uniform"]["pointing"] == pytest.approx(1 / 8)
     gates = upsample(attention_maps(network, images)["blocks.1"].spatial, (32, 32))
     inside = energy_inside(gates, masks[:, 0])
-    assert measures["blocks.1"].inside.value == pytest.approx(inside.mean().item())
-    assert measures["blocks.1"].inside.error == pytest.approx(inside.std().item() / 30**0.5)
+    assert measures["blocks.1"]["inside"] == pytest.approx(inside.mean().item())
+    assert measures["blocks.1"]["inside_error"] == pytest.approx(inside.std().item() / 30**0.5)
     cams = grad_cam(network, images, logits.argmax(1))
-    assert measures["Grad-CAM"].pointing.value == pytest.approx(pointing_game(cams, masks[:, 0]).mean().item())
+    assert measures["Grad-CAM"]["pointing"] == pytest.approx(pointing_game(cams, masks[:, 0]).mean().item())
     for row in measures.values():
-        assert list(row.accuracy) == [0, *DELETED]
-        assert row.accuracy[0] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+        assert list(row)[5:] == [f"accuracy_without_{percent}_percent" for percent in (0, *DELETED)]
+        assert row["accuracy_without_0_percent"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
 def test_measure_without_gates_or_masks():
     network = build_network("cnn", 10, "se").eval()
     measures = measure(network, torch.randn(5, 3, 32, 32), torch.arange(5), None)
-    assert [row.name for row in measures] == ["Grad-CAM", "uniform"]
-    assert all(row.inside is None and row.pointing is None for row in measures)
+    assert [row["map"] for row in measures] == ["Grad-CAM", "uniform"]
+    assert all(row["inside"] is None and row["pointing"] is None for row in measures)

@@ -4,26 +4,32 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ALL_COMPLETED, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+
 from cbam_pl.commands.compare import report
-from cbam_pl.commands.compare.cluster import start_on_ray
 from cbam_pl.commands.compare.costs import in_new_process, measure_costs, time_recipes
-from cbam_pl.commands.compare.html import render
 from cbam_pl.commands.compare.jobs import (
+    STOPPED,
     Job,
     environments,
     failure_of,
     find,
     jobs_of,
     read_epochs,
+    runs_of,
     start_locally,
+    start_on_ray,
     threads_per_job,
     uses_cuda,
 )
+from cbam_pl.commands.compare.page import render
 from cbam_pl.commands.compare.plan import Plan, make_plan, nest, option_parser
-from cbam_pl.commands.compare.watch import watch
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
 
@@ -38,7 +44,6 @@ def compare(arguments: list[str]) -> None:
     """
     options, settings = option_parser().parse_known_args(arguments)
     plan = make_plan(options, settings)
-    plan.check_output()
     jobs = jobs_of(plan)
     if options.dry_run:
         _print_estimate(plan, options.jobs)
@@ -113,6 +118,58 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
     for job, failure in failures.items():
         print(f"failed: {job.name} seed {job.seed}: {failure} ({job.log})", file=sys.stderr)
     return failures
+
+
+def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Iterator[None]:
+    """Show a bar for each job on a terminal, and a line for each that begins or ends; yields at every look at them.
+
+    Args:
+        futures: of all jobs.
+        remote: whether they run on a cluster, whose futures do not tell when a job begins.
+        seconds: between two looks.
+    """
+    console = Console(stderr=True)
+    # The speed is estimated from all epochs so far, which may take minutes each.
+    options: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "speed_estimate_period": 1e6}
+    with Progress(console=console, **options) as progress:
+        epochs = {job: len(_epochs(job)) for job in futures}
+        total = sum(job.epochs for job in futures)
+        overall = progress.add_task(f"{len(futures)} runs", total=total, completed=sum(epochs.values()))
+        tasks: dict[Job, TaskID] = {}
+        states = dict.fromkeys(futures, "waiting")
+        while True:
+            ended = all(future.done() for future in futures.values())
+            for job, future in futures.items():
+                rows = _epochs(job)
+                epochs[job] = job.epochs if future.done() else len(rows)
+                state = _state(future, remote and bool(runs_of(job)))
+                name = f"{job.name} seed {job.seed}"
+                accuracy = f"{100 * rows[-1]['val/acc']:.2f} %" if rows and "val/acc" in rows[-1] else ""
+                if state != states[job]:
+                    progress.console.print(f"{name}: {state} {accuracy}".rstrip(), highlight=False, markup=False)
+                    states[job] = state
+                if state == "running" and job not in tasks:
+                    tasks[job] = progress.add_task("", total=job.epochs, completed=len(rows))
+                if job in tasks:
+                    text = escape(f"{name} epoch {epochs[job]}/{job.epochs} {accuracy}")
+                    progress.update(tasks[job], description=text, completed=epochs[job], visible=state == "running")
+            progress.update(overall, completed=sum(epochs.values()))
+            if ended:
+                return
+            yield
+            wait([future for future in futures.values() if not future.done()], seconds, ALL_COMPLETED)
+
+
+def _epochs(job: Job) -> list[dict[str, float]]:
+    runs = runs_of(job)
+    return read_epochs(runs[-1]) if runs else []
+
+
+def _state(future: Future, begun: bool) -> str:
+    if not future.done():
+        return "running" if begun or future.running() else "waiting"
+    failure = failure_of(future)
+    return "done" if failure is None else "stopped" if failure == STOPPED else "failed"
 
 
 def _print_estimate(plan: Plan, jobs: int | None) -> None:

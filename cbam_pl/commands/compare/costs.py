@@ -22,15 +22,9 @@ from cbam_pl.settings import command_parser
 from cbam_pl.timing import peak_memory, time_in_turns
 from cbam_pl.training.classifier import Classifier
 
-_MEMORY_STEPS = 5
-
 
 class TimedRecipe:
-    """A recipe's training step and forward pass, on random images: speed does not depend on the pixels.
-
-    Args:
-        settings: of the recipe, by dotted key.
-    """
+    """A recipe's training step and forward pass, on random images: speed does not depend on the pixels."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         parser = command_parser("fit")
@@ -125,19 +119,13 @@ def time_recipes(
 def peak_training_memory(settings: dict[str, Any]) -> float:
     """Peak memory in MB of this process after a few training steps."""
     recipe = TimedRecipe(settings)
-    for _ in range(_MEMORY_STEPS):
+    for _ in range(5):
         recipe.train_step()
     return peak_memory(recipe.device)
 
 
 def in_new_process(threads: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process that does nothing else; None if memory ran out.
-
-    Args:
-        threads: of the CPU.
-        work: a function of a module.
-        arguments: of the function.
-    """
+    """The result of a function in a process that does nothing else, with `threads` threads; None without memory."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, context, _configure, (threads,)) as pool:

@@ -1,10 +1,10 @@
-"""One job for each recipe and seed: find its run by its files, train it, test it."""
+"""One job for each recipe and seed: find its run by its files, train and test it, here or on a Ray cluster."""
 
-import csv
 import hashlib
+import importlib
 import json
 import os
-import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -21,35 +21,32 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, with_effect
+from cbam_pl.errors import UserError
+from cbam_pl.inspect.curves import read_metrics
 from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import Run
 
 State = Literal["new", "interrupted", "trained", "done"]
 STOPPED = "it was stopped"
 _POLL_SECONDS = 1.0
+_PACKAGE = str(Path(__file__).parents[3])  # the folder that holds cbam_pl
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The run of one recipe with one seed.
+    """The run of one recipe with one seed."""
 
-    Args:
-        name: of the recipe.
-        seed: of the run.
-        config: file for `fit --config`.
-        settings: as `fit` saves them, by dotted key, with the seed.
-        defaults: value of each setting that a saved run may lack.
-        root: folder that holds checkpoints and logs, absolute.
-        folder: where the commands run, absolute.
-    """
-
-    name: str
+    name: str  # of the recipe
     seed: int
-    config: Path
-    settings: dict[str, Any]
-    defaults: dict[str, Any]
-    root: Path
-    folder: Path
+    config: Path  # for `fit --config`
+    settings: dict[str, Any]  # as `fit` saves them, by dotted key, with the seed
+    defaults: dict[str, Any]  # of the settings that a saved run may lack
+    folder: Path  # where the commands run, absolute
+
+    @property
+    def root(self) -> Path:
+        """Folder that holds checkpoints and logs, absolute."""
+        return self.folder / self.settings["trainer.default_root_dir"]
 
     @property
     def epochs(self) -> int:
@@ -72,9 +69,8 @@ class Job:
 
 def jobs_of(plan: Plan) -> list[Job]:
     """Every recipe with every seed: seed by seed, so that pairs are complete early."""
-    root, folder = plan.root.absolute(), Path.cwd()
     return [
-        Job(name, seed, plan.config_file(name).absolute(), {**settings, "seed": seed}, plan.defaults, root, folder)
+        Job(name, seed, plan.config_file(name).absolute(), {**settings, "seed": seed}, plan.defaults, Path.cwd())
         for seed in plan.seeds
         for name, settings in plan.configs.items()
     ]
@@ -152,11 +148,9 @@ def read_test(run: Run) -> dict[str, Any]:
 
 
 def read_epochs(run: Run) -> list[dict[str, float]]:
-    """The rows of metrics.csv so far, one per epoch, without empty cells."""
+    """What the run has logged by epoch so far."""
     try:
-        with (run.logs / "metrics.csv").open(newline="") as stream:
-            rows = {int(row["epoch"]): row for row in csv.DictReader(stream)}
-        return [{name: float(value) for name, value in rows[epoch].items() if value} for epoch in sorted(rows)]
+        return read_metrics(run.logs)
     except (OSError, ValueError, KeyError, TypeError):
         return []  # missing, or being written
 
@@ -168,7 +162,7 @@ def run_job(job: Job, environment: dict[str, str] | None = None, stop: threading
     """Finish a job from its present state: train, resume, test, or nothing.
 
     Args:
-        job: the job.
+        job: to finish.
         environment: variables of its processes, besides those of this one.
         stop: ends it early, with its state saved.
 
@@ -223,8 +217,7 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
 
 def _call(job: Job, environment: dict[str, str], stop: threading.Event, arguments: Sequence[str]) -> str | None:
     """Run one command in a process of its own; its output goes to the job's log."""
-    package = str(Path(__file__).parents[3])
-    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([_PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])])
     with job.log.open("a") as log:
         begin = log.tell()
         child = subprocess.Popen(
@@ -280,12 +273,7 @@ def uses_cuda(plan: Plan) -> bool:
 
 
 def environments(plan: Plan, jobs: int | None) -> list[dict[str, str]]:
-    """The variables of each place where a job may run.
-
-    Args:
-        plan: the comparison.
-        jobs: how many at once; None: one for each GPU, or as many as the cores allow.
-    """
+    """The variables of each place where a job may run: so many `jobs` at once, or one per GPU, or as cores allow."""
     devices = {settings.get("trainer.devices", 1) for settings in plan.configs.values()}
     if not uses_cuda(plan):
         threads = threads_per_job()
@@ -300,16 +288,34 @@ def environments(plan: Plan, jobs: int | None) -> list[dict[str, str]]:
 
 def start_locally(jobs: Iterable[Job], places: Sequence[dict[str, str]], stop: threading.Event) -> dict[Job, Future]:
     """Run jobs on this machine, as many at once as there are places."""
-    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    for place in places:
-        free.put(place)
+    unused, here = iter(places), threading.local()
+    # Each thread of the pool has a place of its own.
+    pool = ThreadPoolExecutor(len(places), initializer=lambda: setattr(here, "place", next(unused)))
+    return {job: pool.submit(lambda job: run_job(job, here.place, stop), job) for job in jobs}
 
-    def run(job: Job) -> str | None:
-        place = free.get()
-        try:
-            return run_job(job, place, stop)
-        finally:
-            free.put(place)
 
-    pool = ThreadPoolExecutor(len(places))
-    return {job: pool.submit(run, job) for job in jobs}
+def start_on_ray(jobs: Sequence[Job], address: str) -> dict[Job, Future]:
+    """Start all jobs on the cluster at `address`; each takes one GPU if the cluster has any, else a core.
+
+    Each is a task, which Ray starts again elsewhere when its machine is lost. The machines share the file system that
+    holds the program, the data, checkpoints and logs, so it continues from the last checkpoint, whoever wrote it.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster.
+    """
+    try:
+        ray: Any = importlib.import_module("ray")  # optional, and slow to import
+    except ImportError as error:
+        raise UserError("--ray needs Ray: pip install 'cbam_pl[cluster]'") from error
+    threads = str(threads_per_job())
+    try:
+        host, colon, port = address.rpartition(":")
+        if colon and "/" not in address:  # where nothing listens, Ray would wait for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": _PACKAGE}})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster at {address}: {error}; start one (ray start --head --port 6379)") from error
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    # Endless retries: Ray repeats a task only where its machine or process was lost. A job that fails says so.
+    task = ray.remote(num_cpus=int(threads), num_gpus=gpus, max_retries=-1)(run_job)
+    return {job: task.remote(job, {"OMP_NUM_THREADS": threads}).future() for job in jobs}

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader
+from jsonargparse.typing import PositiveInt
 
 from cbam_pl.attention import AttentionConfig, options_of
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError, as_user_error
-from cbam_pl.settings import closest, command_parser, parse, read_recipe, setting_names
+from cbam_pl.settings import Seed, closest, command_parser, parse, read_recipe, setting_names
 from cbam_pl.training.classifier import Classifier
 
 # The Trainer's settings that must be equal, besides those of the data: the budget.
@@ -34,69 +35,42 @@ _WITHOUT_EFFECT = {"config", "ckpt_path", "checkpoint_minutes", "pictures_every"
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison. The first recipe is the baseline.
+    """A comparison. The first recipe is the baseline."""
 
-    Args:
-        configs: recipe → its settings as `fit` saves them, by dotted key, without the seed.
-        labels: recipe → its name in the report; within a single recipe's grid the values alone.
-        seeds: one run of each recipe with each.
-        defaults: value of each setting that is not given.
-        root: folder that holds checkpoints and logs.
-        output: folder of the report.
-        unequal: settings of the data or the budget that differ between the recipes, with their values.
-    """
-
-    configs: dict[str, dict[str, Any]]
-    labels: dict[str, str]
-    seeds: list[int]
-    defaults: dict[str, Any]
-    root: Path
-    output: Path
-    unequal: list[str]
+    configs: dict[str, dict[str, Any]]  # recipe → its settings as `fit` saves them, by dotted key, without the seed
+    labels: dict[str, str]  # recipe → its name in the report; within a single recipe's grid the values alone
+    seeds: list[int]  # one run of each recipe with each
+    defaults: dict[str, Any]  # value of each setting that is not given
+    output: Path  # folder of the report
+    unequal: list[str]  # settings of the data or the budget that differ between the recipes, with their values
 
     def config_file(self, name: str) -> Path:
         """The recipe with every setting, for `fit --config`."""
         return self.output / "configs" / f"{name}.yaml"
 
-    def check_output(self) -> None:
-        """Reject an output folder that holds another comparison.
-
-        Raises:
-            UserError: it does, or it is not a folder.
-        """
-        record = self.output / "comparison.json"
-        try:
-            if self.output.exists() and not self.output.is_dir():
-                raise NotADirectoryError("it is not a folder")
-            saved = json.loads(record.read_text()) if record.exists() else self._record()
-            same = saved["seeds"] == self.seeds and list(saved["configs"]) == list(self.configs)
-            same = same and all(
-                same_settings(saved["configs"][n], self.configs[n], self.defaults) for n in self.configs
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
-        if not same:
-            raise UserError(
-                f"{self.output} holds a comparison of other recipes, settings or seeds; name another folder with "
-                "--output (runs that are done are not repeated)"
-            )
-
-    def _record(self) -> dict[str, Any]:
-        return {"configs": self.configs, "seeds": self.seeds}
-
     def claim_output(self) -> None:
         """Write the settings into the output folder.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: it holds another comparison, or cannot be written.
         """
+        record = self.output / "comparison.json"
         try:
+            if record.exists():
+                saved = json.loads(record.read_text())
+                same = saved["seeds"] == self.seeds and list(saved["configs"]) == list(self.configs)
+                pairs = zip(saved["configs"].values(), self.configs.values(), strict=False)
+                if not same or not all(same_settings(*pair, self.defaults) for pair in pairs):
+                    raise UserError(
+                        f"{self.output} holds a comparison of other recipes, settings or seeds; name another folder "
+                        "with --output (runs that are done are not repeated)"
+                    )
+            (self.output / "configs").mkdir(parents=True, exist_ok=True)
             for name, settings in self.configs.items():
-                file = self.config_file(name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}")
-            (self.output / "comparison.json").write_text(json.dumps(self._record(), indent=1) + "\n")
-        except OSError as error:
+                text = f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}"
+                self.config_file(name).write_text(text)
+            record.write_text(json.dumps({"configs": self.configs, "seeds": self.seeds}, indent=1) + "\n")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
 
 
@@ -116,13 +90,14 @@ def option_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--configs", nargs="+", required=True, metavar="FILE", help="recipes; the first is the baseline")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 1 2 3 4")
+    add("--seeds", nargs="+", type=Seed, default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 1 2 3 4")
     add("--output", required=True, metavar="DIR", help="folder of the report")
     grid_help = "one recipe for each value, such as attention.kind=none,se,cbam; of several keys, each combination"
     add("--grid", nargs="+", default=[], metavar="KEY=A,B", help=grid_help)
     add("--unequal", action="store_true", help="allow recipes with different data or budget; the report says so")
-    add("--jobs", type=int, metavar="N", help="runs at once (default: one per core, or one per GPU)")
-    add("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, or its address (pip install 'cbam_pl[cluster]')")
+    place = parser.add_mutually_exclusive_group().add_argument
+    place("--jobs", type=PositiveInt, metavar="N", help="runs at once (default: one per core, or one per GPU)")
+    place("--ray", metavar="ADDRESS", help="run on a Ray cluster, auto or its address (pip install 'cbam_pl[cluster]')")
     add("--dry-run", action="store_true", help="print the runs, the time and the cost to expect, and train nothing")
     add("--recompute", action="store_true", help="make the report again from the runs that are done; train nothing")
     return parser
@@ -138,52 +113,43 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
     Raises:
         UserError: a bad option, recipe, grid or setting, or recipes that must not be compared.
     """
-    _check_options(options, settings)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, options.seeds))} names a seed twice; name each once")
+    given = {word.partition("=")[0] for word in settings}
+    instead = {"--config": "give --configs", "--seed": "give --seeds", "--ckpt_path": "runs resume by themselves"}
+    for name in instead.keys() & given:
+        raise UserError(f"compare does not accept {name}; {instead[name]}")
     parser = command_parser("fit")
     grid = _read_grid(options.grid, parser)
     configs: dict[str, dict[str, Any]] = {}
     labels: dict[str, str] = {}
-    roots = set()
     for file in options.configs:
         recipe = read_recipe(file)
         own_grid = _own_grid(file, recipe, parser)
         for variation in _variations(own_grid | grid):
-            name = "-".join([Path(file).stem, *_labels(variation)])
+            words = _labels(variation)
+            name = "-".join([Path(file).stem, *words])
             values = {key: v if isinstance(v, str) else json.dumps(v) for key, v in variation.items()}
             parsed = parse(parser, [*settings, *(f"--{key}={value}" for key, value in values.items())], recipe)
             _check(name, parser, parsed)
             if name in configs:
                 raise UserError(f"two recipes are called {name}; rename a file, since runs are stored by that name")
-            roots.add(parsed.trainer.default_root_dir)
             configs[name] = _as_saved(parser, parsed)
-            labels[name] = name if len(options.configs) > 1 else _title(variation)
+            labels[name] = name if len(options.configs) > 1 else " ".join(word.removeprefix("kind=") for word in words)
     if len(configs) < 2:
         raise UserError(f"there is one recipe, {next(iter(configs))}; name at least two with --configs, or use --grid")
-    if len(roots) > 1:
-        raise UserError("the recipes have different trainer.default_root_dir; give one on the command line")
-    unequal = _unequal(configs)
+    unequal = []
+    for key, given_values in split_settings(configs)[1].items():
+        if key.startswith("data.") or key in _BUDGET:
+            pairs = zip(configs, given_values, strict=True)
+            unequal.append(f"{key} is {', '.join(f'{value} in {name}' for name, value in pairs)}")
     if unequal and not options.unequal:
         raise UserError(
             f"the recipes do not have the same data and budget: {'; '.join(unequal)}; make them equal, or allow "
             "it with --unequal, which the report will say"
         )
     defaults = _as_saved(parser, parser.get_defaults())
-    return Plan(configs, labels, options.seeds, defaults, Path(str(roots.pop())), Path(options.output), unequal)
-
-
-def _check_options(options: argparse.Namespace, settings: Sequence[str]) -> None:
-    if len(set(options.seeds)) < len(options.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, options.seeds))} names a seed twice; name each once")
-    if min(options.seeds) < 0:
-        raise UserError(f"--seeds {min(options.seeds)} must be at least 0")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs} must be at least 1")
-    if options.jobs is not None and options.ray:
-        raise UserError("--jobs has no effect with --ray, where the cluster's processors and GPUs decide; leave it out")
-    given = {word.partition("=")[0] for word in settings}
-    instead = {"--config": "give --configs", "--seed": "give --seeds", "--ckpt_path": "runs resume by themselves"}
-    for name in instead.keys() & given:
-        raise UserError(f"compare does not accept {name}; {instead[name]}")
+    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -221,6 +187,18 @@ def same_settings(saved: dict[str, Any], asked: dict[str, Any], defaults: dict[s
     return saved.keys() <= asked.keys() and all(key in known and known[key] == value for key, value in asked.items())
 
 
+def split_settings(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The settings that all recipes have in common, and the others with each recipe's value."""
+    common, differing = {}, {}
+    for key in {key: None for settings in configs.values() for key in settings}:
+        values = [settings.get(key) for settings in configs.values()]
+        if all(value == values[0] for value in values):
+            common[key] = values[0]
+        else:
+            differing[key] = values
+    return common, differing
+
+
 def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
     """Settings as `fit` writes them to config.yaml, by dotted key, without the seed."""
     flat = flatten(yaml.safe_load(parser.dump(settings)))
@@ -231,11 +209,7 @@ def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
 
 
 def _own_grid(file: str, recipe: dict[str, Any], parser: Any) -> dict[str, list[Any]]:
-    """Take the grid out of a recipe, which may hold one besides its settings.
-
-    Raises:
-        UserError: it is not a grid, or the settings are wrong.
-    """
+    """Take the grid out of a recipe, which may hold one besides its settings."""
     grid = recipe.pop("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise UserError(f"grid in {file} must give a list of values for each key, such as attention.kind: [none, cbam]")
@@ -262,11 +236,7 @@ def _read_grid(words: Iterable[str], parser: Any) -> dict[str, list[Any]]:
 
 
 def _full_key(key: str, parser: Any) -> str:
-    """The setting that a grid's key names; its group may be left out.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The setting that a grid's key names; its group may be left out."""
     groups = ("model.", "data.", "trainer.")
     known = [name for name in setting_names(parser) if name.startswith(groups)]
     for candidate in (key, *(group + key for group in groups)):
@@ -300,25 +270,12 @@ def _labels(variation: dict[str, Any]) -> list[str]:
     return labels
 
 
-def _title(variation: dict[str, Any]) -> str:
-    """A variation's name in the report: the kind of attention alone, other settings with their key."""
-    return " ".join(label.removeprefix("kind=") for label in _labels(variation))
-
-
-# Recipes
-
-
 def _check(name: str, parser: Any, settings: Any) -> None:
-    """Reject what `fit` would reject, and what cannot be compared.
-
-    Raises:
-        UserError: with the recipe's name.
-    """
+    """Reject what `fit` would reject, and what cannot be compared."""
     trainer = settings.trainer
     for key, is_bad, rule in (
         ("max_time", trainer.max_time, "must be left out: it gives each run another number of steps"),
         ("fast_dev_run", trainer.fast_dev_run, "must be left out: it saves nothing"),
-        ("barebones", trainer.barebones, "must be left out: it saves nothing"),
         ("logger", trainer.logger not in (None, True), "must be left out: compare needs the run's own logger"),
         ("enable_checkpointing", trainer.enable_checkpointing is False, "must be true: the checkpoints are tested"),
         ("max_epochs", (trainer.max_epochs or 0) < 1, "must be at least 1"),
@@ -334,14 +291,3 @@ def _check(name: str, parser: Any, settings: Any) -> None:
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)
         Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
-
-
-def _unequal(configs: dict[str, dict[str, Any]]) -> list[str]:
-    """Settings of data and budget that are not the same in all recipes, with the values."""
-    unequal = []
-    for key in {key: None for settings in configs.values() for key in settings}:
-        values = [settings.get(key) for settings in configs.values()]
-        if (key.startswith("data.") or key in _BUDGET) and any(value != values[0] for value in values):
-            given = ", ".join(f"{value} in {name}" for name, value in zip(configs, values, strict=True))
-            unequal.append(f"{key} is {given}")
-    return unequal

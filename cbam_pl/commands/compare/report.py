@@ -1,4 +1,4 @@
-"""The results as figures and sentences, and the report's files: report.md, .csv, .json; html.py makes report.html."""
+"""The report: its content as one plain value, made once, and report.md, .csv and .json; page.py makes report.html."""
 
 import csv
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from cbam_pl.commands.compare.jobs import Job, find, read_epochs, read_progress, read_test, threads_per_job
-from cbam_pl.commands.compare.plan import Plan
+from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
@@ -25,15 +25,6 @@ COSTS = {  # name → heading, divisor, digits
     "latency_256": ("latency of 256, ms", 1, 0),
     "memory": ("peak memory, MB", 1, 0),
 }
-MEANING = (
-    "Test accuracy of the epoch with the highest validation accuracy: mean ± standard deviation over n seeds. "
-    "Differences are paired by seed; pp: percentage points. No significant difference does not mean no difference: the "
-    f"interval gives the differences that remain possible. Seeds to detect {EFFECT} pp: pairs at which a true "
-    f"difference of that size would be significant with a probability of {100 * POWER:.0f} %, if the pairs vary as "
-    "they did here."
-)
-
-
 Result = dict[str, Any]  # of one run
 
 
@@ -61,11 +52,8 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
     return results
 
 
-# Analysis
-
-
 def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dict[str, Any]:
-    """All that the report says, as plain values; accuracies in per cent, differences in percentage points.
+    """All that the report says, figures and text; accuracies in per cent, differences in percentage points.
 
     Args:
         plan: the comparison.
@@ -97,7 +85,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     for name, difference in differences.items():
         difference["sentence"] = _sentence(labels[name], labels[baseline], difference, len(tested))
     missing = [f"{name} seed {seed}" for seed in plan.seeds for name in plan.configs if (name, seed) not in runs]
-    return {
+    content = {
         "title": f"{_listed([labels[name] for name in names if name != baseline])} against {labels[baseline]}",
         "baseline": baseline,
         "labels": labels,
@@ -105,13 +93,14 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         "test_images": test["images"],
         "sentences": [difference["sentence"] for difference in differences.values()],
         "notes": _notes(plan, missing, results),
+        "measured": _how_measured(plan, results),
         "recipes": recipes,
         "runs": [{key: value for key, value in one.items() if key not in ("test", "epochs")} for one in results],
-        "settings": _split_settings(plan.configs),
+        "settings": dict(zip(("common", "differing"), split_settings(plan.configs), strict=True)),
         "classes": test["classes"],
         "confusion": {f"{one['recipe']} seed {one['seed']}": one["test"]["confusion"] for one in results},
-        "threads": threads_per_job(),
     }
+    return content | {"tables": {"accuracy": _accuracy_table(content), "costs": _cost_table(content)}}
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str, Any]:
@@ -134,28 +123,18 @@ def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
     return {"epoch": epochs, "mean": means, "sd": sds}
 
 
-def _per_class(pairs: Sequence[tuple[Result, Result]]) -> list[dict[str, Any]] | None:
+def _per_class(pairs: Sequence[tuple[Result, Result]]) -> dict[str, dict[str, Any]] | None:
     """Difference of each class's accuracy, in percentage points."""
     ours, baseline = ([one["test"] for one in side] for side in zip(*pairs, strict=True))
     if ours[0]["classes"] != baseline[0]["classes"]:
         return None
-    rows = []
+    rows = {}
     for index, name in enumerate(ours[0]["classes"]):
         if count := sum(ours[0]["confusion"][index]):
             correct = ([100 * one["confusion"][index][index] / count for one in side] for side in (ours, baseline))
             difference = compare_pairs(*correct)
-            rows.append({"class": name, "mean": difference.mean, "interval": difference.interval})
+            rows[name] = {"mean": difference.mean, "interval": difference.interval}
     return rows
-
-
-def _split_settings(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that all recipes have in common, and the others with each recipe's value."""
-    values = {key: [one.get(key) for one in configs.values()] for settings in configs.values() for key in settings}
-    equal = {key for key, given in values.items() if all(value == given[0] for value in given)}
-    return {
-        "common": {key: given[0] for key, given in values.items() if key in equal},
-        "differing": {key: given for key, given in values.items() if key not in equal},
-    }
 
 
 def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> list[str]:
@@ -171,9 +150,6 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
         if len(values := {one[key]: None for one in results}) > 1:
             notes.append(f"The runs do not have the same {key}: {'; '.join(values)}.")
     return notes
-
-
-# Text
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -203,8 +179,7 @@ def _interval(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}"
 
 
-def accuracy_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the accuracies and differences."""
+def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
     headings = ["recipe", "test accuracy, %", "n", f"− {content['labels'][content['baseline']]}, pp", "95 % interval"]
     headings += ["p (Holm)", f"of {content['test_images']:,} test images", f"seeds to detect {EFFECT} pp"]
     rows = []
@@ -218,42 +193,44 @@ def accuracy_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]
             row += ["" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", signed(difference["images"], 0)]
             row += ["" if needed is None else f"{needed:,}"]
         rows.append(row + [""] * (len(headings) - len(row)))
-    return headings, rows
+    meaning = (
+        "Test accuracy of the epoch with the highest validation accuracy: mean ± standard deviation over n seeds. "
+        "Differences are paired by seed; pp: percentage points. No significant difference does not mean no "
+        f"difference: the interval gives the differences that remain possible. Seeds to detect {EFFECT} pp: pairs at "
+        f"which a true difference of that size would be significant with a probability of {100 * POWER:.0f} %, if the "
+        "pairs vary as they did here."
+    )
+    return {"headings": headings, "rows": rows, "meaning": meaning}
 
 
-def cost_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the costs."""
+def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for recipe in content["recipes"].values():
         values = [((recipe["cost"] or {}).get(key), *column) for key, column in COSTS.items()]
         cells = ["" if value is None else f"{value / divisor:,.{digits}f}" for value, _, divisor, digits in values]
         rows.append([recipe["label"], *cells])
-    return ["recipe", *(heading for heading, _, _ in COSTS.values())], rows
-
-
-def cost_meaning(content: dict[str, Any]) -> str:
-    """What the costs are."""
     device = content["runs"][0]["device"]
-    threads = "" if device.startswith("cuda") else f", threads: {content['threads']}"
-    return (
+    threads = "" if device.startswith("cuda") else f", threads: {threads_per_job()}"
+    meaning = (
         "A multiplication and an addition are two FLOP; one forward pass. Speeds: medians of interleaved rounds on "
         f"{device}{threads}. Memory: of a process that trains."
     )
+    return {"headings": ["recipe", *(column[0] for column in COSTS.values())], "rows": rows, "meaning": meaning}
 
 
-def how_measured(content: dict[str, Any]) -> list[str]:
+def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
     """On what, with how many seeds, where, when."""
-    settings, first = content["settings"]["common"], content["runs"][0]
-    dates = sorted({run["date"] for run in content["runs"]})
+    settings, first = split_settings(plan.configs)[0], results[0]
+    dates = sorted({run["date"] for run in results})
     data = settings.get("data.dataset")
     known = {
         "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
         "epochs": settings.get("trainer.max_epochs"),
-        "seeds": " ".join(map(str, content["seeds"])),
+        "seeds": " ".join(map(str, plan.seeds)),
         **{name: first[name] for name in ("device", "versions", "commit")},
         "tested": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     }
-    return [f"{name}: {value}" for name, value in known.items() if value is not None]
+    return "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None) + "."
 
 
 # Files and terminal
@@ -285,11 +262,8 @@ def markdown(content: dict[str, Any]) -> str:
         f"# {_literal(content['title'])}",
         "\n".join(f"- {_literal(sentence)}" for sentence in content["sentences"]),
         "\n".join(f"> {_literal(note)}" for note in content["notes"]),
-        _markdown_table(*accuracy_table(content)),
-        MEANING,
-        _markdown_table(*cost_table(content)),
-        cost_meaning(content),
-        f"{_literal('; '.join(how_measured(content)))}.",
+        *(part for table in content["tables"].values() for part in (_markdown_table(table), table["meaning"])),
+        _literal(content["measured"]),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -299,24 +273,23 @@ def _literal(text: str) -> str:
     return re.sub(r"[\\`*|\[\]]|<(?! )", r"\\\g<0>", text)
 
 
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(headings) - 1)]
-    lines = [map(_literal, headings), ruler, *(map(_literal, row) for row in rows)]
+def _markdown_table(table: dict[str, Any]) -> str:
+    ruler = ["---", *["---:"] * (len(table["headings"]) - 1)]
+    lines = [map(_literal, table["headings"]), ruler, *(map(_literal, row) for row in table["rows"])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def print_report(content: dict[str, Any]) -> None:
     """Print the tables and sentences."""
-    print_table(*accuracy_table(content))
-    print_table(*cost_table(content))
+    for table in content["tables"].values():
+        print_table(table["headings"], table["rows"])
     print("\n".join([*content["notes"], *content["sentences"]]))
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table, its first column aligned left, the others right."""
-    table = Table()
-    for index, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if index else "left")
+    first, *others = map(escape, headings)
+    table = Table(first, *(Column(heading, justify="right") for heading in others))
     for row in rows:
         table.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 160).print(table)

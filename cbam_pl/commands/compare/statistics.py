@@ -13,36 +13,19 @@ POWER = 0.8  # probability of detecting a true difference, for `seeds_needed`
 
 @dataclass(frozen=True)
 class Summary:
-    """Repeated measurements of one quantity.
-
-    Args:
-        mean: arithmetic mean.
-        sd: standard deviation of single measurements (n − 1 in the denominator); None for one measurement.
-        n: number of measurements.
-    """
+    """Repeated measurements of one quantity."""
 
     mean: float
-    sd: float | None
+    sd: float | None  # of single measurements, with n − 1 in the denominator; None for one measurement
     n: int
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Paired differences, in the unit of the measurements.
+class Difference(Summary):
+    """Paired differences, in the unit of the measurements; without sd, interval and p where there is one pair."""
 
-    Args:
-        mean: mean of the differences.
-        sd: standard deviation of the differences; None for one pair, and so are interval and p.
-        n: number of pairs.
-        interval: Student's interval for the mean.
-        p: of the two-sided paired t-test that the mean is 0.
-    """
-
-    mean: float
-    sd: float | None
-    n: int
-    interval: tuple[float, float] | None
-    p: float | None
+    interval: tuple[float, float] | None = None  # Student's, for the mean
+    p: float | None = None  # of the two-sided paired t-test that the mean is 0
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -52,21 +35,11 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def compare_pairs(ours: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """The differences ours − baseline, pair by pair.
-
-    Args:
-        ours: (n,) one value a pair.
-        baseline: (n,) the values to compare with, in the same order of pairs.
-
-    Raises:
-        ValueError: no pairs, or different numbers of values.
-    """
-    differences = np.subtract(ours, baseline, dtype=np.float64) if len(ours) == len(baseline) else np.array([])
-    if not differences.size:
-        raise ValueError(f"{len(ours)} and {len(baseline)} values do not make pairs")
-    summary = summarise(differences.tolist())
+    """The differences ours − baseline, of n ≥ 1 values each in the same order of pairs."""
+    differences = [one - other for one, other in zip(ours, baseline, strict=True)]
+    summary = summarise(differences)
     if summary.sd is None:
-        return Difference(summary.mean, None, 1, None, None)
+        return Difference(summary.mean, None, 1)
     if summary.sd <= 1e-12 * max(1.0, abs(summary.mean)):
         # Without any spread t is not defined.
         return Difference(summary.mean, 0.0, summary.n, (summary.mean,) * 2, 0.0 if summary.mean else 1.0)
@@ -79,9 +52,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values, so that the probability of any false positive among all stays at the level of each.
 
     Source: Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure.
-
-    Args:
-        p_values: one for each comparison.
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -105,17 +75,7 @@ def power_of_pairs(effect: float, sd: float, n: int) -> float:
 
 
 def seeds_needed(effect: float, sd: float) -> int:
-    """The least number of pairs at which `power_of_pairs` reaches POWER.
-
-    Args:
-        effect: the true mean difference to detect, other than 0.
-        sd: the standard deviation of the differences.
-
-    Raises:
-        ValueError: `effect` is 0, which no number of pairs detects.
-    """
-    if effect == 0:
-        raise ValueError("effect=0 is detected by no number of seeds")
+    """The least number of pairs at which `power_of_pairs` reaches POWER, for an effect other than 0."""
     if sd == 0:
         return 2
     candidates = range(2, 1_000_000_000)

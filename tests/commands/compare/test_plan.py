@@ -7,7 +7,6 @@ from cbam_pl.commands.compare.plan import (
     _full_key,
     _labels,
     _read_grid,
-    _title,
     _variations,
     flatten,
     nest,
@@ -74,7 +73,6 @@ def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run(
         ["kind=cbam", "kernel_size=3"],
         ["kind=cbam", "kernel_size=7"],
     ]
-    assert [_title(one) for one in variations] == ["none", "se", "cbam kernel_size=3", "cbam kernel_size=7"]
     assert _variations({}) == [{}]
 
 
@@ -123,9 +121,9 @@ BAD = {
     "a mistyped setting": (["--configs", "{none}", "{cbam}", "--trainer.max_epoch", "3"], "max_epoch"),
     "a mistyped option": (["--configs", "{none}", "{cbam}", "--sedes", "3"], "sedes"),
     "a seed twice": (["--configs", "{none}", "{cbam}", "--seeds", "1", "1"], "names a seed twice"),
-    "no number": (["--configs", "{none}", "{cbam}", "--seeds", "a"], "invalid int value: 'a'"),
-    "no jobs": (["--configs", "{none}", "{cbam}", "--jobs", "0"], "--jobs 0 must be at least 1"),
-    "jobs and Ray": (["--configs", "{none}", "{cbam}", "--jobs", "2", "--ray", "auto"], "--jobs has no effect"),
+    "no number": (["--configs", "{none}", "{cbam}", "--seeds", "a"], "invalid Seed value: 'a'"),
+    "no jobs": (["--configs", "{none}", "{cbam}", "--jobs", "0"], "--jobs: invalid PositiveInt value: '0'"),
+    "jobs and Ray": (["--configs", "{none}", "{cbam}", "--jobs", "2", "--ray", "auto"], "--ray: not allowed with"),
     "a seed": (["--configs", "{none}", "{cbam}", "--seed", "3"], "does not accept --seed; give --seeds"),
     "a checkpoint": (["--configs", "{none}", "{cbam}", "--ckpt_path=last"], "does not accept --ckpt_path"),
     "an unknown key": (["--configs", "{cbam}", "--grid", "attention.ordr=parallel"], "did you mean .*attention.order"),
@@ -164,14 +162,13 @@ def test_an_output_with_other_settings_is_rejected(recipes, command, tmp_path):
     words += ("--trainer.default_root_dir", tmp_path)
     plan = plan_of(*words)
     plan.claim_output()
-    plan.check_output()
     for other in (["--seeds", 0, 1], ["--trainer.max_epochs", 3], ["--grid", "attention.kind=none,se"]):
         with pytest.raises(UserError, match="of other recipes, settings or seeds; name another folder"):
-            plan_of(*words, *other).check_output()
-    plan_of(*words, "--pictures_every", 3).check_output()
+            plan_of(*words, *other).claim_output()
+    plan_of(*words, "--pictures_every", 3).claim_output()
     (tmp_path / "report/comparison.json").write_text(json.dumps({"seeds": [0]})[:-3])
     with pytest.raises(UserError, match=r"cannot use .*report"):
-        plan.check_output()
+        plan.claim_output()
 
 
 def test_unequal_recipes_may_be_allowed(recipes, tmp_path):

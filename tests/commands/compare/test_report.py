@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbam_pl.commands.compare.report import accuracy_table, analyse, markdown, signed
+from cbam_pl.commands.compare.report import analyse, markdown, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, seeds_needed
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
@@ -65,9 +65,9 @@ def test_the_differences_are_those_of_the_pairs():
     assert found["p_holm"] == pytest.approx(adjusted[1])
     assert content["recipes"]["net-kind=none"]["difference"] is None
     # All mistakes are in class a, of which there are half as many images.
-    a, b = content["recipes"]["net-kind=cbam"]["per_class"]
-    assert (a["class"], a["mean"]) == ("a", pytest.approx(2 * found["mean"]))
-    assert (b["mean"], b["interval"]) == (0, (0, 0))
+    classes = content["recipes"]["net-kind=cbam"]["per_class"]
+    assert classes["a"]["mean"] == pytest.approx(2 * found["mean"])
+    assert classes["b"] == {"mean": 0, "interval": (0, 0)}
     curve = content["recipes"]["net-kind=none"]["curve"]
     assert curve["epoch"] == [1, 2]
     assert curve["mean"] == pytest.approx([none.mean() - 10, none.mean() + 1])
@@ -104,8 +104,7 @@ def test_one_seed_is_allowed_and_said():
         "k=se − k=none: +10.00 percentage points, n = 1: one pair has no interval, so its significance is unknown"
     ]
     assert content["notes"][0].startswith("One seed: there are no intervals and no significance tests")
-    _, rows = accuracy_table(content)
-    assert rows[1] == ["k=se", "90.00", "1", "+10.00", "", "", "+20", ""]
+    assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "+20", ""]
 
 
 def test_what_is_missing_or_unequal_is_said():

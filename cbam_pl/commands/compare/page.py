@@ -1,0 +1,194 @@
+"""The report as one HTML page that needs no other file, for a phone, a screen and paper.
+
+Its charts are small enough that one fills a phone's width, and readable without colours.
+"""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from io import BytesIO, StringIO
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from cbam_pl.commands.compare.plan import Plan, nest
+from cbam_pl.commands.compare.report import COSTS, Result
+from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
+from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
+from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise
+from cbam_pl.training.checkpoint import read_checkpoint
+
+_WIDTH = 4.1  # inches
+_MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
+_MAX_CLASSES = 20
+
+
+def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> str:
+    """The page."""
+    recipes, labels = content["recipes"], content["labels"]
+    headings = ["recipe", "seed", "best epoch", "validation, %", "test, %", "test loss", "checkpoint"]
+    cells = {"val_acc": ".2f", "test_acc": ".2f", "test_loss": ".4f", "checkpoint": ""}
+    runs = [
+        (labels[run["recipe"]], run["seed"], run["epoch"], *(format(run[key], form) for key, form in cells.items()))
+        for run in content["runs"]
+    ]
+    differing = [(key, *values) for key, values in content["settings"]["differing"].items()]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text()).render(
+        content=content,
+        legend=[(one["label"], _style(n)["color"], _SIGNS[n % len(_SIGNS)]) for n, one in enumerate(recipes.values())],
+        runs={"headings": headings, "rows": runs},
+        differing={"headings": ["differing", *labels.values()], "rows": differing},
+        epochs=_svg(_draw_epochs(recipes)),
+        differences=_svg(_draw_differences(recipes)),
+        classes=_svg(_draw_classes(recipes)),
+        costs=[_svg(_draw_against_cost(recipes, key, *column[:2])) for key, column in COSTS.items()],
+        pictures=[picture for name in recipes for picture in _pictures(plan, name, results)],
+    )
+
+
+def _svg(figure: Figure | None) -> Markup | None:
+    """A figure as an SVG element to embed in a page, its text as text."""
+    if figure is None:
+        return None
+    # "none": text is set in the page's own font, and can be searched and read aloud.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "font.family": "sans-serif"}):
+        stream = StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = stream.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str, str]]:
+    """Gates and Grad-CAM of a recipe, of the first seed that all recipes have: the same test images for each."""
+    runs = {(one["recipe"], one["seed"]): one for one in results}
+    trained = {recipe for recipe, _ in runs}
+    own = [seed for seed in plan.seeds if (name, seed) in runs]
+    seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
+    path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
+    title = f"{plan.labels[name]}, seed {seed}, epoch {runs[name, seed]['epoch']}"
+    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data), title)
+    pictures = []
+    for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
+        try:
+            if key in drawn:
+                image = b64encode(_png(drawn[key]())).decode()
+                pictures.append({"caption": f"{title}: {kind}", "source": f"data:image/png;base64,{image}"})
+        except ValueError as error:
+            pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
+    return pictures
+
+
+def _png(figure: Figure) -> bytes:
+    """A figure as a small PNG file: 256 colours."""
+    small = BytesIO()
+    Image.fromarray(rasterise(figure)).quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def _draw_epochs(recipes: dict[str, Any]) -> Figure:
+    """Validation accuracy by epoch: mean over the seeds, with a band of ± one standard deviation."""
+    figure, axes = _new(2.9)
+    for number, recipe in enumerate(recipes.values()):
+        epochs, mean, sd = (np.array(recipe["curve"][name]) for name in ("epoch", "mean", "sd"))
+        every = max(1, len(epochs) // 6)
+        (line,) = axes.plot(epochs, mean, label=recipe["label"], **_style(number, markersize=4, markevery=every))
+        axes.fill_between(epochs, mean - sd, mean + sd, color=line.get_color(), alpha=0.18, lw=0)
+    _label(axes, "epoch", "validation accuracy, %")
+    for text in axes.legend(fontsize=SMALL, frameon=False).get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
+    """Each recipe's difference to the baseline: the pairs as dots, their mean and 95 % interval."""
+    shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["difference"]]
+    if not shown:
+        return None
+    figure, axes = _new(0.9 + 0.5 * len(shown))
+    for row, (number, recipe) in enumerate(shown):
+        difference = recipe["difference"]
+        axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
+        _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
+    _label_rows(axes, [fill(recipe["label"], 16) for _, recipe in shown])
+    _label(axes, "test accuracy minus baseline's, points", "")
+    return figure
+
+
+def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: float) -> Figure:
+    """Test accuracy, mean ± one standard deviation, against one cost."""
+    figure, axes = _new(2.4)
+    costs = []
+    for number, recipe in enumerate(recipes.values()):
+        if recipe["cost"] is None or recipe["cost"][key] is None:
+            continue
+        test = recipe["test_acc"]
+        costs.append(recipe["cost"][key] / divisor)
+        axes.errorbar(costs[-1], test["mean"], yerr=test["sd"] or None, **_style(number, markersize=6, capsize=3))
+    if costs and max(costs) - min(costs) < 0.02 * max(costs):
+        middle = (max(costs) + min(costs)) / 2
+        axes.set_xlim(0.985 * middle, 1.015 * middle)  # nearly equal costs must not look far apart
+    axes.margins(0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    if costs and max(costs) >= 10_000:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.4g} M" if value >= 1e6 else f"{value:,.0f}")
+    _label(axes, heading, "test accuracy, %")
+    return figure
+
+
+def _draw_classes(recipes: dict[str, Any]) -> Figure | None:
+    """Differences in accuracy by class, with 95 % intervals; of many classes those with the largest differences."""
+    shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["per_class"]]
+    if not shown:
+        return None
+    rows = [recipe["per_class"] for _, recipe in shown]
+    largest = {name: max(abs(row[name]["mean"]) for row in rows) for name in rows[0]}
+    chosen = sorted(largest, key=lambda name: -largest[name])[:_MAX_CLASSES]
+    classes = [name for name in largest if name in chosen]
+    figure, axes = _new(0.9 + len(classes) * (0.16 + 0.1 * len(shown)))
+    for place, (number, recipe) in enumerate(shown):
+        offset = 0.6 * ((place + 0.5) / len(shown) - 0.5)
+        for height, name in enumerate(classes):
+            style = _style(number, markersize=4, linewidth=1.2)
+            _draw_interval(axes, height + offset, recipe["per_class"][name], style)
+    _label_rows(axes, [cut(name, 16) for name in classes])
+    _label(axes, "class's accuracy minus baseline's, points", "")
+    return figure
+
+
+def _new(height: float) -> tuple[Figure, Axes]:
+    figure = Figure((_WIDTH, height), dpi=DPI, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _draw_interval(axes: Axes, y: float, row: dict[str, Any], style: dict[str, Any]) -> None:
+    """Draw a mean difference, and its 95 % interval where there is one."""
+    if row["interval"]:
+        axes.plot(row["interval"], [y, y], **{**style, "marker": None})
+    axes.plot(row["mean"], y, **style)
+
+
+def _label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows from top to bottom, and mark no difference."""
+    axes.axvline(0, color="0.4", linewidth=1, zorder=1)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    label_axes(axes, x, y)
+    axes.tick_params(labelsize=NORMAL)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _style(number: int, **more: Any) -> dict[str, Any]:
+    """Colour and marker of the recipe with this number."""
+    return {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)], **more}
