@@ -51,7 +51,7 @@ class Setup:
         tiny: few and short rounds of small networks, to see whether it runs.
         folder: for the runs, gone afterwards.
         data: options of `train.py fit` that choose the images.
-        real: whether these are photographs, on which an accuracy means something.
+        real: whether these are photographs, not generated.
         compiled: whether torch.compile works here.
     """
 
@@ -63,14 +63,9 @@ class Setup:
     compiled: bool
 
     @property
-    def rounds(self) -> int:
-        """Turns of each variant."""
-        return 1 if self.tiny else 5
-
-    @property
-    def seconds(self) -> float:
-        """Of each turn."""
-        return 0.05 if self.tiny else 1.0
+    def turns(self) -> tuple[int, float]:
+        """Rounds, and seconds of each variant's turn in a round."""
+        return (1, 0.05) if self.tiny else (5, 1.0)
 
     @property
     def modes(self) -> list[str]:
@@ -90,6 +85,9 @@ class Setup:
                 "--trainer.accelerator", accelerator, *options]  # fmt: skip
 
 
+Part = Callable[[Setup], Iterator[Row]]
+
+
 def _in_turns(
     setup: Setup, variants: dict[str, tuple[Callable[..., None], dict[str, Any]]], memory: dict[str, float]
 ) -> Iterator[dict[str, list[float]]]:
@@ -101,10 +99,11 @@ def _in_turns(
                     variants.items()}  # fmt: skip
     children = {name: future.result() for name, future in starting.items() if future.exception() is None}
     rates: dict[str, list[float]] = {name: [] for name in children}
+    rounds, seconds = setup.turns
     try:
-        for _ in range(setup.rounds):
+        for _ in range(rounds):
             for name, child in children.items():
-                rates[name].append(child.time(setup.seconds))
+                rates[name].append(child.time(seconds))
             yield rates
         memory |= {name: child.finish() for name, child in children.items()}
     finally:
@@ -143,8 +142,8 @@ def training_loops(setup: Setup) -> Iterator[Row]:
                 variants[run] = (loops.fit, options(f"fit_{name}_{mode}", mode, precision))
     asked = {"plain loop, 0 workers": "≥ 20", "plain loop, 2 workers": "≥ 8"}
     for rates in _in_turns(setup, variants, {}):
-        for name, values in rates.items():
-            yield f"{name}: images/s", Spread.of(values).text(), ""
+        for name in variants:
+            yield f"{name}: images/s", Spread.of(rates[name]).text() if name in rates else "failed", ""
         for run in (name for name in rates if name.startswith("fit")):
             for plain, least in asked.items():
                 if plain in rates:
@@ -189,6 +188,7 @@ def layers(setup: Setup) -> Iterator[Row]:
     from benchmarks.attention import SHAPES, layer_calls  # noqa: PLC0415  # likewise
 
     batch_size = 4 if setup.tiny else 128
+    rounds, seconds = setup.turns
     for mode in setup.modes:
         for arch in ["resnet20"] if setup.tiny else SHAPES:
             for channels, size in SHAPES[arch]:
@@ -196,7 +196,7 @@ def layers(setup: Setup) -> Iterator[Row]:
                 x = torch.randn(batch_size, channels, size, size, device=setup.device, dtype=torch.bfloat16)
                 x = x.to(memory_format=torch.channels_last)
                 works = {kind: layer_calls(kind, channels, x, x.dtype, mode)[1] for kind in ("cbam", "timm")}
-                times = time_in_turns(works, setup.rounds, setup.seconds / 5, x.device)
+                times = time_in_turns(works, rounds, seconds / 5, x.device)
                 ours = f"{1e6 * Spread.of(times['cbam']).median:,.0f} µs"
                 name = f"{channels}×{size}×{size} of {arch}, {mode}, batches of {batch_size}"
                 yield f"{name}: ours", ours, ""
@@ -274,12 +274,14 @@ def out_of_memory(setup: Setup) -> Iterator[Row]:
     if setup.device == "cpu":  # as if the machine had little more than is in use
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, resource.RLIM_INFINITY))
-    huge = ["--model.arch", "resnet152", "--data.batch_size", "4000", "--model.compile", "false"]
+    # Smaller on a CPU, where even building a network of 152 layers takes its time.
+    arch = "resnet152" if setup.device == "cuda" else "resnet18"
+    huge = ["--model.arch", arch, "--data.batch_size", "4000", "--model.compile", "false"]
     status, errors = _call(setup.fit("memory", "cbam_cnn", *huge))
     lines = [line for line in errors.splitlines() if line.strip()]
     yield "exit status", str(status), "2"
-    yield "lines on standard error", str(len(lines)), "1"
-    yield "the last of them", lines[-1][:200] if lines else "", "error: out of memory; …"
+    yield "tracebacks", str(errors.count("Traceback")), "0"
+    yield "last line on standard error", lines[-1][:200] if lines else "", "error: out of memory; …"
 
 
 class AccuracyClock(Callback):
@@ -325,7 +327,7 @@ def accuracy(setup: Setup) -> Iterator[Row]:
 
 
 # Name → what it does, and its time at most in seconds. The most wanted come first.
-PARTS: dict[str, tuple[Callable[..., Iterator[Row]], float]] = {
+PARTS: dict[str, tuple[Part, float]] = {
     "compiler": (compiler, 60),
     "loops": (training_loops, 170),
     "networks": (networks, 200),
@@ -342,12 +344,12 @@ def _write(row: Row, path: Path) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def _run_part(name: str, setup: Setup) -> None:
+def _run_part(name: str, work: Part, setup: Setup) -> None:
     """In a process of its own: measure one part."""
     os.setsid()  # so that it can be ended with all its children
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # many processes compile at once
     try:
-        for row in PARTS[name][0](setup):
+        for row in work(setup):
             _write(row, setup.rows(name))
     except Exception as error:  # the other parts are still worth measuring
         traceback.print_exc()
@@ -365,11 +367,11 @@ def _page(header: dict[str, str], rows: dict[tuple[str, str], tuple[str, str]], 
     return "\n".join([*lines, "", *notes, ""])
 
 
-def _run_bounded(name: str, setup: Setup, seconds: float) -> Iterator[Row | None]:
+def run_bounded(name: str, work: Part, setup: Setup, seconds: float) -> Iterator[Row | None]:
     """Run a part in a process of its own; its rows as they come, and None at the end if it was cut off."""
     path = setup.rows(name)
     path.touch()
-    process = multiprocessing.get_context("spawn").Process(target=_run_part, args=(name, setup))
+    process = multiprocessing.get_context("spawn").Process(target=_run_part, args=(name, work, setup))
     process.start()
     end, num_read = time.monotonic() + seconds, 0
     try:
@@ -384,8 +386,9 @@ def _run_bounded(name: str, setup: Setup, seconds: float) -> Iterator[Row | None
             yield None
     finally:
         if process.is_alive() and process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # while it still imports, it has no session of its own
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
         process.join()
 
 
@@ -400,7 +403,7 @@ def measure(names: list[str], setup: Setup, minutes: float, output: Path) -> Non
         if seconds < 5:
             notes.append(f"Not measured, since the time was over: {name}.")
             continue
-        for row in _run_bounded(name, setup, seconds):
+        for row in run_bounded(name, PARTS[name][0], setup, seconds):
             if row is None:
                 notes.append(f"Cut off after its {seconds:.0f} s: {name}.")
                 continue

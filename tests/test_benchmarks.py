@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import gpu, measure
 from benchmarks.naive import NaiveCNN
 from benchmarks.scaling import expected_efficiency
 from cbam_pl.models import build_network
@@ -89,3 +89,40 @@ def test_a_benchmark_prints_its_tables_and_writes_them_as_json(name, tmp_path):
     figures = json.loads(path.read_text())
     assert "processor" in figures["machine"]
     assert max(len(table["rows"]) for table in figures["tables"]) == num_rows
+
+
+def test_the_gpu_table_is_filled_as_far_as_a_cpu_can(tmp_path):
+    path = tmp_path / "gpu.md"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--output", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in path.read_text().splitlines() if "|" in line
+    ]
+    figures = {(part, what): figure for part, what, figure, _ in cells[2:]}
+    assert {part for part, _ in figures} == set(gpu.PARTS) - {"compiler"}
+    assert not [what for _, what in figures if what == "failed"]
+    assert "Cut off" not in path.read_text()
+    assert figures["resume", "float32: difference after an interruption"] == "none, bit for bit"
+    assert figures["memory", "exit status"] == "2"
+    assert figures["memory", "tracebacks"] == "0"
+    assert figures["memory", "last line on standard error"].startswith("error: out of memory; lower data.batch_size")
+    assert float(figures["loops", "fit, float32, eager ÷ plain loop, 0 workers"].split()[0]) > 0
+    for part, what in figures:  # printed as they come
+        assert f"{part:<10} {what}: {figures[part, what]}" in done.stdout
+
+
+def endless_part(setup):
+    yield "first", "1", ""
+    time.sleep(600)
+
+
+def test_what_a_part_found_is_there_at_once_and_it_ends_when_its_time_is_over(tmp_path):
+    setup = gpu.Setup("cpu", True, tmp_path, [], False, False)
+    rows = gpu.run_bounded("endless", endless_part, setup, seconds=500)
+    assert next(rows) == ("first", "1", "")
+    rows.close()
+    started = time.monotonic()
+    assert list(gpu.run_bounded("unfinished", endless_part, setup, seconds=0.1)) == [None]
+    assert time.monotonic() - started < 120  # of its 600
+    assert not multiprocessing.active_children()
