@@ -22,6 +22,14 @@ VARIANTS = {
     "max": AttentionConfig("spatial", descriptor="max", kernel_size=5),
 }
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+# For what takes seconds: the fast lane tries three of them.
+dear_variants = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in ("se", "cbam", "learned") else pytest.mark.slow)
+        for name, config in VARIANTS.items()
+    ],
+)
 DESCRIPTORS = {"paper": ["mean", "max"], "official": ["max", "mean"], "timm": ["mean", "max"], "keras": ["mean", "max"]}
 
 

@@ -30,6 +30,7 @@ from tests.attention_oracles import (
     PRESETS,
     assert_near,
     build,
+    dear_variants,
     maps,
     slow_cbam,
     slow_channel_logits,
@@ -312,7 +313,7 @@ def compiled_agrees(config, backend):
     return counter.frame_count
 
 
-@variants
+@dear_variants
 def test_compiles_to_one_graph_for_all_batch_sizes(config):
     assert compiled_agrees(config, "aot_eager") == 1
 
@@ -334,7 +335,7 @@ def test_exports_with_any_batch_and_map(config):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:copyreg", "ignore::DeprecationWarning:onnxscript")
-@variants
+@dear_variants
 def test_onnx_agrees(config, tmp_path):
     pytest.importorskip("onnxscript", reason="the optional extra onnx")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the optional extra onnx")

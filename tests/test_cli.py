@@ -2,6 +2,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,23 @@ def test_help_needs_no_torch_and_names_the_program_as_it_is_installed():
     assert done.stdout.startswith("usage: cbam-pl COMMAND [OPTIONS]")
     assert all(name in done.stdout for name in COMMANDS)
     assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line():
+    words = [sys.executable, "train.py", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device: 'standard output'\n")
+
+
+def test_ctrl_c_before_the_first_step_says_so(command, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cbam_pl.commands.fit.fit", interrupt)
+    outcome = command("fit")
+    assert (outcome.status, outcome.err) == (130, "interrupted before the first step; there is nothing to save\n")
 
 
 def test_the_help_of_a_class_stands_beside_other_options(command):
