@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -57,11 +57,7 @@ def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict
 
 
 def newest_checkpoint(root: Path, name: str, recipe: str = "") -> Path:
-    """The most recently written NAME.ckpt of a recipe, or of any.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The most recently written NAME.ckpt of a recipe, or of any; a UserError where there is none."""
     found = _newest_first(root, f"{name}.ckpt", recipe)
     if not found:
         of = f" of {recipe}" if recipe else ""
@@ -73,7 +69,6 @@ def newest_checkpoint(root: Path, name: str, recipe: str = "") -> Path:
 
 
 def _newest_first(root: Path, name: str, recipe: str) -> list[Path]:
-    """The checkpoints of the runs under `root`, the last written first."""
     folders = (root / "checkpoints").glob("*/version_*")  # a recipe's name is no pattern
     found = [path for folder in folders if recipe in ("", folder.parent.name) for path in folder.glob(name)]
     return sorted(found, key=lambda path: path.lstat().st_mtime_ns, reverse=True)
@@ -99,7 +94,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}; check --ckpt_path")
         with path.open("rb") as stream:
-            _check_sums(stream)
+            with zipfile.ZipFile(stream) as archive:
+                if damaged := archive.testzip():  # torch writes a CRC-32 of each part, but does not check it
+                    raise zipfile.BadZipFile(damaged)
+            stream.seek(0)
             checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -120,19 +118,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (SchemaError, KeyError, TypeError) as error:
         raise UserError(f"{path} {error}; name a checkpoint that `train.py fit` wrote") from error
     return checkpoint
-
-
-def _check_sums(stream: BinaryIO) -> None:
-    """Compare each part of a checkpoint with its CRC-32, which torch writes but does not check.
-
-    Raises:
-        zipfile.BadZipFile: a part is not what was written.
-    """
-    with zipfile.ZipFile(stream) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)
-    stream.seek(0)
 
 
 def _upgrade(checkpoint: dict[str, Any]) -> None:
@@ -189,16 +174,11 @@ def load_classifier(path: Path, checkpoint: dict[str, Any], test_time_flip: bool
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are complete or not there, whenever the process or the machine dies.
 
-    Lightning writes through a temporary file in another folder, which is a copy, not a rename, where that folder is
-    another file system's (lightning issue 21253).
+    Lightning's own are written in another folder, and copied where that is on another file system (its issue 21253).
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write into the same folder, wait for the disk, then rename.
-
-        Raises:
-            UserError: the disk is full, or the folder cannot be written.
-        """
+        """Write into the same folder, wait for the disk, then rename; a UserError where the disk is full."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +193,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def save_final_checkpoint(trainer: Trainer, last: Path, best: Path) -> None:
     """Write best.ckpt from last.ckpt, with the figures of the validation that the trainer has just made.
 
-    For a training that ends before its first complete epoch. last.ckpt does not know of it, so that a resumed training
-    replaces it at the end of that epoch.
+    last.ckpt does not know of it, so that a resumed training replaces it at the end of its first complete epoch.
     """
     checkpoint = torch.load(last, map_location="cpu", weights_only=True)
     checkpoint["figures"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -234,18 +213,15 @@ def run_conditions(trainer: Trainer) -> dict[str, Any]:
 
 
 def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifier, data: ImageDataModule) -> None:
-    """Reject a resume with another network, optimizer, schedule or other data than the checkpoint's.
-
-    Raises:
-        UserError: with the keys that differ.
-    """
-    differing = []
-    for group, ours, saved in (
+    """Reject a resume with another network, optimizer, schedule or other data, in a UserError with their keys."""
+    groups: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
         ("model", model.hparams, checkpoint["hyper_parameters"]),
         # Its own state, which the checkpoint restores, would otherwise win without a word.
         ("model", model.optimization, checkpoint.get("optimization", model.optimization)),
         ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
-    ):
+    )
+    differing = []
+    for group, ours, saved in groups:
         for name in sorted(ours.keys() | saved.keys()):
             owner = name.partition(".")[0]
             if owner != name and ours.get(owner) != saved.get(owner):
@@ -257,11 +233,7 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
 
 
 def check_trainable(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> None:
-    """Check what only `fit` restores from a checkpoint.
-
-    Raises:
-        UserError: with the key that is wrong.
-    """
+    """Check what only `fit` restores from a checkpoint, or raise a UserError with the key that is wrong."""
     try:
         check_resumable(checkpoint, trainer, model.network)
     except SchemaError as error:

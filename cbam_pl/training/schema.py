@@ -37,11 +37,7 @@ class SchemaError(ValueError):
 
 
 def check_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Check what every command reads.
-
-    Raises:
-        SchemaError: with the key that is wrong.
-    """
+    """Check what every command reads, or raise a SchemaError with the key that is wrong."""
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version > FORMAT:
         raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
@@ -57,16 +53,7 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
 
 
 def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Module) -> None:
-    """Check what `fit` restores besides: the loops' counters, callbacks, optimizer and schedule.
-
-    Args:
-        checkpoint: what `check_checkpoint` has passed.
-        trainer: whose own states are the pattern.
-        network: whose parameters the optimizer has.
-
-    Raises:
-        SchemaError: with the key that is wrong.
-    """
+    """Check what `fit` restores besides, by the trainer's own states, or raise a SchemaError."""
     _match(checkpoint, _RESUMED)
     _match(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops.fit_loop")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -87,13 +74,13 @@ def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Mo
 
 def _match(value: Any, pattern: Any, key: str = "") -> None:
     """Compare a value with a pattern, or with another value of the same structure."""
-    kind = pattern if isinstance(pattern, type) else type(pattern)
+    kind: type = pattern if isinstance(pattern, type) else type(pattern)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise SchemaError(f"has a {type(value).__name__} as {key}, which must be a {kind.__name__}")
-    if isinstance(pattern, list) and pattern:
+    if isinstance(value, list) and isinstance(pattern, list) and pattern:
         for index, item in enumerate(value):
             _match(item, pattern[0], f"{key}.{index}")
-    elif isinstance(pattern, dict):
+    elif isinstance(value, dict) and isinstance(pattern, dict):
         for name, inner in pattern.items():
             if not isinstance(name, type) and name not in value:
                 raise SchemaError(f"has no {key}.{name}".replace(" .", " "))
