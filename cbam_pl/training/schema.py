@@ -55,6 +55,8 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
 def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Module) -> None:
     """Check what `fit` restores besides, by the trainer's own states, or raise a SchemaError."""
     _match(checkpoint, _RESUMED)
+    if len(checkpoint["interrupted_epoch"]["sums"]) != 3:
+        raise SchemaError("has interrupted_epoch.sums other than three")
     _match(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops.fit_loop")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in checkpoint["callbacks"]:
@@ -63,12 +65,12 @@ def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Mo
     shapes = [parameter.shape for parameter in network.parameters()]
     optimizer = [*checkpoint["optimizer_states"], {"state": {}, "param_groups": []}][0]
     if [group["params"] for group in optimizer["param_groups"]] != [list(range(len(shapes)))]:
-        raise SchemaError(f"has optimizer_states for other than the network's {len(shapes)} parameters")
+        raise SchemaError(f"has optimizer_states.param_groups for other than the network's {len(shapes)} parameters")
     for index, values in optimizer["state"].items():
+        if not 0 <= index < len(shapes):
+            raise SchemaError(f"has optimizer_states.state.{index}, which belongs to no parameter")
         for key, value in values.items():
-            if not 0 <= index < len(shapes) or (
-                isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]
-            ):
+            if isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]:
                 raise SchemaError(f"has optimizer_states.state.{index}.{key} of another shape than its parameter")
 
 

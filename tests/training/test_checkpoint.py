@@ -62,7 +62,7 @@ EVERY_COMMAND = {
     "two means": (put("ImageDataModule.mean", [0.5, 0.5]), "ImageDataModule.mean, std or classes"),
     "fractions as ids": (
         put("ImageDataModule.train_ids", torch.zeros(3)),
-        "ImageDataModule.train_ids of torch.float32",
+        "ImageDataModule.train_ids other than an int64 tensor",
     ),
     "text as figure": (put(["figures", "val/acc"], "high"), "figures.val/acc"),
 }
@@ -76,13 +76,16 @@ FIT = {
         "optimizer_states.state.0.exp_avg of another shape",
     ),
     "moment of no parameter": (put(["optimizer_states", "0", "state", 99], {}), "optimizer_states.state.99, which"),
-    "no learning rate": (put(["optimizer_states", "0", "param_groups", "0", "lr"], "x"), "without a learning rate"),
+    "no learning rate": (
+        put(["optimizer_states", "0", "param_groups", "0", "lr"], "x"),
+        "optimizer_states.0.param_groups.0.lr, which must be a float",
+    ),
     "other parameters": (
         put(["optimizer_states", "0", "param_groups", "0", "params"], [0, 1]),
         "optimizer_states.param_groups for other than",
     ),
     "text as schedule": (put("lr_schedulers", ["x"]), "lr_schedulers"),
-    "two sums": (put("interrupted_epoch.sums", [1.0, 2.0]), "three sums are not float values"),
+    "two sums": (put("interrupted_epoch.sums", [1.0, 2.0]), "interrupted_epoch.sums other than three"),
     "text as sums": (put("interrupted_epoch.sums", "x"), "interrupted_epoch.sums"),
     "empty state of a callback": (put("callbacks", {"TrainingState": {}, "X": 3}), "callbacks.X"),
     "newer setting of the data": (put("datamodule_hyper_parameters.from_the_future", 3), "from_the_future"),
