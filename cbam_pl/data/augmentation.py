@@ -47,7 +47,7 @@ class Jitter(NamedTuple):
 
 
 def num_draws(augmentation: Augmentation) -> int:
-    """The number of random draws in [0, 1) that one image uses; ValueError where the name is unknown."""
+    """The number of random draws in [0, 1) that one image uses."""
     if augmentation not in _NUM_DRAWS:
         raise ValueError(f"augmentation={augmentation!r} is unknown; use one of {', '.join(_NUM_DRAWS)}")
     return _NUM_DRAWS[augmentation]
@@ -68,9 +68,6 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     Shape:
         pixels (B, 3, H, W) uint8 in any memory format, draws (B, num_draws(augmentation)) float32 on the same
         device; output (B, 3, H, W) float32 in [0, 1], contiguous.
-
-    Raises:
-        ValueError: an unknown `augmentation`, or draws of another shape.
     """
     shape, needed = tuple(draws.shape), (len(pixels), num_draws(augmentation))
     if shape != needed:
@@ -83,7 +80,7 @@ def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor
     if augmentation != "rich":
         return images
     images = color_jitter_(images, jitter_parameters(draws[:, 3:11]))
-    return rotate(images, rotation_parameters(draws[:, 11]))
+    return rotate(images, draws[:, 11] * (2 * DEGREES) - DEGREES)
 
 
 def crop_and_flip_parameters(draws: Tensor) -> CropFlip:
@@ -109,11 +106,6 @@ def jitter_parameters(draws: Tensor) -> Jitter:
     position = draws[:, :4].argsort(dim=1, stable=True)
     brightness, contrast, saturation = (draws[:, 4:7] * (2 * JITTER) + (1 - JITTER)).unbind(1)
     return Jitter(position, brightness, contrast, saturation, draws[:, 7] * (2 * HUE) - HUE)
-
-
-def rotation_parameters(draws: Tensor) -> Tensor:
-    """Convert draws (B,) to angles in degrees, counter-clockwise."""
-    return draws * (2 * DEGREES) - DEGREES
 
 
 def crop_and_flip(images: Tensor, parameters: CropFlip, border: Border = "zeros") -> Tensor:

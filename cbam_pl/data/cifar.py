@@ -29,11 +29,7 @@ _TIMEOUT_SECONDS = 30.0
 
 
 def load_cifar(dataset: CifarName, root: str) -> Source:
-    """The images of CIFAR, of CIFAR-100 with its fine classes, read from the official archive in `root`.
-
-    Raises:
-        UserError: the archive is missing and cannot be downloaded, or a file is damaged.
-    """
+    """The images of CIFAR, of CIFAR-100 with its fine classes, read from the official archive in `root`."""
     train, test = (_read_split(dataset, root, train=train) for train in (True, False))
     return Source(list(train.classes), _to_images(train), _to_images(test))
 

@@ -48,10 +48,7 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
 def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Hold out `val_size` images, the same fraction of every class; each class keeps at least one for training.
 
-    Labels (N,) and seed decide the choice; `classes` are the labels' names, for the error.
-
-    Returns:
-        Indices of the training and of the validation images, each in ascending order.
+    Labels (N,) and seed decide the choice. Gives the indices of the training and of the validation images, ascending.
     """
     generator = torch.Generator().manual_seed(derive_seed("split", seed))
     counts = torch.bincount(labels, minlength=len(classes))
@@ -86,10 +83,6 @@ class ImageDataModule(LightningDataModule):
             in every other epoch) or rich (crop, flip, colour jitter, rotation).
         image_size: height and width of the images in pixels; folder resizes to it, shapes draws at it.
         seed: decides the validation split, the order and the augmentation.
-
-    Raises:
-        ValueError: a setting out of its range.
-        UserError: the data cannot be read.
     """
 
     def __init__(
@@ -145,8 +138,7 @@ class ImageDataModule(LightningDataModule):
         if self.dataset == "folder":
             return load_folder(self.root, self.image_size)
         if self.dataset == "shapes":
-            # The data set is always the same; the seed decides the split, the order and the augmentation.
-            return load_shapes(0, image_size=self.image_size)
+            return load_shapes(0, image_size=self.image_size)  # the same for every seed
         return load_cifar(self.dataset, self.root)
 
     def setup(self, stage: str | None = None) -> None:
@@ -194,9 +186,6 @@ class ImageDataModule(LightningDataModule):
         """Use a checkpoint's normalisation, and its split of a folder whose images have changed since.
 
         Images that were held out stay held out; all others, new ones too, count as training images.
-
-        Raises:
-            UserError: other classes, no held-out image is left, or training is to resume on other images.
         """
         self._set_classes(self.classes or state_dict["classes"], state_dict["classes"])
         self.mean, self.std = state_dict["mean"], state_dict["std"]
@@ -206,7 +195,6 @@ class ImageDataModule(LightningDataModule):
         self._restore_split(resuming=self.trainer is not None and self.trainer.training)
 
     def _restore_split(self, resuming: bool) -> None:
-        """Adapt a folder's split to the checkpoint's, once both are known."""
         trained = self._trained_ids
         if not self._images or not trained:
             return
@@ -244,10 +232,12 @@ class ImageDataModule(LightningDataModule):
             )
         self.classes = found
 
-    def _device_and_shard(self) -> tuple[torch.device, Shard]:
-        if self.trainer is None:
-            return torch.device("cpu"), Shard()
-        return self.trainer.strategy.root_device, Shard(self.trainer.global_rank, self.trainer.world_size)
+    def _placement(self) -> tuple[Normalise, torch.device, Shard]:
+        device, shard = torch.device("cpu"), Shard()
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+            shard = Shard(self.trainer.global_rank, self.trainer.world_size)
+        return Normalise(self.mean, self.std, device), device, shard
 
     def _epoch(self) -> int:
         # overfit_batches repeats the same batches, those of the first epoch
@@ -257,18 +247,16 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled, augmented batches of `batch_size`."""
-        device, shard = self._device_and_shard()
+        normalise, device, shard = self._placement()
         images = self._images["train"]
         if len(images) < shard.world_size:
             raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
-        normalise = Normalise(self.mean, self.std, device)
         return TrainingLoader(
             images, self.batch_size, self.augmentation, normalise, device, self.seed, self._epoch, shard
         )
 
     def _evaluation_loader(self, split: str) -> EvaluationLoader:
-        device, shard = self._device_and_shard()
-        normalise = Normalise(self.mean, self.std, device)
+        normalise, device, shard = self._placement()
         # Without gradients four times as many images need less memory than a training step.
         return EvaluationLoader(self._images[split], 4 * self.batch_size, normalise, device, shard, shuffle=True)
 
