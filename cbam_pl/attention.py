@@ -230,10 +230,7 @@ class CBAM(nn.Module):
             self.spatial = SpatialAttention(**_arguments(options, _SPATIAL_OPTIONS), channels=learned)
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:
-        """The gates by name, in the order in which they are applied; their product with x is forward(x).
-
-        "channel" (B, C, 1, 1) and "spatial" (B, 1, H, W), or for the parallel order "joint" (B, C, H, W); in (0, 1).
-        """
+        """The gates in (0, 1), in their order: channel (B, C, 1, 1) and spatial (B, 1, H, W), or joint (B, C, H, W)."""
         return self._apply_gates(x)[1]
 
     def forward(self, x: Tensor) -> Tensor:

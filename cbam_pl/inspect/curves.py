@@ -40,7 +40,7 @@ def read_metrics(logs: Path) -> list[dict[str, float]]:
 
 
 def read_history(logs: Path, name: str) -> History | None:
-    """Read what a run logged into logs/RECIPE/version_N; None if there is no metrics.csv."""
+    """What a run logged into logs/RECIPE/version_N; None if there is no metrics.csv."""
     if not (logs / "metrics.csv").is_file():
         return None
     rows = read_metrics(logs)

@@ -1,8 +1,5 @@
 """Draw what a network computes: feature maps, attention, Grad-CAM and the confusion matrix, as matplotlib figures.
 
-    figure = draw_attention(images, attention_maps(network, inputs), "Attention")
-    figure.savefig("attention.png")
-
 All of them raise a ValueError for a map that is not finite, or constant over all images: its picture would look like
 a result.
 """
@@ -187,7 +184,6 @@ def _new_panels(
 
 
 def _new_figure(width: float, height: float, title: Sequence[str]) -> Figure:
-    """A figure of a size in pixels, with a title in its left upper corner, line by line."""
     figure = Figure((width / DPI, height / DPI), dpi=DPI)
     place = {"x": 10 / width, "y": 1 - 10 / height, "ha": "left", "va": "top"}
     figure.suptitle("\n".join(title), fontsize=NORMAL + 1, parse_math=False, **place)
@@ -200,7 +196,6 @@ def _stack(panels: Tensor, fill: float = torch.nan) -> np.ndarray:
 
 
 def _draw_over(axes: Axes, images: CaptionedImages, maps: Tensor, low: float, high: float) -> None:
-    """Draw maps (B, h, w) over their images in grey."""
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     brightness = (images.pixels.cpu() / 255 * weights).sum(1, keepdim=True)
     grey = F.interpolate(brightness, size=(_SIDE, _SIDE), mode="nearest-exact")[:, 0]
@@ -240,7 +235,6 @@ def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
 
 
 def _set_captions(axes: Axes, captions: Sequence[str], side: int) -> None:
-    """Write a text to the left of each panel."""
     for index, caption in enumerate(captions):
         text = "\n".join(cut(line, 24) for line in caption.split("\n"))
         place = -6, index * (side + _GAP) + side / 2
