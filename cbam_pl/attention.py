@@ -252,7 +252,6 @@ class CBAM(nn.Module):
 _MLP_OPTIONS = ("reduction", "min_hidden", "rounding", "mlp_bias")
 _CHANNEL_OPTIONS = (*_MLP_OPTIONS, "pools")
 _SPATIAL_OPTIONS = ("kernel_size", "descriptor", "conv_bias", "norm", "norm_weight", "norm_momentum")
-_PLACEMENT_OPTIONS = ("place", "stages")
 _OPTIONS: dict[str, tuple[str, ...]] = {  # of each kind, without the placement
     "none": (),
     "se": _MLP_OPTIONS,
@@ -266,7 +265,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {  # of each kind, without the placement
 
 def options_of(kind: str) -> tuple[str, ...]:
     """The options of AttentionConfig that this kind of attention uses, beside `kind`."""
-    return (*_OPTIONS.get(kind, ()), *(() if kind == "none" else _PLACEMENT_OPTIONS))
+    return (*_OPTIONS.get(kind, ()), *(() if kind == "none" else ("place", "stages")))
 
 
 def _arguments(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ _STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "cifar100": ([0.5074, 0.4867, 0.4411], [0.2675, 0.2565, 0.2761]),
 }
-_NUM_TRAINING = {"cifar10": 50_000, "cifar100": 50_000, "shapes": 10_000}
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": len(SHAPES)}
 
 
@@ -107,8 +106,6 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"image_size={image_size} must be at least 8 and at most {_MAX_IMAGE_SIZE}")
         if dataset.startswith("cifar") and image_size != 32:
             raise ValueError(f"image_size={image_size} does not fit dataset={dataset}, whose images are 32×32")
-        if val_size is not None and dataset in _NUM_TRAINING:
-            _check_val_size(val_size, _NUM_TRAINING[dataset])
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
@@ -156,7 +153,8 @@ class ImageDataModule(LightningDataModule):
             val = source.test
         elif val is None:
             val_size = len(train) // 10 if self.val_size is None else self.val_size
-            _check_val_size(val_size, len(train))
+            if val_size >= len(train):
+                raise UserError(f"data.val_size={val_size} leaves nothing to train on; there are {len(train):,} images")
             if val_size == 0:
                 raise UserError(f"{len(train)} training images are too few to hold any out; set data.val_size")
             kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
@@ -233,10 +231,9 @@ class ImageDataModule(LightningDataModule):
         self.classes = found
 
     def _placement(self) -> tuple[Normalise, torch.device, Shard]:
-        device, shard = torch.device("cpu"), Shard()
-        if self.trainer is not None:
-            device = self.trainer.strategy.root_device
-            shard = Shard(self.trainer.global_rank, self.trainer.world_size)
+        trainer = self.trainer
+        device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        shard = Shard() if trainer is None else Shard(trainer.global_rank, trainer.world_size)
         return Normalise(self.mean, self.std, device), device, shard
 
     def _epoch(self) -> int:
@@ -267,11 +264,6 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> EvaluationLoader:
         """Every test image once, in a fixed random order."""
         return self._evaluation_loader("test")
-
-
-def _check_val_size(val_size: int, num_training: int) -> None:
-    if val_size >= num_training:
-        raise UserError(f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} images")
 
 
 def _short(names: list[str]) -> str:

@@ -168,10 +168,7 @@ def _list_split(root: Path, split: str, classes: list[str]) -> list[_File]:
 
 
 def _decode_chunk(files: list[_File], image_size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Pixels and ids of many images at once, and a message for each that cannot be decoded.
-
-    What processes exchange once per image costs more than decoding a small one.
-    """
+    """Pixels and ids of many images, as an exchange per image costs more than its decoding, and their failures."""
     pixels = np.zeros((len(files), image_size, image_size, 3), np.uint8)
     ids = np.zeros(len(files), np.int64)
     failures = []
@@ -212,11 +209,8 @@ def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
 
 
 def _fingerprint(root: Path, splits: dict[str, list[_File]], image_size: int) -> str:
-    """A digest of the decoder and of every file's name below root, which may move with its cache, label and status.
-
-    Size and mtime alone miss files that swap places. No program can set ctime, and a file that takes another's place
-    has another inode.
-    """
+    """A digest of the decoder and of every file's name below root, which may move with its cache, label and status."""
+    # Size and mtime alone miss files that swap places; no program can set ctime, and another file has another inode.
     start = len(str(root))
     files = [
         (split, path[start:], label, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)

@@ -33,7 +33,6 @@ class Normalise:
         self._shift = -torch.tensor(mean, device=device).view(3, 1, 1) / spread
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] → the same shape, zero mean and unit variance over the data set."""
         return torch.addcmul(self._shift, images, self._scale)
 
 

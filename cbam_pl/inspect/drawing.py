@@ -156,11 +156,9 @@ def rasterise(figure: Figure) -> np.ndarray:
 def _new_panels(
     images: CaptionedImages, count: int, per_row: int, title: str, side: int = _SIDE, between: int = 30
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with the images in its left column and `count` columns beside it, in as many rows as these need.
-
-    One pair of axes holds a column of panels, one per image, and has as many pixels as its arrays: a pair for each
-    panel, or a layout engine, takes several times as long, and draws the pixels of an image in unequal sizes.
-    """
+    """A figure with the images in its left column and `count` columns beside it, in as many rows as these need."""
+    # One pair of axes holds a column of panels, one per image, and has as many pixels as its arrays: a pair for each
+    # panel, or a layout engine, takes several times as long, and draws the pixels of an image in unequal sizes.
     rows = -(-count // per_row)
     per_row = -(-count // rows)
     column = len(images.pixels) * (side + _GAP)

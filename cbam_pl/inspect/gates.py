@@ -74,10 +74,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
-    """The output of each convolution block, and the logits, in evaluation mode.
-
-    The network is a CNN or ResNet of cbam_pl.models, also compiled or wrapped; images (B, 3, H, W), normalised.
-    """
+    """The blocks' outputs and the logits of a CNN or ResNet of cbam_pl.models for images (B, 3, H, W), normalised."""
     network = unwrap(network)
     layers = {**_convolution_blocks(network), "": last_activation(network)}
     seen: dict[str, Tensor] = {}
@@ -187,10 +184,7 @@ def as_input(images: Tensor, network: nn.Module) -> Tensor:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without compilation and automatic mixed precision; restores each module's mode.
-
-    Compiled code ignores hooks that are registered after the compilation, so it runs eagerly.
-    """
+    """Evaluation mode, eager (compiled code ignores new hooks) and without autocast; restores each module's mode."""
     modes = {module: module.training for module in network.modules()}
     devices = {parameter.device.type for parameter in network.parameters()} or {"cpu"}
     network.eval()

@@ -15,14 +15,9 @@ DELETED = tuple(range(10, 100, 10))  # percent of the pixels
 
 
 def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Evidence for a class at each position of the last convolution's activations.
+    """Evidence for a class at each position of the last convolution's activations of a CNN or ResNet.
 
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
-
-    Args:
-        network: a CNN or ResNet of cbam_pl.models, also compiled or wrapped.
-        images: normalised as in training.
-        classes: the class to explain, for each image.
 
     Shape:
         images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
@@ -85,12 +80,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Score every spatial gate, Grad-CAM of the predicted class, and a uniform map, whose deletion is random.
 
-    Shape:
-        images (N, 3, H, W), normalised; labels (N,); masks (N, 1, H, W) bool, True on the object, None if unknown.
-
-    Returns:
-        For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
-        masks; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the whole image.
+    For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
+    masks (N, 1, H, W) bool; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the
+    whole image. Images (N, 3, H, W) are normalised.
     """
     size = images.shape[2:]
 
@@ -106,7 +98,6 @@ def measure(
                 parts.setdefault(name, []).append(upsample(block.spatial, size).cpu())
         parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
     maps = {name: torch.cat(part) for name, part in parts.items()}
-    maps["Grad-CAM"] = maps.pop("Grad-CAM")  # after the gates
     maps["uniform"] = torch.ones(len(images), *size)
     whole = {0: float((predicted == labels).double().mean())}
     rows = []

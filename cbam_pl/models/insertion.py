@@ -12,13 +12,6 @@ from torch import Tensor, nn
 from cbam_pl.attention import AttentionConfig, AttentionKind
 
 
-def _runs_its_children(module: nn.Module) -> bool:
-    # so that the attention would be run (or skipped) as one of them
-    if isinstance(module, nn.Sequential):
-        return type(module).forward is not nn.Sequential.forward
-    return isinstance(module, (nn.ModuleDict, nn.ModuleList))
-
-
 def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     modules = {name: module for name, module in network.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
@@ -38,7 +31,8 @@ def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     for name, module in chosen.items():
         if hasattr(module, "attention"):
             raise ValueError(f"where={name!r}: {type(module).__name__} has an attribute `attention` already")
-        if _runs_its_children(module):
+        overrides = isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward
+        if overrides or isinstance(module, (nn.ModuleDict, nn.ModuleList)):
             raise ValueError(
                 f"where={name!r}: {type(module).__name__} is a container whose children, the attention among them, are "
                 "not run one after another; choose modules inside it, or the one after it"

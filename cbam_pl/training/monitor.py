@@ -30,8 +30,7 @@ class NetworkMonitor(Callback):
     Training with it gives the same weights, bit for bit, as without.
 
     Args:
-        pictures_every: epochs from one set of pictures to the next; the first and the last epoch always have one; 0:
-            no pictures.
+        pictures_every: epochs between sets of pictures; the first and the last epoch always have one; 0: no pictures.
     """
 
     def __init__(self, pictures_every: int = 5) -> None:
