@@ -230,10 +230,7 @@ class CBAM(nn.Module):
             self.spatial = SpatialAttention(**_arguments(options, _SPATIAL_OPTIONS), channels=learned)
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:
-        """The gates by name, in the order in which they are applied; their product with x is forward(x).
-
-        "channel" (B, C, 1, 1) and "spatial" (B, 1, H, W), or for the parallel order "joint" (B, C, H, W); in (0, 1).
-        """
+        """The gates in (0, 1), in their order: channel (B, C, 1, 1) and spatial (B, 1, H, W), or joint (B, C, H, W)."""
         return self._apply_gates(x)[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +252,6 @@ class CBAM(nn.Module):
 _MLP_OPTIONS = ("reduction", "min_hidden", "rounding", "mlp_bias")
 _CHANNEL_OPTIONS = (*_MLP_OPTIONS, "pools")
 _SPATIAL_OPTIONS = ("kernel_size", "descriptor", "conv_bias", "norm", "norm_weight", "norm_momentum")
-_PLACEMENT_OPTIONS = ("place", "stages")
 _OPTIONS: dict[str, tuple[str, ...]] = {  # of each kind, without the placement
     "none": (),
     "se": _MLP_OPTIONS,
@@ -269,7 +265,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {  # of each kind, without the placement
 
 def options_of(kind: str) -> tuple[str, ...]:
     """The options of AttentionConfig that this kind of attention uses, beside `kind`."""
-    return (*_OPTIONS.get(kind, ()), *(() if kind == "none" else _PLACEMENT_OPTIONS))
+    return (*_OPTIONS.get(kind, ()), *(() if kind == "none" else ("place", "stages")))
 
 
 def _arguments(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

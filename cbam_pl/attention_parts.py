@@ -84,10 +84,7 @@ def _count(x: Tensor, dims: tuple[int, ...]) -> int:
 
 
 def mean_and_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """x itself, its mean and its maximum over dims, (1,) or (2, 3), which stay as ones.
-
-    Go on with the x that is returned: its gradient and those of the mean and the maximum are then joined in one pass.
-    """
+    """x itself, to go on with so that the gradients are joined in one pass, its mean and its maximum over dims."""
     # Only where a backward pass can follow; torch.compile joins the passes by itself, and torch.jit.trace cannot.
     if x.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _MeanAndMax.apply(x, dims)[:3]
@@ -117,8 +114,9 @@ class _MeanAndMax(torch.autograd.Function):
         x, ctx.dims = inputs
         _, _, maximum, place = output
         ctx.count = _count(x, ctx.dims)
-        saved = (x, maximum, None) if place is None else (None, None, place)
+        saved = (x, maximum, None)
         if place is not None:
+            saved = (None, None, place)
             ctx.mark_non_differentiable(place)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)

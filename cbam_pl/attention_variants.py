@@ -89,8 +89,7 @@ class BAM(Gate):
         )
         layers: list[nn.Module] = [nn.Conv2d(channels, hidden, 1)]
         for _ in range(2):
-            dilated = nn.Conv2d(hidden, hidden, 3, padding=4, dilation=4)
-            layers += [nn.BatchNorm2d(hidden), nn.ReLU(), dilated]
+            layers += [nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, padding=4, dilation=4)]
         self.spatial = nn.Sequential(*layers, nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,15 +25,9 @@ _DATASETS: dict[CifarName, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIF
 # A download, an unpacking or a checksum that fails; URLError and ConnectionError are OSErrors.
 _FAILURES = (OSError, EOFError, RuntimeError, HTTPException, tarfile.TarError, zlib.error)
 
-_TIMEOUT_SECONDS = 30.0
-
 
 def load_cifar(dataset: CifarName, root: str) -> Source:
-    """The images of CIFAR, of CIFAR-100 with its fine classes, read from the official archive in `root`.
-
-    Raises:
-        UserError: the archive is missing and cannot be downloaded, or a file is damaged.
-    """
+    """The images of CIFAR, of CIFAR-100 with its fine classes, read from the official archive in `root`."""
     train, test = (_read_split(dataset, root, train=train) for train in (True, False))
     return Source(list(train.classes), _to_images(train), _to_images(test))
 
@@ -45,7 +39,7 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
         print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
     timeout = socket.getdefaulttimeout()
     # torchvision sets no timeout, so a network that drops packets would hang the command forever
-    socket.setdefaulttimeout(_TIMEOUT_SECONDS)
+    socket.setdefaulttimeout(30.0)
     try:
         with warnings.catch_warnings():
             # nothing the user can fix: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
@@ -58,7 +52,6 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
 
 
 def _explain(dataset: CifarName, root: str, error: BaseException) -> str:
-    """One line that names the damaged or missing file and the fix."""
     official = _DATASETS[dataset]
     archive, folder = (Path(os.path.expanduser(root)) / name for name in (official.filename, official.base_folder))
     by_hand = (

@@ -28,7 +28,6 @@ _STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "cifar100": ([0.5074, 0.4867, 0.4411], [0.2675, 0.2565, 0.2761]),
 }
-_NUM_TRAINING = {"cifar10": 50_000, "cifar100": 50_000, "shapes": 10_000}
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": len(SHAPES)}
 
 
@@ -48,10 +47,7 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
 def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Hold out `val_size` images, the same fraction of every class; each class keeps at least one for training.
 
-    Labels (N,) and seed decide the choice; `classes` are the labels' names, for the error.
-
-    Returns:
-        Indices of the training and of the validation images, each in ascending order.
+    Labels (N,) and seed decide the choice. Gives the indices of the training and of the validation images, ascending.
     """
     generator = torch.Generator().manual_seed(derive_seed("split", seed))
     counts = torch.bincount(labels, minlength=len(classes))
@@ -86,10 +82,6 @@ class ImageDataModule(LightningDataModule):
             in every other epoch) or rich (crop, flip, colour jitter, rotation).
         image_size: height and width of the images in pixels; folder resizes to it, shapes draws at it.
         seed: decides the validation split, the order and the augmentation.
-
-    Raises:
-        ValueError: a setting out of its range.
-        UserError: the data cannot be read.
     """
 
     def __init__(
@@ -114,8 +106,6 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"image_size={image_size} must be at least 8 and at most {_MAX_IMAGE_SIZE}")
         if dataset.startswith("cifar") and image_size != 32:
             raise ValueError(f"image_size={image_size} does not fit dataset={dataset}, whose images are 32×32")
-        if val_size is not None and dataset in _NUM_TRAINING:
-            _check_val_size(val_size, _NUM_TRAINING[dataset])
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
@@ -145,8 +135,7 @@ class ImageDataModule(LightningDataModule):
         if self.dataset == "folder":
             return load_folder(self.root, self.image_size)
         if self.dataset == "shapes":
-            # The data set is always the same; the seed decides the split, the order and the augmentation.
-            return load_shapes(0, image_size=self.image_size)
+            return load_shapes(0, image_size=self.image_size)  # the same for every seed
         return load_cifar(self.dataset, self.root)
 
     def setup(self, stage: str | None = None) -> None:
@@ -164,7 +153,8 @@ class ImageDataModule(LightningDataModule):
             val = source.test
         elif val is None:
             val_size = len(train) // 10 if self.val_size is None else self.val_size
-            _check_val_size(val_size, len(train))
+            if val_size >= len(train):
+                raise UserError(f"data.val_size={val_size} leaves nothing to train on; there are {len(train):,} images")
             if val_size == 0:
                 raise UserError(f"{len(train)} training images are too few to hold any out; set data.val_size")
             kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
@@ -194,9 +184,6 @@ class ImageDataModule(LightningDataModule):
         """Use a checkpoint's normalisation, and its split of a folder whose images have changed since.
 
         Images that were held out stay held out; all others, new ones too, count as training images.
-
-        Raises:
-            UserError: other classes, no held-out image is left, or training is to resume on other images.
         """
         self._set_classes(self.classes or state_dict["classes"], state_dict["classes"])
         self.mean, self.std = state_dict["mean"], state_dict["std"]
@@ -206,7 +193,6 @@ class ImageDataModule(LightningDataModule):
         self._restore_split(resuming=self.trainer is not None and self.trainer.training)
 
     def _restore_split(self, resuming: bool) -> None:
-        """Adapt a folder's split to the checkpoint's, once both are known."""
         trained = self._trained_ids
         if not self._images or not trained:
             return
@@ -244,10 +230,11 @@ class ImageDataModule(LightningDataModule):
             )
         self.classes = found
 
-    def _device_and_shard(self) -> tuple[torch.device, Shard]:
-        if self.trainer is None:
-            return torch.device("cpu"), Shard()
-        return self.trainer.strategy.root_device, Shard(self.trainer.global_rank, self.trainer.world_size)
+    def _placement(self) -> tuple[Normalise, torch.device, Shard]:
+        trainer = self.trainer
+        device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        shard = Shard() if trainer is None else Shard(trainer.global_rank, trainer.world_size)
+        return Normalise(self.mean, self.std, device), device, shard
 
     def _epoch(self) -> int:
         # overfit_batches repeats the same batches, those of the first epoch
@@ -257,18 +244,16 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled, augmented batches of `batch_size`."""
-        device, shard = self._device_and_shard()
+        normalise, device, shard = self._placement()
         images = self._images["train"]
         if len(images) < shard.world_size:
             raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
-        normalise = Normalise(self.mean, self.std, device)
         return TrainingLoader(
             images, self.batch_size, self.augmentation, normalise, device, self.seed, self._epoch, shard
         )
 
     def _evaluation_loader(self, split: str) -> EvaluationLoader:
-        device, shard = self._device_and_shard()
-        normalise = Normalise(self.mean, self.std, device)
+        normalise, device, shard = self._placement()
         # Without gradients four times as many images need less memory than a training step.
         return EvaluationLoader(self._images[split], 4 * self.batch_size, normalise, device, shard, shuffle=True)
 
@@ -279,11 +264,6 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> EvaluationLoader:
         """Every test image once, in a fixed random order."""
         return self._evaluation_loader("test")
-
-
-def _check_val_size(val_size: int, num_training: int) -> None:
-    if val_size >= num_training:
-        raise UserError(f"data.val_size={val_size} leaves nothing to train on; there are {num_training:,} images")
 
 
 def _short(names: list[str]) -> str:

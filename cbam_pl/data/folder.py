@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import sys
 import uuid
 import warnings
@@ -21,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cbam_pl.data.images import Images, Source, check_memory
+from cbam_pl.data.images import Images, Source
 from cbam_pl.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -39,9 +38,6 @@ def load_folder(root: str, image_size: int = 32) -> Source:
     Files with the suffix of a JPEG, PNG, BMP or WebP image are read and resized to image_size × image_size pixels;
     hidden files and all others are ignored. The decoded images are cached in <root>/.cbam_pl_<image_size>.pt, which is
     rebuilt when a file is added, removed, replaced or changed.
-
-    Raises:
-        UserError: a split is missing, its classes are not those of train, a class is empty, or an image is damaged.
     """
     folder = Path(os.path.expanduser(root))
     classes = list_classes(root)
@@ -51,9 +47,6 @@ def load_folder(root: str, image_size: int = 32) -> Source:
     fingerprint = _fingerprint(folder, splits, image_size)
     content = _read_cache(cache, fingerprint)
     if content is None:
-        count = sum(len(files) for files in splits.values())
-        # Twice, as holding out validation images copies both parts.
-        check_memory(2 * count * 3 * image_size**2, f"{count:,} images of {image_size}×{image_size}")
         content = {name: _decode_split(files, image_size) for name, files in splits.items()}
         _write_cache(cache, fingerprint, content)
     images = {name: Images(**tensors) for name, tensors in content.items()}
@@ -73,7 +66,7 @@ def list_classes(root: str) -> list[str]:
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files in `paths`, files and folders of any depth, in natural order: 2.png before 10.png."""
+    """The image files in `paths`, files and folders of any depth, sorted."""
     found: set[Path] = set()
     suffixes = ", ".join(SUFFIXES)
     for path in map(Path, paths):
@@ -87,7 +80,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             raise UserError(f"{show(path)} is not a supported image; its name must end in {suffixes}")
         else:
             found.add(path)
-    return sorted(found, key=_natural_key)
+    return sorted(found)
 
 
 def decode(path: str | Path, image_size: int) -> Tensor:
@@ -120,7 +113,7 @@ def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
 
 
 def _failure_reason(error: Exception) -> str:
-    """In one line, without the path that some messages repeat."""
+    # without the path that some messages repeat
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
@@ -134,12 +127,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(image.convert("RGBA"))
         return white.convert("RGB")
     return image.convert("RGB")
-
-
-def _natural_key(path: Path) -> tuple[list[str | int], str]:
-    # re.split gives text and digits in turn, so that text is compared with text and numbers with numbers
-    parts = re.split(r"([0-9]+)", str(path))
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -162,7 +149,6 @@ def _walk_images(folder: Path) -> list[str]:
 
 
 def _list_split(root: Path, split: str, classes: list[str]) -> list[_File]:
-    """The images of a split, after a check that its classes are those of train."""
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{show(folder)} is missing; put the {split} images into {show(folder)}/<class>/")
@@ -182,10 +168,7 @@ def _list_split(root: Path, split: str, classes: list[str]) -> list[_File]:
 
 
 def _decode_chunk(files: list[_File], image_size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Pixels and ids of many images at once, and a message for each that cannot be decoded.
-
-    What processes exchange once per image costs more than decoding a small one.
-    """
+    """Pixels and ids of many images, as an exchange per image costs more than its decoding, and their failures."""
     pixels = np.zeros((len(files), image_size, image_size, 3), np.uint8)
     ids = np.zeros(len(files), np.int64)
     failures = []
@@ -201,7 +184,6 @@ def _decode_chunk(files: list[_File], image_size: int) -> tuple[Tensor, Tensor, 
 
 
 def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
-    """Decode the images of a split, in worker processes where there are many."""
     # the cores that this process may use, where the system knows; DataLoader warns of more workers than that
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chunks: DataLoader[Any] = DataLoader(
@@ -227,11 +209,8 @@ def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
 
 
 def _fingerprint(root: Path, splits: dict[str, list[_File]], image_size: int) -> str:
-    """A digest of the decoder and of every file's name below root, which may move with its cache, label and status.
-
-    Size and mtime alone miss files that swap places. No program can set ctime, and a file that takes another's place
-    has another inode.
-    """
+    """A digest of the decoder and of every file's name below root, which may move with its cache, label and status."""
+    # Size and mtime alone miss files that swap places; no program can set ctime, and another file has another inode.
     start = len(str(root))
     files = [
         (split, path[start:], label, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
@@ -243,7 +222,6 @@ def _fingerprint(root: Path, splits: dict[str, list[_File]], image_size: int) ->
 
 
 def _read_cache(path: Path, fingerprint: str) -> dict[str, dict[str, Tensor]] | None:
-    """The tensors of each split, or None where the cache is missing, outdated or unreadable."""
     with contextlib.suppress(Exception):  # whatever is wrong with the file, it is rebuilt
         saved: dict[str, Any] = torch.load(path, mmap=True, weights_only=True)
         if saved["fingerprint"] == fingerprint:

@@ -33,7 +33,6 @@ class Normalise:
         self._shift = -torch.tensor(mean, device=device).view(3, 1, 1) / spread
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] → the same shape, zero mean and unit variance over the data set."""
         return torch.addcmul(self._shift, images, self._scale)
 
 
@@ -56,15 +55,11 @@ def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:
 
 @dataclass(eq=False)
 class TrainingLoader:
-    """Augmented batches, in a new order and with new draws in every epoch.
+    """Augmented batches, in a new order and with new draws in every epoch, which depend on seed and epoch alone.
 
-    Epoch e of seed s always holds the same images in the same order with the same draws, whatever ran before. With
-    several processes, the images of one global order go to the processes in turn, so that their batches together are
-    those of one process; the remainder that does not divide among the processes is left out, other images in every
-    epoch.
-
-    Each iteration starts at the epoch's first batch, even if the previous one was cut short; only the first iteration
-    after `load_state_dict` starts in the middle.
+    Several processes read the images of one global order in turn, so that their batches together are those of one
+    process; the remainder is left out, other images in every epoch. Each iteration starts at the epoch's first batch,
+    even if the previous one was cut short; only the first one after `load_state_dict` starts in the middle.
     """
 
     images: Images  # on the CPU
@@ -86,7 +81,7 @@ class TrainingLoader:
         return {"batches_done": self._batches_done % len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Start the next iteration, and only that one, after the batches that are done."""
+        """Start the next iteration after the batches that are done."""
         # older checkpoints have the key "taken"
         done = state_dict["batches_done"] if "batches_done" in state_dict else state_dict["taken"]
         self._start = self._batches_done = done % len(self)
@@ -133,9 +128,7 @@ class EvaluationLoader:
     normalise: Normalise
     device: torch.device  # where the batches go
     shard: Shard
-    # One fixed random order, in which any first batches represent all images (folders list them class by class),
-    # instead of the order given.
-    shuffle: bool = False
+    shuffle: bool = False  # one fixed random order, as folders list their images class by class
 
     def __post_init__(self) -> None:
         self.images = _place(self.images, self.device)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbam_pl.data.images import Images, Source, check_memory
+from cbam_pl.data.images import Images, Source
 
 _CHUNK = 100  # images drawn at once: few enough for the processor's cache
 _CIFAR_SIZE = 32  # all lengths below are pixels of an image of this size
@@ -45,17 +45,9 @@ CLASSES: list[str] = list(_INSIDE)
 
 
 def load_shapes(seed: int, num_train: int = 10_000, num_test: int = 2_000, image_size: int = _CIFAR_SIZE) -> Source:
-    """Generated training and test images from separate random streams; see make_shapes.
-
-    Raises:
-        UserError: they do not fit into memory.
-    """
-    count = num_train + num_test
-    # Twice, as the parts are concatenated; three channels and a mask.
-    check_memory(2 * count * 4 * image_size**2, f"{count:,} shapes of {image_size}×{image_size}")
+    """Generated training and test images from separate random streams; see make_shapes."""
     train = make_shapes(num_train, 2 * seed, image_size)
-    test = make_shapes(num_test, 2 * seed + 1, image_size)
-    return Source(CLASSES, train, test)
+    return Source(CLASSES, train, make_shapes(num_test, 2 * seed + 1, image_size))
 
 
 def make_shapes(num_images: int, seed: int, image_size: int = _CIFAR_SIZE) -> Images:
@@ -95,15 +87,11 @@ def _draw(labels: Tensor, image_size: int, generator: torch.Generator) -> tuple[
     image = background + coverage * (colours - background)
     # over the object too, so that its smoothness does not give it away
     image += _uniform((num, 1, 1, 1), 0.01, 0.03, generator) * torch.randn(image.shape, generator=generator)
-    pixels = (image * 255).round_().clamp_(0, 255).to(torch.uint8)
-    return pixels, coverage > 0.5
+    return (image * 255).round_().clamp_(0, 255).to(torch.uint8), coverage > 0.5
 
 
 def _cover(labels: Tensor, centres: Tensor, areas: Tensor, angles: Tensor, image_size: int) -> Tensor:
-    """The fraction of each pixel that the shape covers, (N, 1, H, W), in steps of a ninth.
-
-    From labels (N,), centres (N, 2) as x and y in pixels, areas (N,) in square pixels, and angles (N,) in radians.
-    """
+    """The fraction of each pixel that the shape covers, (N, 1, H, W); from centres (N, 2), x and y in pixels."""
     steps = (torch.arange(_SAMPLES * image_size) + 0.5) / _SAMPLES  # the middle of each sample, in pixels
     coverage = torch.empty(len(labels), 1, image_size, image_size)
     for label, inside in enumerate(_INSIDE.values()):

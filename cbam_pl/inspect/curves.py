@@ -40,7 +40,7 @@ def read_metrics(logs: Path) -> list[dict[str, float]]:
 
 
 def read_history(logs: Path, name: str) -> History | None:
-    """Read what a run logged into logs/RECIPE/version_N; None if there is no metrics.csv."""
+    """What a run logged into logs/RECIPE/version_N; None if there is no metrics.csv."""
     if not (logs / "metrics.csv").is_file():
         return None
     rows = read_metrics(logs)
@@ -55,10 +55,7 @@ def read_history(logs: Path, name: str) -> History | None:
 
 
 def draw_curves(histories: Sequence[History]) -> Figure:
-    """Loss by optimizer step, raw and smoothed; loss, accuracy and learning rate by epoch; one colour per run.
-
-    The smoothed loss is a moving average over a fiftieth of all steps, and over at least five.
-    """
+    """Loss by optimizer step, raw and smoothed; loss, accuracy and learning rate by epoch; one colour per run."""
     figure = Figure((10.0, 7.2), dpi=DPI, layout="constrained")
     (by_step, loss), (accuracy, rate) = figure.subplots(2, 2)
     key = []  # one legend for all, below them, where it hides no curve
@@ -113,5 +110,4 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    # One point draws no line.
-    axes.plot(x, y, marker="o" if np.isfinite(y).sum() == 1 else None, **style)
+    axes.plot(x, y, marker="o" if np.isfinite(y).sum() == 1 else None, **style)  # one point draws no line

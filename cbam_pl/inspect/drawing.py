@@ -1,8 +1,5 @@
 """Draw what a network computes: feature maps, attention, Grad-CAM and the confusion matrix, as matplotlib figures.
 
-    figure = draw_attention(images, attention_maps(network, inputs), "Attention")
-    figure.savefig("attention.png")
-
 All of them raise a ValueError for a map that is not finite, or constant over all images: its picture would look like
 a result.
 """
@@ -159,11 +156,9 @@ def rasterise(figure: Figure) -> np.ndarray:
 def _new_panels(
     images: CaptionedImages, count: int, per_row: int, title: str, side: int = _SIDE, between: int = 30
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with the images in its left column and `count` columns beside it, in as many rows as these need.
-
-    One pair of axes holds a column of panels, one per image, and has as many pixels as its arrays: a pair for each
-    panel, or a layout engine, takes several times as long, and draws the pixels of an image in unequal sizes.
-    """
+    """A figure with the images in its left column and `count` columns beside it, in as many rows as these need."""
+    # One pair of axes holds a column of panels, one per image, and has as many pixels as its arrays: a pair for each
+    # panel, or a layout engine, takes several times as long, and draws the pixels of an image in unequal sizes.
     rows = -(-count // per_row)
     per_row = -(-count // rows)
     column = len(images.pixels) * (side + _GAP)
@@ -187,7 +182,6 @@ def _new_panels(
 
 
 def _new_figure(width: float, height: float, title: Sequence[str]) -> Figure:
-    """A figure of a size in pixels, with a title in its left upper corner, line by line."""
     figure = Figure((width / DPI, height / DPI), dpi=DPI)
     place = {"x": 10 / width, "y": 1 - 10 / height, "ha": "left", "va": "top"}
     figure.suptitle("\n".join(title), fontsize=NORMAL + 1, parse_math=False, **place)
@@ -200,7 +194,6 @@ def _stack(panels: Tensor, fill: float = torch.nan) -> np.ndarray:
 
 
 def _draw_over(axes: Axes, images: CaptionedImages, maps: Tensor, low: float, high: float) -> None:
-    """Draw maps (B, h, w) over their images in grey."""
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     brightness = (images.pixels.cpu() / 255 * weights).sum(1, keepdim=True)
     grey = F.interpolate(brightness, size=(_SIDE, _SIDE), mode="nearest-exact")[:, 0]
@@ -240,7 +233,6 @@ def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
 
 
 def _set_captions(axes: Axes, captions: Sequence[str], side: int) -> None:
-    """Write a text to the left of each panel."""
     for index, caption in enumerate(captions):
         text = "\n".join(cut(line, 24) for line in caption.split("\n"))
         place = -6, index * (side + _GAP) + side / 2

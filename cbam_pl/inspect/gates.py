@@ -16,9 +16,7 @@ from cbam_pl.attention import BAM
 from cbam_pl.models.cnn import CNN
 from cbam_pl.models.resnet import ResidualBlock, ResNet
 
-# A spatial gate with a lower standard deviation over positions counts as constant: it scales all positions alike to
-# within a tenth of a percent.
-CONSTANT_STD = 1e-3
+CONSTANT_STD = 1e-3  # a spatial gate with a lower standard deviation over positions counts as constant
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,7 @@ class FeatureMaps:
 
     logits: Tensor  # (B, classes)
     blocks: dict[str, Tensor]  # name of each convolution block → its output (B, C, H, W), in the order of the layers
-    # (B, C, H, W), the last convolution's activations: after normalisation and ReLU, and in the cnn before the pooling,
-    # which leaves a finer map than the block's output.
-    last: Tensor
+    last: Tensor  # (B, C, H, W), the last convolution's after normalisation and ReLU, in the cnn before the pooling
 
 
 def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMaps]:
@@ -53,10 +49,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
     Args:
         network: (B, 3, H, W) → any output.
-        images: normalised as in training; they are moved to the network's device.
-
-    Shape:
-        images (B, 3, H, W) → per block a channel gate (B, C) and a spatial gate (B, H, W).
+        images: (B, 3, H, W), normalised as in training; they are moved to the network's device.
 
     Returns:
         Name of the block → its gates, in the order in which they are computed. The block's name is that of the
@@ -81,15 +74,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
-    """The output of each convolution block, and the logits, in evaluation mode.
-
-    Args:
-        network: a CNN or ResNet of cbam_pl.models, also compiled or wrapped.
-        images: (B, 3, H, W), normalised as in training.
-
-    Raises:
-        ValueError: another network, or images that are not (B, 3, H, W).
-    """
+    """The blocks' outputs and the logits of a CNN or ResNet of cbam_pl.models for images (B, 3, H, W), normalised."""
     network = unwrap(network)
     layers = {**_convolution_blocks(network), "": last_activation(network)}
     seen: dict[str, Tensor] = {}
@@ -111,13 +96,10 @@ def upsample(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def gate_health(maps: AttentionMaps) -> dict[str, float]:
-    """Summary statistics that show whether a gate is saturated or constant.
+    """Summary statistics of the block's gates, by name, that show whether one is saturated or constant.
 
-    Returns:
-        Name → value, for each gate that the block has: `channel_mean` and `spatial_mean`; `…_below_0.05` and
-        `…_above_0.95`, the fractions of nearly closed and nearly open gates; `spatial_std`, the standard deviation
-        over positions, averaged over images; `channel_entropy`, the entropy of the gates normalised to sum 1, divided
-        by its maximum: 1 if all channels are equal, 0 if one alone is open; missing if there is a single channel.
+    `spatial_std` is the standard deviation over positions, averaged over images; `channel_entropy` the entropy of the
+    gates normalised to sum 1, divided by its maximum: 1 if all channels are equal, 0 if one alone is open.
     """
     health = {}
     for name, gate in (("channel", maps.channel), ("spatial", maps.spatial)):
@@ -153,7 +135,6 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
-    """The outermost modules with gates, by the name of their block."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in network.named_modules():
@@ -165,7 +146,7 @@ def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _plain_name(path: str) -> str:
-    """A module's name without the parts that torch.compile inserts."""
+    # without the parts that torch.compile inserts
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
@@ -174,8 +155,7 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
     floats = {name: gate.float() - shift for name, gate in gates.items()}  # (B, C or 1, H or 1, W or 1)
     channel, spatial = (floats.get(name, floats.get("joint")) for name in ("channel", "spatial"))
     return AttentionMaps(
-        None if channel is None else channel.mean((2, 3)),  # (B, C)
-        None if spatial is None else spatial.mean(1),  # (B, H, W)
+        channel=None if channel is None else channel.mean((2, 3)), spatial=None if spatial is None else spatial.mean(1)
     )
 
 
@@ -204,10 +184,7 @@ def as_input(images: Tensor, network: nn.Module) -> Tensor:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without compilation and automatic mixed precision; restores each module's mode.
-
-    Compiled code ignores hooks that are registered after the compilation, so it runs eagerly.
-    """
+    """Evaluation mode, eager (compiled code ignores new hooks) and without autocast; restores each module's mode."""
     modes = {module: module.training for module in network.modules()}
     devices = {parameter.device.type for parameter in network.parameters()} or {"cpu"}
     network.eval()

@@ -8,50 +8,32 @@ import torch
 from captum.attr import LayerGradCam  # takes a second to import; training does without this file
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import (
-    as_input,
-    attention_maps,
-    evaluation_mode,
-    feature_maps,
-    last_activation,
-    unwrap,
-    upsample,
-)
+from cbam_pl.inspect import gates
+from cbam_pl.inspect.gates import attention_maps, feature_maps, unwrap, upsample
 
 DELETED = tuple(range(10, 100, 10))  # percent of the pixels
 
 
 def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Evidence for a class at each position of the last convolution's activations.
+    """Evidence for a class at each position of the last convolution's activations of a CNN or ResNet.
 
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
 
-    Args:
-        network: a CNN or ResNet of cbam_pl.models, also compiled or wrapped.
-        images: normalised as in training.
-        classes: the class to explain, for each image.
-
     Shape:
         images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
-
-    Raises:
-        ValueError: another network, or images that are not (B, 3, H, W).
     """
     network = unwrap(network)
-    with evaluation_mode(network), torch.enable_grad():
-        images = as_input(images, network)
-        explain = LayerGradCam(network, last_activation(network))
+    with gates.evaluation_mode(network), torch.enable_grad():
+        images = gates.as_input(images, network)
+        explain = LayerGradCam(network, gates.last_activation(network))
         coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
     return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
-    """Fraction of a map's energy inside the object; the energy is the map minus its minimum in the image.
+    """Fraction of a map's energy, the map minus its minimum in the image, inside the object.
 
-    A constant map has no energy; its fraction is that of the object in the image, as for an uninformative map.
-
-    Shape:
-        maps (N, H, W), masks (N, H, W) bool → (N,) in [0, 1].
+    That of a constant map is the object's fraction of the image. Maps and masks (N, H, W) → (N,) in [0, 1].
     """
     energy = (maps - maps.amin((1, 2), keepdim=True)).double()
     energy = torch.where(energy.sum((1, 2), keepdim=True) > 0, energy, 1.0)
@@ -62,21 +44,14 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """Whether a map's maximum is inside the object; with several equal maxima, their fraction inside.
 
     Source: Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, arXiv:1608.00507, section 4.2,
-    without its tolerance of 15 pixels.
-
-    Shape:
-        maps (N, H, W), masks (N, H, W) bool → (N,) in [0, 1].
+    without its tolerance of 15 pixels. Maps and masks (N, H, W) → (N,) in [0, 1].
     """
     highest = maps == maps.amax((1, 2), keepdim=True)
     return (highest & masks).sum((1, 2)) / highest.sum((1, 2))
 
 
 def deletion_order(maps: Tensor) -> Tensor:
-    """The pixels of each image, most important first; ties in random order, so a uniform map gives a random order.
-
-    Shape:
-        maps (N, H, W) → (N, H · W) int64, indices into the flattened image.
-    """
+    """Indices of each image's pixels, most important first, ties in random order. (N, H, W) → (N, H · W) int64."""
     flat = maps.flatten(1).cpu()
     shuffled = torch.rand(flat.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
     ranked = flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
@@ -86,18 +61,10 @@ def deletion_order(maps: Tensor) -> Tensor:
 def deletion_curve(
     classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor
 ) -> dict[int, float]:
-    """Accuracy after the most important pixels were replaced by the data's mean colour.
+    """Accuracy after the most important pixels were replaced by the data's mean colour, by percent of them deleted.
 
     Source: Petsiuk, Das, Saenko, "RISE", BMVC 2018, arXiv:1806.07421, section 4.2, with accuracy for probability.
-
-    Args:
-        classify: images (B, 3, H, W) → classes (B,).
-        images: (N, 3, H, W), normalised, so that 0 is the data's mean.
-        labels: (N,).
-        maps: (N, H, W), importance of each pixel.
-
-    Returns:
-        Percent of the pixels deleted → accuracy.
+    `classify` gives the classes (B,) of normalised images (B, 3, H, W); maps (N, H, W) are each pixel's importance.
     """
     order = deletion_order(maps).to(images.device)
     accuracy = {}
@@ -113,16 +80,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Score every spatial gate, Grad-CAM of the predicted class, and a uniform map, whose deletion is random.
 
-    Args:
-        network: a CNN or ResNet of cbam_pl.models.
-        images: (N, 3, H, W), normalised, on any device.
-        labels: (N,).
-        masks: (N, 1, H, W) bool, True on the object; None if unknown.
-        batch_size: images per forward pass.
-
-    Returns:
-        For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
-        masks; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the whole image.
+    For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
+    masks (N, 1, H, W) bool; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the
+    whole image. Images (N, 3, H, W) are normalised.
     """
     size = images.shape[2:]
 
@@ -133,12 +93,11 @@ def measure(
     predicted = classify(images)
     parts: dict[str, list[Tensor]] = {}
     for batch, classes in zip(images.split(batch_size), predicted.split(batch_size), strict=True):
-        for name, gates in attention_maps(network, batch).items():
-            if gates.spatial is not None:
-                parts.setdefault(name, []).append(upsample(gates.spatial, size).cpu())
+        for name, block in attention_maps(network, batch).items():
+            if block.spatial is not None:
+                parts.setdefault(name, []).append(upsample(block.spatial, size).cpu())
         parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
     maps = {name: torch.cat(part) for name, part in parts.items()}
-    maps["Grad-CAM"] = maps.pop("Grad-CAM")  # after the gates
     maps["uniform"] = torch.ones(len(images), *size)
     whole = {0: float((predicted == labels).double().mean())}
     rows = []

@@ -12,13 +12,6 @@ from torch import Tensor, nn
 from cbam_pl.attention import AttentionConfig, AttentionKind
 
 
-def _runs_its_children(module: nn.Module) -> bool:
-    """Whether the module goes through its children, so that the attention would be run (or skipped) as one of them."""
-    if isinstance(module, nn.Sequential):
-        return type(module).forward is not nn.Sequential.forward
-    return isinstance(module, (nn.ModuleDict, nn.ModuleList))
-
-
 def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     modules = {name: module for name, module in network.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
@@ -38,7 +31,8 @@ def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     for name, module in chosen.items():
         if hasattr(module, "attention"):
             raise ValueError(f"where={name!r}: {type(module).__name__} has an attribute `attention` already")
-        if _runs_its_children(module):
+        overrides = isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward
+        if overrides or isinstance(module, (nn.ModuleDict, nn.ModuleList)):
             raise ValueError(
                 f"where={name!r}: {type(module).__name__} is a container whose children, the attention among them, are "
                 "not run one after another; choose modules inside it, or the one after it"
@@ -51,11 +45,8 @@ def _works_on_last_dimension(layer: nn.Module) -> bool:
 
 
 def _width(layer: nn.Module) -> int | None:
-    """The channels of the output of a convolution, batch norm or group norm."""
-    for attribute in ("out_channels", "num_features", "num_channels"):
-        if isinstance(getattr(layer, attribute, None), int):
-            return getattr(layer, attribute)
-    return None
+    names = ("out_channels", "num_features", "num_channels")  # of a convolution, batch norm or group norm
+    return next((getattr(layer, name) for name in names if isinstance(getattr(layer, name, None), int)), None)
 
 
 def _declared_channels(name: str, module: nn.Module) -> int:
@@ -117,7 +108,6 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
 
 
 def _seen_channels(name: str, module: nn.Module, runs: list[_Run]) -> int:
-    """The channels that the module gave for the example."""
     output = f"where={name!r}: the output of {type(module).__name__}"
     if not runs:
         raise ValueError(f"where={name!r}: {type(module).__name__} does not run for the example; choose another module")
@@ -173,7 +163,7 @@ def _check_insertion(
 def insert_attention(
     network: nn.Module, kind: AttentionKind | AttentionConfig, where: str | Sequence[str], example: Tensor | None = None
 ) -> nn.Module:
-    """Put attention after chosen modules of `network`, in place: each output becomes attention(output).
+    """Put attention after chosen modules of `network`, in place, and return it: each output becomes attention(output).
 
         network = insert_attention(torchvision.models.resnet18(), "cbam", "layer?.*.bn2")
 
@@ -189,9 +179,6 @@ def insert_attention(
         example: an input of the network, to see each module's channels from and to check the result with. Without it
             the channels are those of the last convolution or norm declared in the module, which is right for most
             blocks; where it is not, the first forward pass says so.
-
-    Returns:
-        The same network.
 
     Raises:
         ValueError: an option or pattern is wrong, or attention cannot follow the module. The network is then unchanged.

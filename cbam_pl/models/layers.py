@@ -21,11 +21,7 @@ def he_conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, 
 
 
 def scale_channels(channels: Sequence[int], width: float) -> list[int]:
-    """The channels of each stage, the narrowest first, times `width`, rounded to whole channels.
-
-    Raises:
-        ValueError: width is not a positive number, or leaves a stage fewer than 8 channels.
-    """
+    """The channels of each stage, the narrowest first, times `width`, rounded to whole channels."""
     if not 0 < width < math.inf:
         raise ValueError(f"width={width} must be a positive number")
     scaled = [round(count * width) for count in channels]

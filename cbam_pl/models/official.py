@@ -46,7 +46,7 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
             "module." before them. The batch norms' num_batches_tracked, new in PyTorch 0.4.1, may be missing.
 
     Raises:
-        ValueError: a tensor is unknown, missing or of another shape than the network's; all of them are listed.
+        ValueError: tensors that are unknown, missing or of another shape.
     """
     wanted = network.state_dict()
     loaded: dict[str, Tensor] = {}

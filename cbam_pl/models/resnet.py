@@ -45,10 +45,7 @@ RESNETS = {
 
 
 class ZeroPaddedShortcut(nn.Module):
-    """Every `stride`-th place of the input, and zeros for the channels that it lacks.
-
-    Source: arXiv:1512.03385, section 4.1, option A.
-    """
+    """Every `stride`-th place of the input, and zeros for the channels that it lacks (the paper's option A)."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
@@ -64,16 +61,7 @@ class ResidualBlock(nn.Module):
     """relu(shortcut(x) + attention(branch(x))), or with the attention after the addition, on the ReLU's output.
 
     The latter is the place that "Squeeze-and-Excitation Networks", arXiv:1709.01507, section 6.5, calls SE-POST.
-
-    Args:
-        in_channels: channels of the input.
-        width: channels of the block's 3×3 convolutions; a bottleneck's last, 1×1 one has four times as many.
-        stride: stride of the block, in its (first) 3×3 convolution.
-        layout: says whether the block is a bottleneck, and which shortcut changes the shape.
-        attention: its place is before_addition, on the branch's output (the default), or after_addition.
-
-    Shape:
-        x (B, in_channels, H, W) → (B, width or 4 · width, H / stride, W / stride).
+    `width` is that of the 3×3 convolutions; a bottleneck's last, 1×1 one has four times as many channels.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, layout: Layout, attention: AttentionConfig) -> None:

@@ -30,11 +30,7 @@ class NetworkMonitor(Callback):
     Training with it gives the same weights, bit for bit, as without.
 
     Args:
-        pictures_every: epochs from one set of pictures to the next; the first and the last epoch always have one; 0:
-            no pictures.
-
-    Raises:
-        ValueError: pictures_every is below 0.
+        pictures_every: epochs between sets of pictures; the first and the last epoch always have one; 0: no pictures.
     """
 
     def __init__(self, pictures_every: int = 5) -> None:
@@ -148,10 +144,8 @@ class NetworkMonitor(Callback):
 
 
 def _writers(trainer: Trainer) -> list[SummaryWriter]:
-    """TensorBoard's writers; only the first process has any."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _add_graph(writer: SummaryWriter, network: nn.Module, image: Tensor) -> None:
@@ -165,7 +159,6 @@ def _add_graph(writer: SummaryWriter, network: nn.Module, image: Tensor) -> None
 
 
 def _add_hyperparameters(writer: SummaryWriter, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Add the run to the HPARAMS tab, with its last loss and accuracy."""
     model = dict(pl_module.hparams)
     groups = {"model.attention": model.pop("attention"), "model": model, "data": trainer.datamodule.hparams}  # type: ignore[attr-defined]
     values = {f"{group}.{name}": value for group, settings in groups.items() for name, value in settings.items()}

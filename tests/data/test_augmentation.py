@@ -22,7 +22,6 @@ from cbam_pl.data.augmentation import (
     jitter_parameters,
     num_draws,
     rotate,
-    rotation_parameters,
 )
 
 COLOR_TOLERANCE = 1e-5
@@ -142,7 +141,7 @@ def test_color_jitter_in_each_of_24_orders():
 def test_rich_equals_torchvision_composition(size):
     pixels, draws = random_pixels(32, size), random_draws(32, "rich")
     where, colors = crop_and_flip_parameters(draws[:, :3]), jitter_parameters(draws[:, 3:11])
-    angles = rotation_parameters(draws[:, 11])
+    angles = draws[:, 11] * 30 - 15
     expected = []
     for i, image in enumerate(tv.to_dtype(pixels, torch.float32, scale=True)):
         top, left, flip = (parameter[i].item() for parameter in where)
@@ -244,7 +243,7 @@ def test_distribution_of_colors_and_angle():
     assert (orders - count / 24).abs().max() < 5 * math.sqrt(count / 24)
 
     ranges = [(0.8, 1.2)] * 3 + [(-0.1, 0.1), (-15.0, 15.0)]
-    values = [*parameters[1:], rotation_parameters(draws[:, 11])]
+    values = [*parameters[1:], draws[:, 11] * 30 - 15]
     for value, (low, high) in zip(values, ranges, strict=True):
         width = high - low
         assert value.min() >= low - 1e-6
