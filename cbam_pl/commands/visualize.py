@@ -179,7 +179,6 @@ def pictures_of(
 
 
 def _choose(labels: Tensor, classes: list[str], class_name: str | None, count: int) -> list[int]:
-    """Indices of test images with these labels (N,): the first of a class, or of all, evenly spread."""
     if class_name is None:
         return _evenly(len(labels), count)
     if class_name not in classes:

@@ -5,7 +5,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, Future, wait
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -69,18 +68,6 @@ def compare(arguments: list[str]) -> None:
         )
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    received: list[int] = []  # in place of ending the process, or what it is doing
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
     """Finish every job. Returns those that failed."""
     num_jobs, jobs = len(jobs), [job for job in jobs if find(job)[0] != "done"]
@@ -96,13 +83,19 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
         futures = start_on_ray(jobs, options.ray)
     else:
         futures = start_locally(jobs, environments(plan, options.jobs), stop)
-    with _stop_signals() as received:
+    received: list[int] = []  # signals, in place of ending the process
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
         for _ in watch(futures, remote=bool(options.ray)):
             if received and not stop.is_set():
                 print("stopping: the runs save their state", file=sys.stderr)
                 stop.set()
             if received and options.ray:  # which ends its tasks when this process ends
                 break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if received:
         print("stopped; the same command goes on from there", file=sys.stderr)
         raise Interrupted("stopped", received[0])
@@ -121,9 +114,8 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
     # The speed is estimated from all epochs so far, which may take minutes each.
     options: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "speed_estimate_period": 1e6}
     with Progress(console=console, **options) as progress:
-        epochs = {job: len(_epochs(job)) for job in futures}
-        total = sum(job.epochs for job in futures)
-        overall = progress.add_task(f"{len(futures)} runs", total=total, completed=sum(epochs.values()))
+        epochs: dict[Job, int] = {}
+        overall = progress.add_task(f"{len(futures)} runs", total=sum(job.epochs for job in futures))
         tasks = {job: progress.add_task("", total=job.epochs, visible=False) for job in futures}
         states = dict.fromkeys(futures, "waiting")
         while True:

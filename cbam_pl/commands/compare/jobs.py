@@ -76,9 +76,6 @@ def jobs_of(plan: Plan) -> list[Job]:
     ]
 
 
-# Files of a run
-
-
 def find(job: Job) -> tuple[State, Run | None]:
     """The job's state, and its run, from the files alone.
 
@@ -152,9 +149,6 @@ def read_epochs(run: Run) -> list[dict[str, float]]:
         return read_metrics(run.logs)
     except (OSError, ValueError, KeyError, TypeError):
         return []  # missing, or being written
-
-
-# Running a job
 
 
 def run_job(job: Job, environment: dict[str, str] | None = None, stop: threading.Event | None = None) -> str | None:
@@ -240,9 +234,6 @@ def failure_of(future: Future) -> str | None:
     """Why a job that has ended is not done."""
     error = future.exception()
     return future.result() if error is None else f"{type(error).__name__}: {error}"
-
-
-# Where jobs run
 
 
 def threads_per_job() -> int:

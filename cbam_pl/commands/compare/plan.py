@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import Namespace, get_loader
 from jsonargparse.typing import PositiveInt
 
 from cbam_pl.attention import AttentionConfig, options_of
@@ -152,14 +152,10 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """The reverse of `flatten`."""
-    nested: dict[str, Any] = {}
+    nested = Namespace()
     for key, value in flat.items():
-        *groups, last = key.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = value
-    return nested
+        nested[key] = value
+    return nested.as_dict()
 
 
 def with_effect(settings: dict[str, Any]) -> dict[str, Any]:
@@ -194,9 +190,6 @@ def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in ("seed", "config", "ckpt_path")}
 
 
-# Grids
-
-
 def _own_grid(file: str, recipe: dict[str, Any], parser: Any) -> dict[str, list[Any]]:
     grid = recipe.pop("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
@@ -223,7 +216,6 @@ def _read_grid(words: Iterable[str], parser: Any) -> dict[str, list[Any]]:
 
 
 def _full_key(key: str, parser: Any) -> str:
-    """The setting that a grid's key names; its group may be left out."""
     groups = ("model.", "data.", "trainer.")
     known = [name for name in setting_names(parser) if name.startswith(groups)]
     for candidate in (key, *(group + key for group in groups)):

@@ -109,7 +109,6 @@ def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str
 
 
 def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
-    """Validation accuracy by epoch in per cent: mean and, of several seeds, standard deviation."""
     values = [{row["epoch"]: 100 * row["val/acc"] for row in one["epochs"] if "val/acc" in row} for one in own]
     epochs = sorted(set.intersection(*map(set, values)))
     summaries = [summarise([one[epoch] for one in values]) for epoch in epochs]
@@ -221,9 +220,6 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
         "tested": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     }
     return "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None) + "."
-
-
-# Files and terminal
 
 
 def earlier_costs(plan: Plan) -> dict[str, Any] | None:
