@@ -66,14 +66,7 @@ class LoadedCheckpoint:
 
 
 def visualize(options: list[str]) -> None:
-    """Draw what one checkpoint or several see, and print the paths of the pictures.
-
-    Args:
-        options: words of the command line after `visualize`.
-
-    Raises:
-        UserError: bad input; or, after all others are written, the pictures that cannot be drawn.
-    """
+    """Draw what one checkpoint or several see; pictures that cannot be drawn are reported after the others."""
     parser = command_parser("visualize")
     settings = parse(parser, options)
     _check_options(settings)
@@ -142,7 +135,6 @@ def _name_of(path: Path) -> str:
 
 
 def _number(names: Sequence[str]) -> list[str]:
-    """The names, with a number after each that is used already."""
     unique: list[str] = []
     for name in names:
         candidates = [name, *(f"{name}-{number}" for number in range(2, len(names) + 1))]
@@ -158,16 +150,7 @@ def pictures_of(
     class_name: str | None = None,
     num_images: int | None = None,
 ) -> dict[str, Callable[[], Figure]]:
-    """What draws each picture of what a network sees, by name; without gates there is no `attention`.
-
-    Args:
-        loaded: the checkpoint.
-        title: second line of each picture's title.
-        images, indices, class_name, num_images: which images, as the options of `visualize` say.
-
-    Raises:
-        UserError: there is no such image.
-    """
+    """What draws each picture of what a network sees, by name, as the options of `visualize` say."""
     classes = loaded.content["ImageDataModule"]["classes"]
     if images is not None:
         files = find_images(images)
@@ -196,7 +179,6 @@ def pictures_of(
 
 
 def _choose(labels: Tensor, classes: list[str], class_name: str | None, count: int) -> list[int]:
-    """Indices of test images with these labels (N,): the first of a class, or of all, evenly spread."""
     if class_name is None:
         return _evenly(len(labels), count)
     if class_name not in classes:
@@ -215,7 +197,6 @@ def _evenly(total: int, count: int) -> list[int]:
 
 
 def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
-    """What each run logged; once, though several of its checkpoints may be given."""
     runs = {one.logs.resolve(): one for one in loaded}
     histories = []
     for (logs, one), name in zip(runs.items(), _number([_name_of(one.path) for one in runs.values()]), strict=True):
@@ -228,7 +209,6 @@ def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
 
 
 def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> None:
-    """Measure on evenly chosen test images, print the table and save it."""
     images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
     rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks)
     print(f"{title}, {len(images):,} test images:")

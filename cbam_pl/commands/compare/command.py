@@ -5,12 +5,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, Future, wait
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from cbam_pl.commands.compare import report
 from cbam_pl.commands.compare.costs import in_new_process, measure_costs, time_recipes
@@ -37,15 +36,12 @@ _COST_ROUNDS, _COST_SECONDS = 5, 0.3
 
 
 def compare(arguments: list[str]) -> None:
-    """Run what is not done yet, and write the report.
-
-    Raises:
-        UserError: bad input, or runs that failed; the report on the others is written before.
-    """
+    """Run what is not done yet, and write the report; runs that failed are reported after it."""
     options, settings = option_parser().parse_known_args(arguments)
     plan = make_plan(options, settings)
     jobs = jobs_of(plan)
     if options.dry_run:
+        plan.claim_output(dry_run=True)
         _print_estimate(plan, options.jobs)
         return
     if options.recompute and not any(find(job)[0] == "done" for job in jobs):
@@ -72,25 +68,8 @@ def compare(arguments: list[str]) -> None:
         )
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, which then end neither the process nor what it is doing."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
-    """Finish every job. Returns those that failed.
-
-    Raises:
-        Interrupted: by SIGINT or SIGTERM, once the runs have saved their state.
-    """
+    """Finish every job. Returns those that failed."""
     num_jobs, jobs = len(jobs), [job for job in jobs if find(job)[0] != "done"]
     seeds = len(plan.seeds)
     print(f"{num_jobs} runs: {len(plan.configs)} recipes with {seeds} seeds; {num_jobs - len(jobs)} are done")
@@ -104,13 +83,19 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
         futures = start_on_ray(jobs, options.ray)
     else:
         futures = start_locally(jobs, environments(plan, options.jobs), stop)
-    with _stop_signals() as received:
+    received: list[int] = []  # signals, in place of ending the process
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
         for _ in watch(futures, remote=bool(options.ray)):
             if received and not stop.is_set():
                 print("stopping: the runs save their state", file=sys.stderr)
                 stop.set()
             if received and options.ray:  # which ends its tasks when this process ends
                 break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if received:
         print("stopped; the same command goes on from there", file=sys.stderr)
         raise Interrupted("stopped", received[0])
@@ -123,19 +108,15 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
 def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Iterator[None]:
     """Show a bar for each job on a terminal, and a line for each that begins or ends; yields at every look at them.
 
-    Args:
-        futures: of all jobs.
-        remote: whether they run on a cluster, whose futures do not tell when a job begins.
-        seconds: between two looks.
+    Futures of a `remote` cluster do not tell when a job begins.
     """
     console = Console(stderr=True)
     # The speed is estimated from all epochs so far, which may take minutes each.
     options: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "speed_estimate_period": 1e6}
     with Progress(console=console, **options) as progress:
-        epochs = {job: len(_epochs(job)) for job in futures}
-        total = sum(job.epochs for job in futures)
-        overall = progress.add_task(f"{len(futures)} runs", total=total, completed=sum(epochs.values()))
-        tasks: dict[Job, TaskID] = {}
+        epochs: dict[Job, int] = {}
+        overall = progress.add_task(f"{len(futures)} runs", total=sum(job.epochs for job in futures))
+        tasks = {job: progress.add_task("", total=job.epochs, visible=False) for job in futures}
         states = dict.fromkeys(futures, "waiting")
         while True:
             ended = all(future.done() for future in futures.values())
@@ -148,11 +129,8 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
                 if state != states[job]:
                     progress.console.print(f"{name}: {state} {accuracy}".rstrip(), highlight=False, markup=False)
                     states[job] = state
-                if state == "running" and job not in tasks:
-                    tasks[job] = progress.add_task("", total=job.epochs, completed=len(rows))
-                if job in tasks:
-                    text = escape(f"{name} epoch {epochs[job]}/{job.epochs} {accuracy}")
-                    progress.update(tasks[job], description=text, completed=epochs[job], visible=state == "running")
+                text = escape(f"{name} epoch {epochs[job]}/{job.epochs} {accuracy}")
+                progress.update(tasks[job], description=text, completed=epochs[job], visible=state == "running")
             progress.update(overall, completed=sum(epochs.values()))
             if ended:
                 return
@@ -173,7 +151,6 @@ def _state(future: Future, begun: bool) -> str:
 
 
 def _print_estimate(plan: Plan, jobs: int | None) -> None:
-    """The runs, and the time and the cost to expect."""
     measured = in_new_process(threads_per_job(), time_recipes, plan.configs, 2, 1.0, ())
     if measured is None:
         raise UserError("out of memory; lower data.batch_size")

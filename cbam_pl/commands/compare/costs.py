@@ -73,11 +73,7 @@ class TimedRecipe:
 
 
 def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """What `time_recipes` measures, and memory: peak in MB of a process that trains, on the GPU or resident.
-
-    Returns:
-        Recipe → its costs by name; None in place of what memory did not suffice for.
-    """
+    """What `time_recipes` measures, and peak `memory` in MB of a process that trains; None where memory ran out."""
     memory = {name: in_new_process(threads, peak_training_memory, settings) for name, settings in configs.items()}
     timed = in_new_process(threads, time_recipes, configs, rounds, seconds, (1, 256))
     return {name: timed and timed[name] | {"memory": memory[name]} for name in configs}
@@ -88,21 +84,13 @@ def time_recipes(
 ) -> dict[str, dict[str, float]]:
     """Time all recipes in interleaved rounds, so that a busy moment of the machine affects all alike.
 
-    Args:
-        configs: recipe → settings, by dotted key.
-        rounds: of turns; the median counts.
-        seconds: of each turn, at least one step.
-        batch_sizes: of the forward passes.
-
     Returns:
         Recipe → trainable parameters; flops of one image's forward pass, a multiplication and an addition being two;
         train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images.
     """
     recipes = {name: TimedRecipe(settings) for name, settings in configs.items()}
-    works: dict[tuple[str, int], Callable[[], None]] = {}
-    for name, recipe in recipes.items():
-        works[name, 0] = recipe.train_step
-        works |= {(name, size): recipe.forward_pass(size) for size in batch_sizes}
+    works = {(name, size): recipe.forward_pass(size) for name, recipe in recipes.items() for size in batch_sizes}
+    works |= {(name, 0): recipe.train_step for name, recipe in recipes.items()}
     turns = time_in_turns(works, rounds, seconds, next(iter(recipes.values())).device)
     times = {key: statistics.median(values) for key, values in turns.items()}
     return {

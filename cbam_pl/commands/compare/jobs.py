@@ -76,9 +76,6 @@ def jobs_of(plan: Plan) -> list[Job]:
     ]
 
 
-# Files of a run
-
-
 def find(job: Job) -> tuple[State, Run | None]:
     """The job's state, and its run, from the files alone.
 
@@ -102,7 +99,6 @@ def runs_of(job: Job) -> list[Run]:
 
 @cache
 def _saved_settings(file: Path, written: int) -> dict[str, Any]:
-    """A run's settings by dotted key; none if the file is not a run's."""
     try:
         content = yaml.safe_load(file.read_text())
     except (ValueError, yaml.YAMLError):
@@ -155,16 +151,8 @@ def read_epochs(run: Run) -> list[dict[str, float]]:
         return []  # missing, or being written
 
 
-# Running a job
-
-
 def run_job(job: Job, environment: dict[str, str] | None = None, stop: threading.Event | None = None) -> str | None:
-    """Finish a job from its present state: train, resume, test, or nothing.
-
-    Args:
-        job: to finish.
-        environment: variables of its processes, besides those of this one.
-        stop: ends it early, with its state saved.
+    """Train, resume or test a job until it is done, or `stop` ends it with its state saved.
 
     Returns:
         Why it is not done, or None; STOPPED if it was stopped from outside.
@@ -216,7 +204,6 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
 
 
 def _call(job: Job, environment: dict[str, str], stop: threading.Event, arguments: Sequence[str]) -> str | None:
-    """Run one command in a process of its own; its output goes to the job's log."""
     paths = os.pathsep.join([_PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])])
     with job.log.open("a") as log:
         begin = log.tell()
@@ -247,9 +234,6 @@ def failure_of(future: Future) -> str | None:
     """Why a job that has ended is not done."""
     error = future.exception()
     return future.result() if error is None else f"{type(error).__name__}: {error}"
-
-
-# Where jobs run
 
 
 def threads_per_job() -> int:
@@ -299,9 +283,6 @@ def start_on_ray(jobs: Sequence[Job], address: str) -> dict[Job, Future]:
 
     Each is a task, which Ray starts again elsewhere when its machine is lost. The machines share the file system that
     holds the program, the data, checkpoints and logs, so it continues from the last checkpoint, whoever wrote it.
-
-    Raises:
-        UserError: Ray is not installed, or there is no cluster.
     """
     try:
         ray: Any = importlib.import_module("ray")  # optional, and slow to import

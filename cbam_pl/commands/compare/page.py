@@ -56,7 +56,6 @@ def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> st
 
 
 def _svg(figure: Figure | None) -> Markup | None:
-    """A figure as an SVG element to embed in a page, its text as text."""
     if figure is None:
         return None
     # "none": text is set in the page's own font, and can be searched and read aloud.
@@ -80,22 +79,16 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
     for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
         try:
             if key in drawn:
-                image = b64encode(_png(drawn[key]())).decode()
-                pictures.append({"caption": f"{title}: {kind}", "source": f"data:image/png;base64,{image}"})
+                small, image = BytesIO(), Image.fromarray(rasterise(drawn[key]()))
+                image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+                source = f"data:image/png;base64,{b64encode(small.getvalue()).decode()}"
+                pictures.append({"caption": f"{title}: {kind}", "source": source})
         except ValueError as error:
             pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
     return pictures
 
 
-def _png(figure: Figure) -> bytes:
-    """A figure as a small PNG file: 256 colours."""
-    small = BytesIO()
-    Image.fromarray(rasterise(figure)).quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return small.getvalue()
-
-
 def _draw_epochs(recipes: dict[str, Any]) -> Figure:
-    """Validation accuracy by epoch: mean over the seeds, with a band of ± one standard deviation."""
     figure, axes = _new(2.9)
     for number, recipe in enumerate(recipes.values()):
         epochs, mean, sd = (np.array(recipe["curve"][name]) for name in ("epoch", "mean", "sd"))
@@ -109,7 +102,6 @@ def _draw_epochs(recipes: dict[str, Any]) -> Figure:
 
 
 def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
-    """Each recipe's difference to the baseline: the pairs as dots, their mean and 95 % interval."""
     shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["difference"]]
     if not shown:
         return None
@@ -124,7 +116,6 @@ def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
 
 
 def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: float) -> Figure:
-    """Test accuracy, mean ± one standard deviation, against one cost."""
     figure, axes = _new(2.4)
     costs = []
     for number, recipe in enumerate(recipes.values()):
@@ -145,7 +136,6 @@ def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor:
 
 
 def _draw_classes(recipes: dict[str, Any]) -> Figure | None:
-    """Differences in accuracy by class, with 95 % intervals; of many classes those with the largest differences."""
     shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["per_class"]]
     if not shown:
         return None
@@ -170,14 +160,12 @@ def _new(height: float) -> tuple[Figure, Axes]:
 
 
 def _draw_interval(axes: Axes, y: float, row: dict[str, Any], style: dict[str, Any]) -> None:
-    """Draw a mean difference, and its 95 % interval where there is one."""
     if row["interval"]:
         axes.plot(row["interval"], [y, y], **{**style, "marker": None})
     axes.plot(row["mean"], y, **style)
 
 
 def _label_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows from top to bottom, and mark no difference."""
     axes.axvline(0, color="0.4", linewidth=1, zorder=1)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -190,5 +178,4 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 
 def _style(number: int, **more: Any) -> dict[str, Any]:
-    """Colour and marker of the recipe with this number."""
     return {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)], **more}

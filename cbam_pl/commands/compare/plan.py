@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import Namespace, get_loader
 from jsonargparse.typing import PositiveInt
 
 from cbam_pl.attention import AttentionConfig, options_of
@@ -48,12 +48,8 @@ class Plan:
         """The recipe with every setting, for `fit --config`."""
         return self.output / "configs" / f"{name}.yaml"
 
-    def claim_output(self) -> None:
-        """Write the settings into the output folder.
-
-        Raises:
-            UserError: it holds another comparison, or cannot be written.
-        """
+    def claim_output(self, dry_run: bool = False) -> None:
+        """Write the settings into the output folder, which must not hold another comparison."""
         record = self.output / "comparison.json"
         try:
             if record.exists():
@@ -65,6 +61,8 @@ class Plan:
                         f"{self.output} holds a comparison of other recipes, settings or seeds; name another folder "
                         "with --output (runs that are done are not repeated)"
                     )
+            if dry_run:
+                return
             (self.output / "configs").mkdir(parents=True, exist_ok=True)
             for name, settings in self.configs.items():
                 text = f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}"
@@ -104,15 +102,7 @@ def option_parser() -> argparse.ArgumentParser:
 
 
 def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
-    """Resolve every recipe with its settings, and check that they can be compared.
-
-    Args:
-        options: of `option_parser`.
-        settings: options of `fit` that apply to all recipes.
-
-    Raises:
-        UserError: a bad option, recipe, grid or setting, or recipes that must not be compared.
-    """
+    """Resolve every recipe with its settings, options of `fit` for all, and check that they can be compared."""
     if len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))} names a seed twice; name each once")
     given = {word.partition("=")[0] for word in settings}
@@ -162,14 +152,10 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """The reverse of `flatten`."""
-    nested: dict[str, Any] = {}
+    nested = Namespace()
     for key, value in flat.items():
-        *groups, last = key.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = value
-    return nested
+        nested[key] = value
+    return nested.as_dict()
 
 
 def with_effect(settings: dict[str, Any]) -> dict[str, Any]:
@@ -200,16 +186,11 @@ def split_settings(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], 
 
 
 def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
-    """Settings as `fit` writes them to config.yaml, by dotted key, without the seed."""
     flat = flatten(yaml.safe_load(parser.dump(settings)))
     return {key: value for key, value in flat.items() if key not in ("seed", "config", "ckpt_path")}
 
 
-# Grids
-
-
 def _own_grid(file: str, recipe: dict[str, Any], parser: Any) -> dict[str, list[Any]]:
-    """Take the grid out of a recipe, which may hold one besides its settings."""
     grid = recipe.pop("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise UserError(f"grid in {file} must give a list of values for each key, such as attention.kind: [none, cbam]")
@@ -221,7 +202,6 @@ def _own_grid(file: str, recipe: dict[str, Any], parser: Any) -> dict[str, list[
 
 
 def _read_grid(words: Iterable[str], parser: Any) -> dict[str, list[Any]]:
-    """The grid of --grid: KEY=VALUE,VALUE,… each."""
     grid = {}
     for word in words:
         key, equals, values = word.partition("=")
@@ -236,7 +216,6 @@ def _read_grid(words: Iterable[str], parser: Any) -> dict[str, list[Any]]:
 
 
 def _full_key(key: str, parser: Any) -> str:
-    """The setting that a grid's key names; its group may be left out."""
     groups = ("model.", "data.", "trainer.")
     known = [name for name in setting_names(parser) if name.startswith(groups)]
     for candidate in (key, *(group + key for group in groups)):
@@ -271,7 +250,6 @@ def _labels(variation: dict[str, Any]) -> list[str]:
 
 
 def _check(name: str, parser: Any, settings: Any) -> None:
-    """Reject what `fit` would reject, and what cannot be compared."""
     trainer = settings.trainer
     for key, is_bad, rule in (
         ("max_time", trainer.max_time, "must be left out: it gives each run another number of steps"),

@@ -53,13 +53,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
 
 
 def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dict[str, Any]:
-    """All that the report says, figures and text; accuracies in per cent, differences in percentage points.
-
-    Args:
-        plan: the comparison.
-        results: the runs that are done, at least one.
-        costs: recipe → its costs by name, or None.
-    """
+    """All that the report says, figures and text; accuracies in per cent, differences in percentage points."""
     runs = {(result["recipe"], result["seed"]): result for result in results}
     names = [name for name in plan.configs if any((name, seed) in runs for seed in plan.seeds)]
     labels, baseline = plan.labels, next(iter(plan.configs))
@@ -115,7 +109,6 @@ def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str
 
 
 def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
-    """Validation accuracy by epoch in per cent: mean and, of several seeds, standard deviation."""
     values = [{row["epoch"]: 100 * row["val/acc"] for row in one["epochs"] if "val/acc" in row} for one in own]
     epochs = sorted(set.intersection(*map(set, values)))
     summaries = [summarise([one[epoch] for one in values]) for epoch in epochs]
@@ -124,7 +117,6 @@ def _curve(own: Sequence[Result]) -> dict[str, list[float]]:
 
 
 def _per_class(pairs: Sequence[tuple[Result, Result]]) -> dict[str, dict[str, Any]] | None:
-    """Difference of each class's accuracy, in percentage points."""
     ours, baseline = ([one["test"] for one in side] for side in zip(*pairs, strict=True))
     if ours[0]["classes"] != baseline[0]["classes"]:
         return None
@@ -138,7 +130,6 @@ def _per_class(pairs: Sequence[tuple[Result, Result]]) -> dict[str, dict[str, An
 
 
 def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> list[str]:
-    """What a reader must know before using the figures."""
     notes = []
     if len(plan.seeds) == 1:
         notes.append("One seed: there are no intervals and no significance tests. Give several with --seeds.")
@@ -160,7 +151,6 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons: int) -> str:
-    """The comparison of one recipe with the baseline, and its result."""
     begin = f"{label} − {baseline}: {signed(difference['mean'])} percentage points"
     if difference["interval"] is None:
         return f"{begin}, n = 1: one pair has no interval, so its significance is unknown"
@@ -219,7 +209,6 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
-    """On what, with how many seeds, where, when."""
     settings, first = split_settings(plan.configs)[0], results[0]
     dates = sorted({run["date"] for run in results})
     data = settings.get("data.dataset")
@@ -231,9 +220,6 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
         "tested": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     }
     return "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None) + "."
-
-
-# Files and terminal
 
 
 def earlier_costs(plan: Plan) -> dict[str, Any] | None:

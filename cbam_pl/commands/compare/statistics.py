@@ -62,13 +62,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power_of_pairs(effect: float, sd: float, n: int) -> float:
-    """Probability that a two-sided paired t-test with n pairs detects a true mean difference.
-
-    Args:
-        effect: the true mean of the differences.
-        sd: their standard deviation, above 0.
-        n: pairs, at least 2.
-    """
+    """Probability that a two-sided paired t-test of n ≥ 2 pairs detects a true mean difference; sd is above 0."""
     # t² has the F distribution with 1 and n − 1 degrees of freedom, shifted by n · (effect / sd)².
     critical = stats.f.ppf(LEVEL, 1, n - 1)
     return float(stats.ncf.sf(critical, 1, n - 1, n * (effect / sd) ** 2))
