@@ -5,9 +5,12 @@ import io
 import logging
 import os
 import platform
+import socket
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -55,3 +58,25 @@ def _report_disk_errors_once() -> None:
     # TensorBoard writes in a thread of its own, and raises its error in the main thread, too, at the next event.
     hook = threading.excepthook
     threading.excepthook = lambda met: None if isinstance(met.exc_value, OSError) else hook(met)
+
+
+@contextmanager
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """For torchvision's downloads, which have no timeout of their own: a network that drops packets would hang them."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations, in which several threads would mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

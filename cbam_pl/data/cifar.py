@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100 as torchvision downloads, checks and reads them."""
 
 import os
-import socket
 import tarfile
 import warnings
 import zlib
@@ -17,6 +16,7 @@ from torchvision.datasets.utils import check_integrity
 from cbam_pl.data.folder import show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.errors import UserError
+from cbam_pl.process import socket_timeout
 
 CifarName = Literal["cifar10", "cifar100"]
 
@@ -37,18 +37,13 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
     official, folder = _DATASETS[dataset], Path(os.path.expanduser(root))
     if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
         print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
-    timeout = socket.getdefaulttimeout()
-    # torchvision sets no timeout, so a network that drops packets would hang the command forever
-    socket.setdefaulttimeout(30.0)
     try:
-        with warnings.catch_warnings():
+        with socket_timeout(_TIMEOUT_SECONDS), warnings.catch_warnings():
             # nothing the user can fix: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
             warnings.simplefilter("ignore")
             return official(root, train=train, download=True)
     except _FAILURES as error:
         raise UserError(_explain(dataset, root, error)) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def _explain(dataset: CifarName, root: str, error: BaseException) -> str:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbam_pl.data.images import Images, Source
+from cbam_pl.process import one_thread
 
 _CHUNK = 100  # images drawn at once: few enough for the processor's cache
 _CIFAR_SIZE = 32  # all lengths below are pixels of an image of this size
@@ -62,13 +63,8 @@ def make_shapes(num_images: int, seed: int, image_size: int = _CIFAR_SIZE) -> Im
     """
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(num_images) % len(CLASSES))[torch.randperm(num_images, generator=generator)]
-    num_threads = torch.get_num_threads()
-    # the steps are too small for several threads, which on a busy machine would mostly wait for one another
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         parts = [_draw(part, image_size, generator) for part in labels.split(_CHUNK)]
-    finally:
-        torch.set_num_threads(num_threads)
     pixels, masks = zip(*parts, strict=True)
     return Images(torch.cat(pixels), labels, torch.cat(masks))
 
