@@ -106,10 +106,7 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
 
 
 def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Iterator[None]:
-    """Show a bar for each job on a terminal, and a line for each that begins or ends; yields at every look at them.
-
-    Futures of a `remote` cluster do not tell when a job begins.
-    """
+    """Show a bar for each job on a terminal, and a line for each that begins or ends; yields at every look at them."""
     console = Console(stderr=True)
     # The speed is estimated from all epochs so far, which may take minutes each.
     options: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "speed_estimate_period": 1e6}
@@ -123,7 +120,7 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
             for job, future in futures.items():
                 rows = _epochs(job)
                 epochs[job] = job.epochs if future.done() else len(rows)
-                state = _state(future, remote and bool(runs_of(job)))
+                state = _state(future, remote and bool(runs_of(job)))  # a cluster's future does not tell that it runs
                 name = f"{job.name} seed {job.seed}"
                 accuracy = f"{100 * rows[-1]['val/acc']:.2f} %" if rows and "val/acc" in rows[-1] else ""
                 if state != states[job]:

@@ -1,7 +1,4 @@
-"""The report as one HTML page that needs no other file, for a phone, a screen and paper.
-
-Its charts are small enough that one fills a phone's width, and readable without colours.
-"""
+"""The report as one HTML page that needs no other file, for a phone, a screen and paper."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -26,7 +23,7 @@ from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
 from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise
 from cbam_pl.training.checkpoint import read_checkpoint
 
-_WIDTH = 4.1  # inches
+_WIDTH = 4.1  # inches, so that a chart's text can be read on a phone
 _MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
 _MAX_CLASSES = 20
 

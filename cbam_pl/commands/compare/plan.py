@@ -252,19 +252,22 @@ def _labels(variation: dict[str, Any]) -> list[str]:
 def _check(name: str, parser: Any, settings: Any) -> None:
     trainer = settings.trainer
     for key, is_bad, rule in (
-        ("max_time", trainer.max_time, "must be left out: it gives each run another number of steps"),
-        ("fast_dev_run", trainer.fast_dev_run, "must be left out: it saves nothing"),
-        ("logger", trainer.logger not in (None, True), "must be left out: compare needs the run's own logger"),
-        ("enable_checkpointing", trainer.enable_checkpointing is False, "must be true: the checkpoints are tested"),
-        ("max_epochs", (trainer.max_epochs or 0) < 1, "must be at least 1"),
-        ("limit_val_batches", trainer.limit_val_batches == 0, "must be above 0: validation selects the epoch"),
+        ("data.val_size", settings.data.val_size == 0, "would select the epoch on the test images; leave it out"),
+        ("trainer.max_time", trainer.max_time, "must be left out: it gives each run another number of steps"),
+        ("trainer.fast_dev_run", trainer.fast_dev_run, "must be left out: it saves nothing"),
+        ("trainer.logger", trainer.logger not in (None, True), "must be left out: compare needs the run's own logger"),
+        (
+            "trainer.enable_checkpointing",
+            trainer.enable_checkpointing is False,
+            "must be true: the checkpoints are tested",
+        ),
+        ("trainer.max_epochs", (trainer.max_epochs or 0) < 1, "must be at least 1"),
+        ("trainer.limit_val_batches", trainer.limit_val_batches == 0, "must be above 0: validation selects the epoch"),
     ):
         if is_bad:
-            raise UserError(f"{name}: trainer.{key}={trainer[key]} {rule}")
+            raise UserError(f"{name}: {key}={settings[key]} {rule}")
     if "EarlyStopping" in str(trainer.callbacks):
         raise UserError(f"{name}: compare gives all recipes the same budget; leave EarlyStopping out")
-    if settings.data.val_size == 0:
-        raise UserError(f"{name}: data.val_size=0 would select the epoch on the test images; leave it out")
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)

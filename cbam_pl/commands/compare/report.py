@@ -29,10 +29,7 @@ Result = dict[str, Any]  # of one run
 
 
 def read_results(jobs: Iterable[Job]) -> list[Result]:
-    """Of each job that is done: its row in report.csv, and below `test` and `epochs` test.json and metrics.csv.
-
-    Accuracies of the row are in per cent.
-    """
+    """Of each job that is done: its row in report.csv, in per cent, and `test` and `epochs` as the run saved them."""
     results = []
     for job in jobs:
         state, run = find(job)

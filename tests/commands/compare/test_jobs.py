@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 
 from cbam_pl.commands.compare import jobs as jobs_module
 from cbam_pl.commands.compare.command import watch
 from cbam_pl.commands.compare.jobs import STOPPED, environments, find, jobs_of, run_job, start_locally
 from cbam_pl.commands.compare.plan import nest
+from cbam_pl.commands.compare.report import read_results
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.training.callbacks import InterruptCheckpoint
 from tests.helpers import REPOSITORY, plan_of
@@ -57,6 +59,22 @@ def test_the_jobs_of_a_comparison_are_ordinary_runs_that_are_found_again(compare
         assert (run.logs / "metrics.csv").exists()
     (other, *_) = jobs_of(plan_in(root, recipes, "--model.label_smoothing", 0.1))
     assert find(other) == ("new", None)
+
+
+def test_recipes_may_have_roots_of_their_own(compared, recipes, tmp_path):
+    files, root = [], copy_of(compared, tmp_path)
+    for kind in ("none", "cbam"):
+        for folder in ("checkpoints", "logs"):
+            shutil.copytree(root / folder / kind, tmp_path / kind / folder / kind)
+        settings = yaml.safe_load(recipes[kind].read_text())
+        settings["trainer"]["default_root_dir"] = str(tmp_path / kind)
+        files.append(tmp_path / f"{kind}.yaml")
+        files[-1].write_text(yaml.safe_dump(settings))
+    jobs = jobs_of(plan_of("--configs", *files, "--seeds", 0, 1, "--output", tmp_path / "report"))
+    assert [find(job)[0] for job in jobs] == ["done"] * 4
+    assert [find(job)[1].root.name for job in jobs] == ["none", "cbam"] * 2
+    checkpoint = tmp_path / "none/checkpoints/none/version_1/best.ckpt"
+    assert [row["checkpoint"] for row in read_results(jobs)][2] == str(checkpoint)
 
 
 def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
