@@ -62,7 +62,7 @@ EVERY_COMMAND = {
     "two means": (put("ImageDataModule.mean", [0.5, 0.5]), "ImageDataModule.mean, std or classes"),
     "fractions as ids": (
         put("ImageDataModule.train_ids", torch.zeros(3)),
-        "ImageDataModule.train_ids of torch.float32",
+        "ImageDataModule.train_ids",
     ),
     "text as figure": (put(["figures", "val/acc"], "high"), "figures.val/acc"),
 }
