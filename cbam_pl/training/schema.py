@@ -55,6 +55,8 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
 def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Module) -> None:
     """Check what `fit` restores besides, by the trainer's own states, or raise a SchemaError."""
     _match(checkpoint, _RESUMED)
+    if len(checkpoint["interrupted_epoch"]["sums"]) != 3:
+        raise SchemaError("has interrupted_epoch.sums other than three values")
     _match(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops.fit_loop")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in checkpoint["callbacks"]:
