@@ -38,7 +38,7 @@ def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
     if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
         print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
     try:
-        with socket_timeout(_TIMEOUT_SECONDS), warnings.catch_warnings():
+        with socket_timeout(seconds=30.0), warnings.catch_warnings():
             # nothing the user can fix: Python 3.12 warns of how torchvision unpacks, numpy of old pickles
             warnings.simplefilter("ignore")
             return official(root, train=train, download=True)
