@@ -138,6 +138,7 @@ def plain_cbam(x, reduce, expand, conv):
 
 
 def test_hessian_is_that_of_the_plain_formula():
+    torch.manual_seed(0)
     cbam = CBAM(3, reduction=1, kernel_size=3).double()
     weights = [parameter.detach() for parameter in cbam.parameters()]
     names = [name for name, _ in cbam.named_parameters()]

@@ -33,6 +33,7 @@ class Normalise:
         self._shift = -torch.tensor(mean, device=device).view(3, 1, 1) / spread
 
     def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → the same shape."""
         return torch.addcmul(self._shift, images, self._scale)
 
 
