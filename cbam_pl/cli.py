@@ -10,41 +10,18 @@ from pathlib import Path
 # How the user started it: from a clone, or, where it is installed, by its own name.
 PROGRAM = "cbam-pl" if Path(sys.argv[0]).name == "cbam-pl" else "python train.py"
 
-# Command → where its function is, which is imported only when it is called: help and mistakes answer at once.
+# Command → the file of its function, which is imported only when it is called: help and mistakes answer at once.
 COMMANDS = {
-    "fit": ("cbam_pl.commands.fit", "train a network: --config configs/cbam_cnn.yaml; resume with --ckpt_path last"),
-    "test": ("cbam_pl.commands.evaluate", "measure a checkpoint on the test images; by default the newest run's best"),
-    "validate": (
-        "cbam_pl.commands.evaluate",
-        "measure a checkpoint on the validation images; by default the newest run's best",
-    ),
-    "predict": ("cbam_pl.commands.predict", "classify your own images: --images FILE_OR_FOLDER ..."),
-    "visualize": (
-        "cbam_pl.commands.visualize",
-        "draw features, attention, Grad-CAM and curves of a checkpoint; --measure gives numbers",
-    ),
+    "fit": ("fit", "train a network: --config configs/cbam_cnn.yaml; resume with --ckpt_path last"),
+    "test": ("evaluate", "measure a checkpoint on the test images; by default the newest run's best"),
+    "validate": ("evaluate", "measure a checkpoint on the validation images; by default the newest run's best"),
+    "predict": ("predict", "classify your own images: --images FILE_OR_FOLDER ..."),
+    "visualize": ("visualize", "draw attention, Grad-CAM and curves of a checkpoint; --measure gives numbers"),
     "compare": (
-        "cbam_pl.commands.compare.command",
-        "train several recipes with several seeds, and report whether they differ, how surely, at what cost",
+        "compare.command",
+        "train recipes with several seeds, and report whether they differ, at what cost",
     ),
 }
-
-
-def _overview() -> str:
-    width = max(map(len, COMMANDS)) + 4
-    lines = [f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} COMMAND [OPTIONS]",
-            "",
-            "Train, evaluate and inspect CIFAR attention networks.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            f"options of a command: {PROGRAM} COMMAND --help",
-        ]
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     command = arguments[0] if arguments else ""
     try:
         if command in ("-h", "--help"):
-            print(_overview())
+            print(f"usage: {PROGRAM} COMMAND [OPTIONS]\n\nTrain, evaluate and inspect CIFAR attention networks.\n")
+            print("commands:", *(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()), sep="\n")
+            print(f"\noptions of a command: {PROGRAM} COMMAND --help")
         elif command in COMMANDS:
             _run(command, arguments[1:])
         else:
@@ -81,7 +60,7 @@ def _run(command: str, options: list[str]) -> None:
 
     try:
         configure_process()
-        getattr(import_module(COMMANDS[command][0]), command)(options)
+        getattr(import_module(f"cbam_pl.commands.{COMMANDS[command][0]}"), command)(options)
     except UserError as error:
         _fail(str(error))
     except Interrupted as interruption:

@@ -32,11 +32,7 @@ def commit() -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """Device, versions, commit and date, as plain texts.
-
-    Args:
-        device: what computes.
-    """
+    """The device that computes, versions, commit and date, as plain texts."""
     versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning")]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {

@@ -9,19 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class UserError(Exception):
-    """A mistake that the user can fix; the command line turns it into one line and exit status 2.
-
-    Its message is one line that names the thing and the fix.
-    """
+    """A mistake that the user can fix: one line that names the thing and the fix, and exit status 2."""
 
 
 class Interrupted(Exception):
-    """The training was stopped in the middle of an epoch, after its state was saved.
-
-    Args:
-        reason: what stopped it, and where.
-        number: the signal's number, if it was a signal; the exit status is then 128 more.
-    """
+    """The training was stopped and its state saved; by a signal, if `number` is one. The exit status is 128 more."""
 
     def __init__(self, reason: str, number: int = 0) -> None:
         super().__init__(reason)
@@ -53,11 +45,5 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def cannot_write(path: str | Path, error: OSError, fix: str) -> UserError:
-    """That a file cannot be written, with the system's reason.
-
-    Args:
-        path: the file or folder.
-        error: what the system raised.
-        fix: what the user can do.
-    """
+    """That a file or folder cannot be written, with the system's reason and what the user can do."""
     return UserError(f"cannot write {path} ({error.strerror}); {fix}")

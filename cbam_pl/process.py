@@ -34,7 +34,9 @@ def configure_process() -> None:
         # NVIDIA's library at every optimizer step, which takes as long as the rest of a small network's update.
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     keep_freed_memory()
-    _report_disk_errors_once()
+    # TensorBoard writes in a thread of its own, and raises its error in the main thread, too, at the next event.
+    hook = threading.excepthook
+    threading.excepthook = lambda met: None if isinstance(met.exc_value, OSError) else hook(met)
 
 
 def keep_freed_memory() -> bool:
@@ -43,21 +45,13 @@ def keep_freed_memory() -> bool:
     A training step on a CPU makes and frees the same large tensors again and again. By default glibc returns each to
     the kernel, which must then map and clear every page again: for the cnn with batches of 256, 25,000 page faults a
     step, a tenth of its time; so `python -m benchmarks.throughput` shows. The price is a tenth more resident memory.
-
-    Returns:
-        Whether the C library accepted the settings; others than glibc have no such ones.
+    False where the C library has no such settings, as others than glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     set_option = ctypes.CDLL(None).mallopt
     options = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 64 << 20}  # bytes
     return all(set_option(option, value) for option, value in options.items())
-
-
-def _report_disk_errors_once() -> None:
-    # TensorBoard writes in a thread of its own, and raises its error in the main thread, too, at the next event.
-    hook = threading.excepthook
-    threading.excepthook = lambda met: None if isinstance(met.exc_value, OSError) else hook(met)
 
 
 @contextmanager

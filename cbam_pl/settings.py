@@ -4,7 +4,6 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
@@ -12,13 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 from lightning import Trainer
 
 from cbam_pl.attention import AttentionConfig
@@ -33,10 +26,7 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 # order of the two was asked for first in the process.
 _Batches = int | float | None
 _TRAINER_TYPES: dict[str, Any] = {
-    "limit_train_batches": _Batches,
-    "limit_val_batches": _Batches,
-    "limit_test_batches": _Batches,
-    "limit_predict_batches": _Batches,
+    **{f"limit_{stage}_batches": _Batches for stage in ("train", "val", "test", "predict")},
     "overfit_batches": int | float,
     "val_check_interval": _Batches,
     # What Lightning accepts, and then divides by zero or trains with the wrong sign.
@@ -67,12 +57,8 @@ _TRAINER_DEFAULTS = {
 
 def command_parser(command: Literal["fit", "test", "validate", "predict", "visualize"]) -> ArgumentParser:
     """The options of a command. Each is a parameter of the class that it configures, which documents it."""
-    parser = ArgumentParser(
-        prog=f"train.py {command}",
-        exit_on_error=False,
-        allow_abbrev=False,
-        usage=f"{PROGRAM} {command} [OPTIONS]",
-    )
+    usage = f"{PROGRAM} {command} [OPTIONS]"
+    parser = ArgumentParser(prog=f"train.py {command}", exit_on_error=False, allow_abbrev=False, usage=usage)
     add = parser.add_argument
     if command == "fit":
         add("--config", type=str, help="YAML file of settings; of several the later wins; options win over all")
@@ -112,36 +98,33 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
     else:
         skipped = set() if command == "fit" else {*signature(ImageDataModule).parameters} - {*EVALUATION_DATA}
         parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
-    if command != "visualize":
-        _add_trainer(parser, set() if command == "fit" else _TRAINING_ONLY)
+    if command == "visualize":
+        return parser
+    skipped = set() if command == "fit" else _TRAINING_ONLY
+    parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skipped}, instantiate=False)
+    for name, kind in _TRAINER_TYPES.items():
+        if name not in skipped:
+            default = signature(Trainer).parameters[name].default
+            add(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
+    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skipped})
     return parser
 
 
-def _add_trainer(parser: ArgumentParser, skip: set[str]) -> None:
-    parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skip}, instantiate=False)
-    for name, kind in _TRAINER_TYPES.items():
-        if name not in skip:
-            default = signature(Trainer).parameters[name].default
-            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
-    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skip})
-
-
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
-    """The settings that options give, over those of a recipe.
-
-    Args:
-        parser: of `command_parser`.
-        options: words of the command line.
-        recipe: nested settings, as `read_recipe` gives them.
+    """The settings that options give, over those of a recipe, which are nested.
 
     Raises:
         UserError: an unknown key, with the nearest valid one, or a value of the wrong type or out of its range.
     """
     recipe = recipe or {}
     names = setting_names(parser)
-    for key, value in (*_flatten(recipe, names), *_given(options)):
-        _check_key(key, names)
-        _check_choice(key, value)
+    given = [*_flatten(recipe, names)]
+    for word, following in zip_longest(options, options[1:], fillvalue=""):
+        key, equals, value = word.partition("=")
+        if key.startswith("--"):
+            given.append((key[2:].removesuffix("+"), value if equals or following.startswith("--") else following))
+    for key, value in given:
+        _check(key, value, names)
     for place, word in enumerate(options):
         if word.endswith(".help"):  # of a class, whose parser is given nothing but the class's name
             options = options[place : place + 2]
@@ -160,11 +143,7 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
 
 
 def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
-    """The settings of `fit`: options over the recipes that --config names. `config` becomes the first one's path.
-
-    Raises:
-        UserError: as `read_recipe` and `parse`, with the recipe's path.
-    """
+    """The settings of `fit`: options over the recipes that --config names. `config` becomes the first one's path."""
     files, options = split_option(options, "--config")
     recipe: dict[str, Any] = {}
     for file in files:
@@ -180,11 +159,7 @@ def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
 
 
 def split_option(options: list[str], name: str) -> tuple[list[str], list[str]]:
-    """The values of one option, and the other options.
-
-    Raises:
-        UserError: the option has no value.
-    """
+    """The values of one option, and the other options; a UserError where it has no value."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(name, action="append", default=[], dest="values")
     try:
@@ -207,11 +182,7 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
     """YAML with plain values alone, in which no key is given twice: YAML itself would use the last, without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping.
-
-        Raises:
-            yaml.constructor.ConstructorError: a duplicate key.
-        """
+        """The mapping, or a ConstructorError."""
         keys = [key.value for key, _ in node.value]
         for key, _ in reversed(node.value):
             if keys.count(key.value) > 1:
@@ -223,35 +194,21 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), [*"-+0123456789"])
 
 
-def load_yaml(text: str) -> Any:
-    """The values of a YAML text.
-
-    Raises:
-        yaml.YAMLError: no valid YAML, a duplicate key, or a tag.
-    """
-    try:
-        return yaml.load(text, _StrictLoader)
-    except (ValueError, RecursionError) as error:  # such as an integer of 5,000 digits
-        raise yaml.YAMLError(str(error)) from error
-
-
 def read_recipe(path: str) -> dict[str, Any]:
-    """The nested settings of a YAML file.
-
-    Raises:
-        UserError: the file is missing, is not YAML, or holds no settings.
-    """
+    """The nested settings of a YAML file; a UserError where it is missing, is not YAML, or holds none."""
     name = show(path)
     try:
         if not Path(path).is_file():  # reading a pipe would wait forever
             raise UserError(f"--config {name} is not a file; name a YAML file such as configs/cbam_cnn.yaml")
-        content = load_yaml(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--config {name} is not UTF-8 text; name a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"--config {name} cannot be read ({getattr(error, 'strerror', error)})") from error
+    try:
+        content = yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as an integer of 5,000 digits
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{name} has no settings; give it keys, such as model: and data:")
     if content.get("config") is not None:
@@ -264,26 +221,18 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        same_class = isinstance(old, dict) and isinstance(value, dict)
-        same_class = same_class and value.get("class_path") in (None, old.get("class_path"))  # type: ignore[union-attr]
-        merged[key] = _merge(old, value) if same_class else value  # type: ignore[arg-type]
+        if (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and value.get("class_path") in (None, old.get("class_path"))
+        ):
+            value = _merge(old, value)
+        merged[key] = value
     return merged
 
 
-def _given(options: list[str]) -> Iterator[tuple[str, str]]:
-    """Key and value of each option; the value is empty where none follows."""
-    for word, following in zip_longest(options, options[1:], fillvalue=""):
-        key, equals, value = word.partition("=")
-        if key.startswith("--"):
-            yield key[2:].removesuffix("+"), value if equals else "" if following.startswith("--") else following
-
-
 def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Key with dots and value of each setting that is written.
-
-    Raises:
-        UserError: a group, such as model, has a value instead of keys.
-    """
+    """Key with dots and value of each setting; a UserError where a group, such as model, has a value instead."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
         is_group = any(known.startswith(f"{key}.") for known in names)
@@ -295,34 +244,23 @@ def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") ->
             yield key, value
 
 
-# Mistakes
+# The words that a key may have, for each key that is a choice among words, which may be left out (None).
+_CHOICES = {
+    prefix + name: [str(word) for word in get_args(kind)]
+    for prefix, owner in (("model.", Classifier), ("model.attention.", AttentionConfig), ("data.", ImageDataModule))
+    for name, hint in get_type_hints(owner.__init__).items()
+    for kind in (hint, *get_args(hint))
+    if get_origin(kind) is Literal
+}
 
 
-def _check_key(key: str, names: list[str]) -> None:
-    """Reject an unknown key. What follows the name of a class, such as model.optimizer.lr, is left to the parser."""
-    if key in ("help", "") or key.endswith(".help") or key in names:
-        return
-    above = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
-    if not any(name in names for name in above) and not any(name.startswith(f"{key}.") for name in names):
+def _check(key: str, value: Any, names: list[str]) -> None:
+    """Reject an unknown key or word. What follows a class's name, as in model.optimizer.lr, is left to the parser."""
+    above = [key.rsplit(".", count)[0] for count in range(key.count(".") + 1)]
+    is_known = any(name in names for name in above) or any(name.startswith(f"{key}.") for name in names)
+    if not is_known and key not in ("help", "") and not key.endswith(".help"):
         raise UserError(f"unknown key {key}{closest(key, names)}")
-
-
-@cache
-def _choices() -> dict[str, list[str]]:
-    """The words that a key may have, for each key that is a choice among words."""
-    groups: dict[str, Any] = {"model.": Classifier, "model.attention.": AttentionConfig, "data.": ImageDataModule}
-    choices: dict[str, list[str]] = {}
-    for prefix, owner in groups.items():
-        for name, hint in get_type_hints(owner.__init__).items():
-            # Of a choice that may be left out, its words.
-            for kind in (hint, *get_args(hint)):
-                if get_origin(kind) is Literal:
-                    choices[prefix + name] = [str(word) for word in get_args(kind)]
-    return choices
-
-
-def _check_choice(key: str, value: Any) -> None:
-    choices = _choices().get(key)
+    choices = _CHOICES.get(key, [])
     if choices and value and isinstance(value, str) and value not in (*choices, "null"):
         near = difflib.get_close_matches(value, choices, 1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"

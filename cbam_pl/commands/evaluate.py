@@ -2,10 +2,9 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Literal
-
-from lightning import Trainer
 
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
@@ -13,29 +12,17 @@ from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse, split_option
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.logger import RunLogger
-from cbam_pl.training.run import Run, atomic_write, run_of
+from cbam_pl.training.run import atomic_write, run_of
 from cbam_pl.training.trainer import evaluating_trainer, running
 
 
-def test(options: list[str]) -> None:
-    """Measure on the test images, and write the figures into its log folder.
+def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
+    """Print the loss and accuracy of a checkpoint; of `test`, also write them into its run's log folder.
 
     Args:
-        options: words of the command line after `test`.
+        command: whether on the test or the validation images.
+        options: words of the command line after it.
     """
-    _evaluate("test", options)
-
-
-def validate(options: list[str]) -> None:
-    """Measure on the validation images.
-
-    Args:
-        options: words of the command line after `validate`.
-    """
-    _evaluate("validate", options)
-
-
-def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     parser = command_parser(command)
     names = parse(parser, options)
     path, checkpoint = find_checkpoint(Path(names.trainer.default_root_dir), names.ckpt_path)
@@ -44,8 +31,8 @@ def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     saved = checkpoint["datamodule_hyper_parameters"]
     settings = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}})
     epoch = checkpoint["epoch"] + 1
-    run = run_of(path) if command == "test" and not settings.trainer.fast_dev_run else None
-    if run is not None and not run.logs.is_dir():
+    run = run_of(path)
+    if command == "validate" or settings.trainer.fast_dev_run or (run is not None and not run.logs.is_dir()):
         run = None
     suffix = f".test-epoch{epoch}"
     earlier = [] if run is None else list(run.logs.glob(f"events*{suffix}"))
@@ -66,7 +53,17 @@ def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     if not trainer.is_global_zero:
         return
     if run is not None:
-        write_test(run, epoch, figures, data.classes, counts, trainer, split_option(options, "--ckpt_path")[1])
+        record = {
+            "epoch": epoch,
+            "images": model.num_evaluated,
+            **figures,
+            "classes": data.classes,
+            "confusion": counts,  # images by true class (rows) and predicted class
+            "options": split_option(options, "--ckpt_path")[1],
+            "environment": describe_environment(trainer.strategy.root_device),
+        }
+        with atomic_write(run.logs / "test.json") as stream:
+            stream.write(f"{json.dumps(record)}\n".encode())
         for events in earlier:
             events.unlink(missing_ok=True)  # testing again replaces the point
     split: Literal["test", "val"] = "test" if command == "test" else "val"
@@ -77,34 +74,4 @@ def _evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         print(f"{name}  {value:.4f}")
 
 
-def write_test(
-    run: Run,
-    epoch: int,
-    figures: dict[str, float],
-    classes: list[str],
-    confusion: list[list[int]],
-    trainer: Trainer,
-    options: list[str],
-) -> None:
-    """Write the figures of a test into the run's logs, as test.json.
-
-    Args:
-        run: whose checkpoint was tested.
-        epoch: of the checkpoint, from 1.
-        figures: test/loss and test/acc.
-        classes: names of the classes.
-        confusion: images by true class (rows) and predicted class (columns).
-        trainer: what tested.
-        options: of the command line, but for the checkpoint's path.
-    """
-    record = {
-        "epoch": epoch,
-        "images": sum(map(sum, confusion)),
-        **figures,
-        "classes": classes,
-        "confusion": confusion,
-        "options": options,
-        "environment": describe_environment(trainer.strategy.root_device),
-    }
-    with atomic_write(run.logs / "test.json") as stream:
-        stream.write(f"{json.dumps(record)}\n".encode())
+test, validate = partial(evaluate, "test"), partial(evaluate, "validate")

@@ -2,17 +2,15 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from lightning import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from cbam_pl.cli import PROGRAM
@@ -38,21 +36,6 @@ from cbam_pl.training.run import Run, atomic_write, new_run, run_of
 from cbam_pl.training.trainer import running, training_trainer
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a training begins.
-
-    Args:
-        run: where it writes; None on all processes but the first of a new run, and where nothing is written.
-        path: the checkpoint that it resumes from, if any.
-        checkpoint: what that holds.
-    """
-
-    run: Run | None
-    path: Path | None = None
-    checkpoint: dict[str, Any] | None = None
-
-
 def fit(options: list[str]) -> None:
     """Train, from nothing or from a checkpoint.
 
@@ -65,50 +48,70 @@ def fit(options: list[str]) -> None:
     """
     parser = command_parser("fit")
     settings = parse_with_recipes(parser, options)
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # also before Lightning starts the others
     with as_user_error():
         values = parser.instantiate(settings)
         seed_everything(settings.seed, verbose=False)
         data = ImageDataModule(**values.data, seed=settings.seed)
         model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
         model.make_optimizer()  # so that a mistake in it is reported before the data is loaded
-    start = _choose_start(settings, model, data)
-    with _locked(start.run):
-        own = [_Begin(start.run, parser, settings), NetworkMonitor(settings.pictures_every)]
-        trainer = training_trainer(values.trainer, start.run, start.checkpoint, settings.checkpoint_minutes, own)
-        if start.path is not None and start.checkpoint is not None:
-            check_trainable(start.path, start.checkpoint, trainer, model)
-            if reason := finished(start.checkpoint, trainer):
-                return print(f"nothing left to do: {start.path} {reason}") if _is_first_process() else None
-        if _is_first_process():
-            with as_user_error():
-                data.prepare_data()
-                data.setup("fit")
-                _check_last_batch(trainer, model, data)
-        if trainer.is_global_zero:
-            _print_summary(model, data, trainer, start)
-        interruption = _train(trainer, model, data, start)
-    if trainer.is_global_zero and start.run is not None:
-        _print_outcome(start.run, interruption, options)
-    if interruption is not None and interruption.number:
-        raise interruption
 
-
-def _is_first_process() -> bool:
-    """Also before Lightning starts the others."""
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _choose_start(settings: Namespace, model: Classifier, data: ImageDataModule) -> Start:
-    """The checkpoint that is named, with its run; else a new run."""
-    root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings)
+    # The checkpoint that is named, with its run; else a new run, which the first process alone knows.
+    root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings.config)
     path, checkpoint, run = None, None, None
     if settings.ckpt_path is not None:
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
         check_same_settings(path, checkpoint, model, data)
         run = run_of(path)
-    if run is None and _is_first_process() and not settings.trainer.fast_dev_run:
+    if run is None and is_first and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
-    return Start(run, path, checkpoint)
+
+    settings.config, settings.ckpt_path = None, None
+    begin = LambdaCallback(on_train_start=partial(_begin, run, parser.dump(settings)))
+    interruption = None
+    with run.lock() if run is not None and is_first else nullcontext():
+        callbacks = [begin, NetworkMonitor(settings.pictures_every)]
+        trainer = training_trainer(values.trainer, run, checkpoint, settings.checkpoint_minutes, callbacks)
+        if path is not None and checkpoint is not None:
+            check_trainable(path, checkpoint, trainer, model)
+            if reason := finished(checkpoint, trainer):
+                return print(f"nothing left to do: {path} {reason}") if is_first else None
+        if is_first:
+            with as_user_error():
+                data.prepare_data()
+                data.setup("fit")
+                _check_last_batch(trainer, model, data)
+            _print_summary(model, data, trainer, run, checkpoint)
+        with running(run):
+            try:
+                trainer.fit(model, data, ckpt_path=path, weights_only=True)
+            except Interrupted as error:
+                interruption = error
+            if interruption is None or not interruption.number:
+                _ensure_best(trainer, model, data, run)
+    if is_first and run is not None:
+        _print_outcome(run, interruption, options)
+    if interruption is not None and interruption.number:
+        raise interruption
+
+
+def recipe_name(config: str | None) -> str:
+    """Name of the configuration file without .yaml; a saved config.yaml has that of its run."""
+    path = Path(config or "default").absolute()
+    if path.name == "config.yaml" and path.parent.name.startswith("version_"):
+        return path.parents[1].name
+    return path.stem
+
+
+def _begin(run: Run | None, config: str, trainer: Trainer, model: Classifier) -> None:
+    """Write config.yaml, and drop what a resumed run logged after its checkpoint, once nothing can fail any more."""
+    if run is None or not trainer.loggers or not trainer.is_global_zero:
+        return
+    with atomic_write(run.logs / "config.yaml") as stream:
+        stream.write(config.encode())
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.drop_events_after_checkpoint()
 
 
 def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule) -> None:
@@ -125,79 +128,20 @@ def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule
             ) from error
 
 
-@contextmanager
-def _locked(run: Run | None) -> Iterator[None]:
-    """Keep other processes from training the run, and remove it if no training began."""
-    lock = None
-    try:
-        if run is not None and _is_first_process():
-            lock = run.lock()
-        yield
-    finally:
-        if run is not None:
-            run.discard_if_unused()
-        if lock is not None:
-            lock.release()
-
-
-def _train(trainer: Trainer, model: Classifier, data: ImageDataModule, start: Start) -> Interrupted | None:
-    """Train to the end, or until something stops it, which is returned."""
-    with running(start.run):
-        try:
-            trainer.fit(model, data, ckpt_path=start.path, weights_only=True)
-        except Interrupted as interruption:
-            if not interruption.number:
-                _ensure_best(trainer, model, data, start.run)
-            return interruption
-        _ensure_best(trainer, model, data, start.run)
-    return None
-
-
-class _Begin(Callback):
-    """Write config.yaml, and drop what a resumed run logged after its checkpoint, once nothing can fail any more."""
-
-    def __init__(self, run: Run | None, parser: ArgumentParser, settings: Namespace) -> None:
-        self._run = run
-        saved = settings.clone()
-        saved.config, saved.ckpt_path = None, None
-        self._text = parser.dump(saved)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
-        if self._run is None or not trainer.loggers or not trainer.is_global_zero:
-            return
-        with atomic_write(self._run.logs / "config.yaml") as stream:
-            stream.write(self._text.encode())
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.drop_events_after_checkpoint()
-
-
-def recipe_name(settings: Namespace) -> str:
-    """Name of the configuration file without .yaml; a saved config.yaml has that of its run."""
-    if not settings.config:
-        return "default"
-    path = Path(settings.config).absolute()
-    if path.name == "config.yaml" and path.parent.name.startswith("version_"):
-        return path.parents[1].name
-    return path.stem
-
-
 def _ensure_best(trainer: Trainer, model: Classifier, data: ImageDataModule, run: Run | None) -> None:
     """Where the training ended before its first complete epoch, validate its last state and save it as the best."""
-    best = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
-    if (
-        not best
-        or any(callback.monitor and callback.best_model_path for callback in best)
-        or not trainer.limit_val_batches
-    ):
+    ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+    has_best = any(callback.monitor and callback.best_model_path for callback in ours)
+    if not ours or has_best or not trainer.limit_val_batches:
         return
     trainer.validate(model, datamodule=data, verbose=False)
     if run is not None and (run.checkpoints / "last.ckpt").exists():
         save_final_checkpoint(trainer, run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt")
 
 
-def _print_summary(model: Classifier, data: ImageDataModule, trainer: Trainer, start: Start) -> None:
+def _print_summary(
+    model: Classifier, data: ImageDataModule, trainer: Trainer, run: Run | None, resumed: dict[str, Any] | None
+) -> None:
     """What is trained, on what, where, from where, and what it writes."""
     size = data.image_size
     megaflops = count_flops(model.network, (3, size, size)) / 1e6
@@ -210,14 +154,11 @@ def _print_summary(model: Classifier, data: ImageDataModule, trainer: Trainer, s
         f"{data.num_classes} classes",
         f"device       {trainer.strategy.root_device}, precision {trainer.precision}, processes {trainer.world_size}",
     ]
-    if start.run is not None:
-        lines += [
-            f"checkpoints  {start.run.checkpoints}",
-            f"logs         {start.run.logs}  (tensorboard --logdir logs)",
-        ]
-    if (checkpoint := start.checkpoint) is not None:
-        lines.append(f"resumed      after {completed_epochs(checkpoint)} epochs, {checkpoint['global_step']} steps")
-        lines += [f"differs      {line}" for line in differences(checkpoint, trainer, model, data.batch_size)]
+    if run is not None:
+        lines += [f"checkpoints  {run.checkpoints}", f"logs         {run.logs}  (tensorboard --logdir logs)"]
+    if resumed is not None:
+        lines.append(f"resumed      after {completed_epochs(resumed)} epochs, {resumed['global_step']} steps")
+        lines += [f"differs      {line}" for line in differences(resumed, trainer, model, data.batch_size)]
     print("\n".join(lines))
 
 

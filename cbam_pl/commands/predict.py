@@ -21,11 +21,7 @@ _BATCH_SIZE = 256
 
 
 def predict(options: list[str]) -> None:
-    """Print the most probable classes of each image, and write them to a CSV file.
-
-    Args:
-        options: words of the command line after `predict`.
-    """
+    """Print the most probable classes of each image, and write them to a CSV file, by the command line's options."""
     parser = command_parser("predict")
     settings = parse(parser, options)
     path, checkpoint = find_checkpoint(Path(settings.trainer.default_root_dir), settings.ckpt_path)

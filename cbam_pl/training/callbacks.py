@@ -17,12 +17,9 @@ from cbam_pl.training.classifier import Classifier
 
 
 class StepLosses(Callback):
-    """Log train/loss_step, and stop a training whose loss is not finite.
+    """Log train/loss_step, and stop a training whose loss is not finite with a UserError.
 
     The losses stay on the device until some are fetched together, so that no step waits for it.
-
-    Raises:
-        UserError: the loss is not finite, with the step and the last good checkpoint.
     """
 
     FETCH_EVERY = 50  # batches
@@ -81,11 +78,10 @@ class StepLosses(Callback):
         sums = stack([stack(losses) * counts, counts])  # (2, batches)
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        by_step: dict[int, list[float]] = {}
+        by_step: dict[int, tuple[float, float]] = {}
         for step, loss_sum, count in zip(steps, *sums.tolist(), strict=True):
-            total = by_step.setdefault(step, [0.0, 0.0])
-            total[0] += loss_sum
-            total[1] += count
+            total = by_step.get(step, (0.0, 0.0))
+            by_step[step] = (total[0] + loss_sum, total[1] + count)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         for step, (loss_sum, count) in by_step.items():
             if not math.isfinite(loss_sum):
@@ -140,26 +136,22 @@ class InterruptCheckpoint(Callback):
     """Write last.ckpt in the middle of an epoch: every few minutes, and when the training is to stop there.
 
     It is to stop on SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (which SLURM sends before the time is up), and where max_steps
-    or max_time are used up. Lightning would take the epoch for a complete one, or leave no checkpoint.
+    or max_time are used up; `Interrupted` is raised then. Lightning would take the epoch for a complete one, or leave
+    no checkpoint.
 
     Args:
         last: the callback that writes last.ckpt.
         minutes: longest time between two writes.
-
-    Raises:
-        Interrupted: after the state was saved.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    # Processes must agree to stop, which they are asked at every step of this many.
-    AGREE_EVERY = 10
+    AGREE_EVERY = 10  # batches, after which processes agree whether to stop
 
     def __init__(self, last: RunCheckpoint, minutes: float) -> None:
         self._last = last
         self._seconds = 60 * minutes
         self._saved_at = 0.0
         self._received: int | None = None
-        self._epoch_ended = False
         self._last_step = 0
         self._handlers: dict[int, Any] = {}
 
@@ -183,7 +175,11 @@ class InterruptCheckpoint(Callback):
         self._last_step = trainer.global_step
         if trainer.is_last_batch:
             return  # validation and the ordinary checkpoint follow
-        budget = self._used_up(trainer)
+        budget = ""  # the setting that ends the training at this step
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            budget = "trainer.max_steps"
+        elif trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0):
+            budget = "trainer.max_time" if trainer.current_epoch >= (trainer.min_epochs or 0) else ""
         stop, due = self._received is not None, time.monotonic() - self._saved_at > self._seconds
         if trainer.world_size > 1:
             agree = (batch_idx + 1) % self.AGREE_EVERY == 0
@@ -195,14 +191,6 @@ class InterruptCheckpoint(Callback):
         if stop or budget:
             raise self._interrupted(trainer, budget if not stop else "")
 
-    @staticmethod
-    def _used_up(trainer: Trainer) -> str:
-        """The setting that ends the training at this step, or nothing."""
-        if 0 <= trainer.max_steps <= trainer.global_step:
-            return "trainer.max_steps"
-        enough = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
-        return "trainer.max_time" if trainer.should_stop and enough else ""
-
     def _interrupted(self, trainer: Trainer, budget: str = "") -> Interrupted:
         place = f"in epoch {trainer.current_epoch + 1} after step {trainer.global_step}"
         if budget:
@@ -213,11 +201,11 @@ class InterruptCheckpoint(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's own checkpoint is about to be written."""
         self._saved_at = time.monotonic()
-        self._epoch_ended = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop between two epochs, too; an epoch may be a single batch, or too few for the processes to agree."""
-        if self._epoch_ended and trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+        ended = isinstance(pl_module, Classifier) and pl_module.epoch_ended
+        if ended and trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             raise self._interrupted(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,10 +222,7 @@ class InterruptCheckpoint(Callback):
 class TrainingProgress(RichProgressBar):
     """Lightning's bar with figures that were fetched from the device already, and a line for each finished epoch.
 
-    Lightning's own fetches every metric at every step. Where standard error is no terminal, there are only the lines.
-
-    Args:
-        losses: the callback that has the figures.
+    Lightning's own fetches every metric at every step. Where standard error is not a terminal, only lines are printed.
     """
 
     def __init__(self, losses: StepLosses | None = None) -> None:
@@ -291,8 +276,7 @@ class TrainingProgress(RichProgressBar):
     def _print_epoch(self, trainer: Trainer) -> None:
         if self._finished is None:
             return
-        epoch, seconds = self._finished
-        self._finished = None
+        (epoch, seconds), self._finished = self._finished, None
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         line = f"epoch {epoch:3}/{trainer.max_epochs}  train {measured['train/loss']:.4f} {measured['train/acc']:.4f}"
         if isinstance(trainer.lightning_module, Classifier) and trainer.lightning_module.validated:

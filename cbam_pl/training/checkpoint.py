@@ -261,17 +261,12 @@ def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier,
     """A line for each condition that differs from those before, and may."""
     here = run_conditions(trainer)
     there = {name: checkpoint["run_conditions"].get(name, value) for name, value in here.items()}
-    notes = {
-        "processes": f"; a step takes {there['processes'] * batch_size} images there, "
-        f"{here['processes'] * batch_size} here"
-    }
+    before, now = (conditions["processes"] * batch_size for conditions in (there, here))
+    notes = {"processes": f"; a step takes {before} images there, {now} here"}
     if model.schedule_spans_training:
         notes["max_epochs"] = "; the schedule is stretched to its end"
-    return [
-        f"{name}: {there[name]} there, {value} here{notes.get(name, '')}"
-        for name, value in here.items()
-        if there[name] != value
-    ]
+    changed = [name for name in here if there[name] != here[name]]
+    return [f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed]
 
 
 class TrainingState(Callback):
@@ -284,7 +279,6 @@ class TrainingState(Callback):
     def __init__(self, resumed: dict[str, Any] | None = None) -> None:
         self._resumed = resumed
         self._interrupted: dict[str, Any] = {}
-        self._epoch_ended = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the network's schedule how many steps there are."""
@@ -333,14 +327,6 @@ class TrainingState(Callback):
             if trainer.is_global_zero:  # the sums are those of all processes
                 pl_module.train_metric.add(*self._interrupted["sums"])
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A checkpoint is of an interrupted epoch from now on."""
-        self._epoch_ended = False
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A checkpoint is of a complete epoch from now on."""
-        self._epoch_ended = True
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's figures, and in the middle of an epoch what it has summed up so far."""
         if not isinstance(pl_module, Classifier):
@@ -348,24 +334,20 @@ class TrainingState(Callback):
         for logger in trainer.loggers:
             logger.save()
         loader = _loader_state(checkpoint)
-        if self._epoch_ended:
+        if pl_module.epoch_ended:
             loader["batches_done"] = 0  # Lightning leaves an epoch with fewer batches than the loader has unfinished
+        # What was measured of this epoch, not of an earlier one.
+        measured = {"val": pl_module.validated, "train": pl_module.epoch_ended, "lr": pl_module.epoch_ended}
+        metrics = sorted(trainer.callback_metrics.items())
+        figures = {name: float(value) for name, value in metrics if measured.get(name.partition("/")[0], True)}
         checkpoint |= {
             "format": FORMAT,
             "saved_at": time.time(),  # all that was logged up to now is on the disk
             "stopped_early": trainer.should_stop,
             "run_conditions": run_conditions(trainer),
             "optimization": pl_module.optimization,
-            "figures": self._figures(trainer, pl_module),
+            "figures": figures,
             "interrupted_epoch": {"lr": pl_module.epoch_lr, "sums": pl_module.train_metric.sums()},
-        }
-
-    def _figures(self, trainer: Trainer, classifier: Classifier) -> dict[str, float]:
-        """What was measured of this epoch, not of an earlier one."""
-        measured = {"val/": classifier.validated, "train/": self._epoch_ended, "lr": self._epoch_ended}
-        metrics = sorted(trainer.callback_metrics.items())
-        return {
-            name: float(value) for name, value in metrics if all(measured[p] for p in measured if name.startswith(p))
         }
 
 

@@ -75,19 +75,9 @@ class Classifier(LightningModule):
         if isinstance(attention, dict):  # as load_from_checkpoint gives it
             attention = AttentionConfig(**attention)
         # What rebuilds the network, as plain values, so that a checkpoint is loaded without running code.
-        self.save_hyperparameters(
-            {
-                "num_classes": num_classes,
-                "arch": arch,
-                "attention": asdict(attention),
-                "image_size": image_size,
-                "stem": stem,
-                "dropout": dropout,
-                "width": width,
-                "label_smoothing": label_smoothing,
-                "test_time_flip": test_time_flip,
-            }
-        )
+        network = {"num_classes": num_classes, "arch": arch, "image_size": image_size, "stem": stem, "dropout": dropout}
+        rest = {"width": width, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip}
+        self.save_hyperparameters({**network, **rest, "attention": asdict(attention)})
         self.network = build_network(arch, num_classes, attention, image_size, stem, dropout, width)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -103,6 +93,7 @@ class Classifier(LightningModule):
         self.epoch_lr = 0.0  # the learning rate in which the epoch began
         self.tested_epoch = 0  # of the weights that `test` measures, from 1
         self.validated = False  # whether this epoch was
+        self.epoch_ended = False  # whether a checkpoint would be of a complete epoch
         self.num_evaluated = 0  # images of the last validation or test
         self._memory_format = torch.contiguous_format
         # A function beside the network, not a module around it: checkpoints keep their keys, and code that inspects
@@ -144,9 +135,7 @@ class Classifier(LightningModule):
         return self._compiled(images.to(memory_format=self._memory_format))
 
     def _evaluation_logits(self, images: Tensor) -> Tensor:
-        if self.test_time_flip:
-            return (self(images) + self(images.flip(3))) / 2
-        return self(images)
+        return (self(images) + self(images.flip(3))) / 2 if self.test_time_flip else self(images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -157,7 +146,7 @@ class Classifier(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Note the epoch's learning rate."""
         self.epoch_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.validated = False
+        self.validated = self.epoch_ended = False
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) and labels (B,) → the batch's mean loss ()."""
@@ -171,36 +160,27 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch, and step a plateau schedule before the checkpoint is written, so that none of it is lost."""
-        loss, acc, _ = self.train_metric.compute()
-        self.train_metric.reset()
-        figures = {"train/loss": loss, "train/acc": acc, "lr": self.epoch_lr}
-        self._show(figures)
-        measured = self.trainer.callback_metrics
+        figures = self._finish_epoch("train", self.train_metric, lr=self.epoch_lr)
+        self.epoch_ended = True
         if self.validated:
-            figures |= {name: float(measured[name]) for name in ("val/loss", "val/acc")}
+            figures |= {name: float(self.trainer.callback_metrics[name]) for name in ("val/loss", "val/acc")}
         self._log(figures, self.current_epoch + 1)
         scheduler = self.lr_schedulers()
-        if isinstance(scheduler, ReduceLROnPlateau):
-            if self.validated:
-                scheduler.step(figures["val/loss"])
-            elif not self.trainer.enable_validation:
-                scheduler.step(loss)
+        if isinstance(scheduler, ReduceLROnPlateau) and (self.validated or not self.trainer.enable_validation):
+            scheduler.step(figures.get("val/loss", figures["train/loss"]))
 
     # Evaluation
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) and labels (B,) → logits (B, num_classes), for callbacks."""
         images, labels = batch
         logits = self._evaluation_logits(images)
         self.eval_metric.update(self._loss(logits, labels), logits, labels)
         return logits
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Images (B, 3, H, W) and labels (B,) → logits (B, num_classes), for callbacks."""
-        return self._evaluate(batch)
-
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Images (B, 3, H, W) and labels (B,)."""
-        logits = self._evaluate(batch)
+        logits = self.validation_step(batch, batch_idx)
         self.test_confusion.update(logits.argmax(1), batch[1])
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -209,10 +189,8 @@ class Classifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Make val/loss and val/acc known to schedules and checkpoints."""
-        loss, acc, self.num_evaluated = self.eval_metric.compute()
-        self.eval_metric.reset()
+        self._finish_epoch("val", self.eval_metric)
         self.validated = True
-        self._show({"val/loss": loss, "val/acc": acc})
 
     def on_test_epoch_start(self) -> None:
         """Count from zero."""
@@ -220,10 +198,7 @@ class Classifier(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures at the epoch of the tested checkpoint."""
-        loss, acc, self.num_evaluated = self.eval_metric.compute()
-        self.eval_metric.reset()
-        self._show({"test/loss": loss, "test/acc": acc})
-        self._log({"test/loss": loss, "test/acc": acc}, self.tested_epoch)
+        self._log(self._finish_epoch("test", self.eval_metric), self.tested_epoch)
 
     # Optimizer and schedule
 
@@ -246,11 +221,7 @@ class Classifier(LightningModule):
         return settings
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer over all parameters.
-
-        Raises:
-            UserError: a setting that the optimizer rejects.
-        """
+        """The optimizer over all parameters, or a UserError with the setting that it rejects."""
         try:
             optimizer = self.optimizer(self.parameters())
         except (ValueError, TypeError, RuntimeError) as error:
@@ -260,11 +231,7 @@ class Classifier(LightningModule):
         return optimizer
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the schedule with its interval.
-
-        Raises:
-            UserError: a setting that the optimizer or the schedule rejects.
-        """
+        """The optimizer, and the schedule with its interval, or a UserError with the setting that they reject."""
         optimizer = self.make_optimizer()
         fused = any(group.get("fused") for group in optimizer.param_groups)
         if fused and self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("mixed"):
@@ -272,10 +239,17 @@ class Classifier(LightningModule):
                 "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
                 "--model.optimizer.init_args.fused false"
             )
-        if self.lr_scheduler is None:
+        make: Any = self.lr_scheduler
+        if make is None:
             return optimizer
         try:
-            scheduler = self._schedule(optimizer)
+            if self.schedule_spans_training:
+                make = partial(make, total_steps=self._training_steps())
+            scheduler = make(optimizer)
+            if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (steps := self._training_steps()):
+                raise ValueError(
+                    f"total_steps={scheduler.total_steps} is less than the training's {steps}; leave it out"
+                )
         except (ValueError, TypeError) as error:
             raise UserError(f"model.lr_scheduler: {error}") from error
         except ZeroDivisionError as error:
@@ -283,23 +257,9 @@ class Classifier(LightningModule):
                 "model.lr_scheduler: a phase of the schedule has no step between its ends; train for more epochs, or "
                 "change the share of the rise (pct_start) so that it and the fall take two steps or more"
             ) from error
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": scheduler,
-                "interval": self.lr_interval,
-                "monitor": "train/loss",  # which Lightning asks for; on_train_epoch_end steps a plateau by val/loss
-            },
-        }
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        make: Any = self.lr_scheduler
-        if self.schedule_spans_training:
-            make = partial(make, total_steps=self._training_steps())
-        scheduler = make(optimizer)
-        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (steps := self._training_steps()):
-            raise ValueError(f"total_steps={scheduler.total_steps} is less than the training's {steps}; leave it out")
-        return scheduler
+        # Lightning asks for a monitor; on_train_epoch_end steps a plateau by val/loss.
+        schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": "train/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _training_steps(self) -> int:
         """Steps of the schedule over the whole training, in the unit of `lr_interval`."""
@@ -321,10 +281,14 @@ class Classifier(LightningModule):
 
     # Logging
 
-    def _show(self, values: dict[str, float]) -> None:
-        """Make values known to callbacks, as float64: they are already means over all processes."""
-        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    def _finish_epoch(self, split: str, metric: LossAndAccuracy, **others: float) -> dict[str, float]:
+        """Reset a metric, and make its figures and others known to callbacks; they are means over all processes."""
+        loss, acc, self.num_evaluated = metric.compute()
+        metric.reset()
+        figures = {f"{split}/loss": loss, f"{split}/acc": acc, **others}
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
         self.log_dict(tensors, logger=False, on_epoch=True, on_step=False, batch_size=1, rank_zero_only=False)
+        return figures
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:

@@ -27,15 +27,10 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, suffix: str = "", resumed: dict[str, Any] | None = None) -> None:
-        super().__init__(
-            folder.parent.parent,
-            folder.parent.name,
-            folder.name,
-            default_hp_metric=False,
-            filename_suffix=suffix,
-            # A TensorBoard that has read it already forgets what was logged after the checkpoint.
-            purge_step=None if resumed is None else resumed["global_step"] + 1,
-        )
+        # A TensorBoard that has read the events already forgets what was logged after the checkpoint.
+        purge_step = None if resumed is None else resumed["global_step"] + 1
+        names = (folder.parents[1], folder.parent.name, folder.name)
+        super().__init__(*names, default_hp_metric=False, filename_suffix=suffix, purge_step=purge_step)
         self.table = folder / "metrics.csv"
         self._resumed = resumed
         self._earlier = [path for path in folder.glob("events*") if ".test-epoch" not in path.name]
@@ -60,11 +55,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write scalars at `step`, each once; an epoch's figures go to metrics.csv too.
-
-        Raises:
-            UserError: metrics.csv cannot be written.
-        """
+        """Write scalars at `step`, each once; an epoch's figures go to metrics.csv too."""
         new = {name: value for name, value in metrics.items() if self._written.get(name) != step}
         self._written |= dict.fromkeys(new, step)
         super().log_metrics(new, step)
@@ -96,12 +87,7 @@ class RunLogger(TensorBoardLogger):
 
 
 def _truncate(events: Path, until: float) -> None:
-    """Cut an event file after the last complete event of a time, and remove it where no event is left.
-
-    Args:
-        events: a TensorBoard file.
-        until: seconds since 1970.
-    """
+    """Cut an event file after its last complete event up to a Unix time; remove it where none is left."""
     kept, size = 0, events.stat().st_size
     with events.open("rb") as stream:
         # Of each event: its length (8 bytes), a checksum (4), itself, a checksum (4).

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,9 +16,9 @@ from cbam_pl.errors import UserError, cannot_write
 _FIX = "make it writable, or name another with --trainer.default_root_dir"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One training of a recipe.
+    """One training of a recipe, with its folders: `checkpoints`, and `logs`, of events, config.yaml and metrics.csv.
 
     Args:
         root: the folder that holds `checkpoints` and `logs`.
@@ -30,48 +30,38 @@ class Run:
     recipe: str
     version: int
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of best.ckpt and last.ckpt."""
-        return self.root / "checkpoints" / self.recipe / f"version_{self.version}"
+    def __post_init__(self) -> None:
+        self.checkpoints = self.root / "checkpoints" / self.recipe / f"version_{self.version}"
+        self.logs = self.root / "logs" / self.recipe / f"version_{self.version}"
+        self.lock_file = self.logs / ".lock"  # which a process that trains the run holds locked
 
-    @property
-    def logs(self) -> Path:
-        """Folder of the TensorBoard events, config.yaml and metrics.csv."""
-        return self.root / "logs" / self.recipe / f"version_{self.version}"
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training this run, and remove it at the end if no training began.
 
-    @property
-    def lock_file(self) -> Path:
-        """What a process that trains the run holds locked."""
-        return self.logs / ".lock"
-
-    def lock(self) -> FileLock:
-        """Check that both folders can be written, and remove what a killed process left half written.
-
-        Returns:
-            What keeps other processes from training this run, until it is released or this process ends.
+        It also removes what a killed process left half written.
 
         Raises:
             UserError: a folder cannot be made or written, or another process trains this run.
         """
-        lock = FileLock(self.lock_file, timeout=0)
-        for folder in (self.logs, self.checkpoints):
+        with ExitStack() as stack:
+            stack.callback(self.discard_if_unused)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not lock.is_locked:
-                    lock.acquire()
-                for leftover in folder.glob(".*.[0-9]*"):
-                    leftover.unlink()
-                with tempfile.TemporaryFile(dir=folder) as probe:
-                    probe.write(b"probe")
-            except Timeout:
+                for folder in (self.logs, self.checkpoints):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    if folder == self.logs:
+                        stack.enter_context(FileLock(self.lock_file, timeout=0))
+                    for leftover in folder.glob(".*.[0-9]*"):
+                        leftover.unlink()
+                    with tempfile.TemporaryFile(dir=folder) as probe:
+                        probe.write(b"probe")
+            except Timeout as error:
                 raise UserError(
                     f"another process is training {self.checkpoints}; wait until it ends, or stop it"
-                ) from None
+                ) from error
             except OSError as error:
-                lock.release()
                 raise cannot_write(f"into the run's folder {folder}", error, _FIX) from error
-        return lock
+            yield
 
     def discard_if_unused(self) -> None:
         """Remove the run's folders where training never began: no config.yaml, no checkpoint."""
@@ -83,11 +73,7 @@ class Run:
 
 
 def new_run(root: Path, recipe: str) -> Run:
-    """Make the folders of the next free version; two runs started at once get two.
-
-    Raises:
-        UserError: the folders cannot be made.
-    """
+    """Make the folders of the next free version; two runs started at once get two."""
     version = 0
     try:
         for kind in ("checkpoints", "logs"):

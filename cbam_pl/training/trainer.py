@@ -36,19 +36,27 @@ def training_trainer(
     Raises:
         UserError: a setting that Lightning rejects, or that would give wrong figures.
     """
-    options = _plain(settings)
-    _check(options)
+    options = dict(**settings)
+    interval = options["val_check_interval"]
+    if interval not in (None, 1.0) or isinstance(interval, int):
+        raise UserError(
+            f"trainer.val_check_interval={interval} must be 1.0: figures and checkpoints are those of whole "
+            "epochs; make epochs shorter with trainer.limit_train_batches, or validate less often with "
+            "trainer.check_val_every_n_epoch"
+        )
+    if 0 in (options["max_epochs"], options["max_steps"], options["limit_train_batches"]):
+        raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
+    if options["barebones"]:
+        raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
     users = _listed(options["callbacks"])
-    others = [callback for callback in users if not isinstance(callback, (EarlyStopping, ModelCheckpoint))]
+    logs_more = any(not isinstance(callback, (EarlyStopping, ModelCheckpoint)) for callback in users)
     for callback in users:
-        if isinstance(callback, EarlyStopping) and callback.monitor not in METRICS and not others:  # which may log more
+        if isinstance(callback, EarlyStopping) and callback.monitor not in METRICS and not logs_more:
             raise UserError(
                 f"trainer.callbacks: monitor={callback.monitor} is not logged; use one of {', '.join(METRICS)}"
             )
     losses = StepLosses()
     callbacks = [*own, *users, losses, TrainingState(resumed)]
-    if options["enable_progress_bar"] is not False:
-        callbacks.append(TrainingProgress(losses))
     if options["max_time"] is not None:
         callbacks.append(Timer(options["max_time"]))  # before InterruptCheckpoint, which acts on it
         options["max_time"] = None
@@ -59,33 +67,25 @@ def training_trainer(
         last = checkpoint(filename="last")
         best = checkpoint(filename="best", monitor="val/acc", mode="max")
         callbacks += [InterruptCheckpoint(last, minutes), best, last]
-    if options["logger"] in (None, True):
-        options["logger"] = False if run is None else RunLogger(run.logs, resumed=resumed)
-    return _trainer(options, callbacks)
+    logger = None if run is None else RunLogger(run.logs, resumed=resumed)
+    return _trainer(options, callbacks, TrainingProgress(losses), logger)
 
 
 def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None) -> Trainer:
-    """The Trainer of `test`, `validate` and `predict`.
+    """The Trainer of `test`, `validate` and `predict`, with the same settings and errors; figures go to `logger`."""
+    options = {**dict(**settings), "enable_checkpointing": False}
+    return _trainer(options, _listed(options["callbacks"]), TrainingProgress(), logger)
 
-    Args:
-        settings: those below `trainer`, instantiated.
-        logger: where the figures go.
 
-    Raises:
-        UserError: a setting that Lightning rejects.
-    """
-    options = _plain(settings)
-    callbacks = _listed(options["callbacks"])
-    if options["enable_progress_bar"] is not False:
-        callbacks.append(TrainingProgress())
+def _trainer(
+    options: dict[str, Any], callbacks: list[Callback], bar: TrainingProgress, logger: RunLogger | None
+) -> Trainer:
+    """Lightning's Trainer; with plain numbers, as the parser's own types cannot be in a checkpoint."""
+    numbers = (PositiveInt, NonNegativeInt, NonNegativeFloat)
+    options = {name: value.real if isinstance(value, numbers) else value for name, value in options.items()}
     if options["logger"] in (None, True):
         options["logger"] = logger or False
-    options["enable_checkpointing"] = False
-    return _trainer(options, callbacks)
-
-
-def _trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-    options["callbacks"] = callbacks
+    options["callbacks"] = callbacks if options["enable_progress_bar"] is False else [*callbacks, bar]
     options["plugins"] = [*_listed(options["plugins"]), AtomicCheckpointIO()]
     try:
         with as_user_error():
@@ -94,38 +94,13 @@ def _trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
 
 
-def _plain(settings: Namespace) -> dict[str, Any]:
-    """The Trainer's arguments, with plain numbers, which a checkpoint can hold, in place of the parser's own types."""
-    numbers = (PositiveInt, NonNegativeInt, NonNegativeFloat)
-    return {name: value.real if isinstance(value, numbers) else value for name, value in dict(**settings).items()}
-
-
 def _listed(values: Any) -> list[Any]:
     return [] if values is None else [*values] if isinstance(values, list) else [values]
 
 
-def _check(options: dict[str, Any]) -> None:
-    """Reject settings with which figures would not be those of the weights that are saved."""
-    interval = options["val_check_interval"]
-    if interval not in (None, 1.0) or isinstance(interval, int):
-        raise UserError(
-            f"trainer.val_check_interval={interval} must be 1.0: figures and checkpoints are those of whole "
-            "epochs; make epochs shorter with trainer.limit_train_batches, or validate less often with "
-            "trainer.check_val_every_n_epoch"
-        )
-    if options["max_epochs"] == 0 or options["max_steps"] == 0 or options["limit_train_batches"] == 0:
-        raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
-    if options["barebones"]:
-        raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
-
-
 @contextmanager
 def running(run: Run | None = None) -> Iterator[None]:
-    """Turn what fails for the user's reasons while Lightning runs - memory, the disk - into a UserError.
-
-    Args:
-        run: the run whose logs are written.
-    """
+    """Turn what fails for the user's reasons while Lightning runs - memory, the run's disk - into a UserError."""
     of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
     existed = run is not None and run.logs.is_dir()
     try:
