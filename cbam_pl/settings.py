@@ -111,11 +111,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
 
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
-    """The settings that options give, over those of a recipe, which are nested.
-
-    Raises:
-        UserError: an unknown key, with the nearest valid one, or a value of the wrong type or out of its range.
-    """
+    """The settings that options give, over the nested ones of a recipe; a mistake is a UserError with the nearest key."""
     recipe = recipe or {}
     names = setting_names(parser)
     given = [*_flatten(recipe, names)]

@@ -17,12 +17,7 @@ from cbam_pl.training.trainer import evaluating_trainer, running
 
 
 def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
-    """Print the loss and accuracy of a checkpoint; of `test`, also write them into its run's log folder.
-
-    Args:
-        command: whether on the test or the validation images.
-        options: words of the command line after it.
-    """
+    """Print the loss and accuracy of a checkpoint; of `test`, also write them into its run's log folder."""
     parser = command_parser(command)
     names = parse(parser, options)
     path, checkpoint = find_checkpoint(Path(names.trainer.default_root_dir), names.ckpt_path)

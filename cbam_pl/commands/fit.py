@@ -37,15 +37,7 @@ from cbam_pl.training.trainer import running, training_trainer
 
 
 def fit(options: list[str]) -> None:
-    """Train, from nothing or from a checkpoint.
-
-    Args:
-        options: words of the command line after `fit`.
-
-    Raises:
-        UserError: a mistake of the user's.
-        Interrupted: a signal stopped the training; its state is saved.
-    """
+    """Train, from nothing or from a checkpoint, as the words of the command line after `fit` say."""
     parser = command_parser("fit")
     settings = parse_with_recipes(parser, options)
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # also before Lightning starts the others

@@ -137,11 +137,7 @@ class InterruptCheckpoint(Callback):
 
     It is to stop on SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (which SLURM sends before the time is up), and where max_steps
     or max_time are used up; `Interrupted` is raised then. Lightning would take the epoch for a complete one, or leave
-    no checkpoint.
-
-    Args:
-        last: the callback that writes last.ckpt.
-        minutes: longest time between two writes.
+    no checkpoint. `last` is the callback that writes last.ckpt.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

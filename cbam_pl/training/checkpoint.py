@@ -35,13 +35,8 @@ from cbam_pl.training.schema import FORMAT, SchemaError, check_checkpoint, check
 def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict[str, Any]]:
     """The checkpoint that --ckpt_path names, and what it holds.
 
-    Args:
-        root: the folder that holds `checkpoints`.
-        name: a file; or best or last, for the most recently written best.ckpt or last.ckpt.
-        recipe: the recipe whose runs are searched; all, if empty.
-
-    Raises:
-        UserError: there is none; or it is broken, with the newest one that is complete.
+    `name` is a file, or best or last: the most recently written best.ckpt or last.ckpt, of one recipe or of all. Where
+    that is broken, the UserError names the newest one that is complete.
     """
     if name not in ("best", "last"):
         return Path(name), read_checkpoint(Path(name))
@@ -83,11 +78,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program, on the CPU; code that it may carry is not run.
-
-    Raises:
-        UserError: it is missing, broken, of another program, or of a newer version of this one.
-    """
+    """A checkpoint of this program, on the CPU. Code that it may carry is not run; anything else is a UserError."""
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a checkpoint in it with --ckpt_path")
@@ -138,12 +129,7 @@ def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
 
 
 def load_classifier(path: Path, checkpoint: dict[str, Any], test_time_flip: bool | None = None) -> Classifier:
-    """The network of a checkpoint, with its weights.
-
-    Args:
-        path: of the checkpoint, for messages.
-        checkpoint: what it holds.
-        test_time_flip: overrides the setting that it was trained with, unless None.
+    """The network of a checkpoint, with its weights; `test_time_flip` overrides what it was trained with.
 
     Raises:
         UserError: the settings or weights are not those of a network of this program.

@@ -20,10 +20,7 @@ COLUMNS = ["epoch", "lr", "train/loss", "train/acc", "val/loss", "val/acc"]
 class RunLogger(TensorBoardLogger):
     """TensorBoard scalars at the steps that the classifier names, and metrics.csv with the same figures.
 
-    Args:
-        folder: logs/RECIPE/version_N.
-        suffix: end of the event file's name, by which a later writer finds its own again.
-        resumed: the checkpoint from which a training is resumed.
+    `folder` is logs/RECIPE/version_N, `suffix` the end of the event file's name, by which a later writer finds its own.
     """
 
     def __init__(self, folder: Path, suffix: str = "", resumed: dict[str, Any] | None = None) -> None:

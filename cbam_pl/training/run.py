@@ -37,13 +37,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training this run, and remove it at the end if no training began.
-
-        It also removes what a killed process left half written.
-
-        Raises:
-            UserError: a folder cannot be made or written, or another process trains this run.
-        """
+        """Keep other processes from training this run, and remove it in the end if no training began."""
         with ExitStack() as stack:
             stack.callback(self.discard_if_unused)
             try:

@@ -24,14 +24,9 @@ METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 def training_trainer(
     settings: Namespace, run: Run | None, resumed: dict[str, Any] | None, minutes: float, own: list[Callback]
 ) -> Trainer:
-    """The Trainer of `fit`.
+    """The Trainer of `fit`: for a run (None where nothing is written), resumed from a checkpoint that was read.
 
-    Args:
-        settings: those below `trainer`, instantiated.
-        run: where checkpoints and logs go; None on all processes but the first, and where nothing is to be written.
-        resumed: the checkpoint from which the training is resumed.
-        minutes: longest time between two checkpoints.
-        own: the command's callbacks, which come first.
+    `minutes` is the longest time between two checkpoints; the command's `own` callbacks come first.
 
     Raises:
         UserError: a setting that Lightning rejects, or that would give wrong figures.

@@ -152,11 +152,7 @@ def read_epochs(run: Run) -> list[dict[str, float]]:
 
 
 def run_job(job: Job, environment: dict[str, str] | None = None, stop: threading.Event | None = None) -> str | None:
-    """Train, resume or test a job until it is done, or `stop` ends it with its state saved.
-
-    Returns:
-        Why it is not done, or None; STOPPED if it was stopped from outside.
-    """
+    """Train, resume or test a job. Returns why it is not done, or None; STOPPED if it was stopped from outside."""
     stop = stop or threading.Event()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.log.with_suffix(".lock"))
