@@ -111,7 +111,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
 
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
-    """The settings that options give, over the nested ones of a recipe; a mistake is a UserError with the nearest key."""
+    """The settings that options give, over a recipe's nested ones; a mistake is a UserError with the nearest key."""
     recipe = recipe or {}
     names = setting_names(parser)
     given = [*_flatten(recipe, names)]
