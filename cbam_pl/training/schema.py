@@ -78,7 +78,7 @@ def _match(value: Any, pattern: Any, key: str = "") -> None:
     """Compare a value with a pattern, or with another value of the same structure."""
     kind: type = pattern if isinstance(pattern, type) else type(pattern)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SchemaError(f"has a {type(value).__name__} as {key}, which must be a {kind.__name__}")
+        raise SchemaError(f"has {key} of type {type(value).__name__}, which must be {kind.__name__}")
     if isinstance(value, list) and isinstance(pattern, list) and pattern:
         for index, item in enumerate(value):
             _match(item, pattern[0], f"{key}.{index}")

@@ -45,10 +45,10 @@ EVERY_COMMAND = {
     "no loops": (drop("loops"), "is not a checkpoint of this program"),
     "no callbacks": (drop("callbacks"), "has no callbacks"),
     "empty loops": (put("loops", {}), "has no loops.fit_loop"),
-    "text as epoch": (put("epoch", "x"), "has a str as epoch, which must be a int"),
+    "text as epoch": (put("epoch", "x"), "has epoch of type str, which must be int"),
     "negative epoch": (put("epoch", -1), "epoch=-1"),
-    "fraction as step": (put("global_step", 1.5), "has a float as global_step"),
-    "list of weights": (put("state_dict", [1]), "has a list as state_dict"),
+    "fraction as step": (put("global_step", 1.5), "has global_step of type float"),
+    "list of weights": (put("state_dict", [1]), "has state_dict of type list"),
     "number as weight": (put("state_dict", {"network.blocks.0.conv.weight": 3}), "state_dict.network.blocks.0.conv"),
     "unknown setting": (put("hyper_parameters.from_the_future", 3), "from_the_future"),
     "other network": (put("hyper_parameters.arch", "resnet20"), "another network than its settings say"),
@@ -78,7 +78,7 @@ FIT = {
     "moment of no parameter": (put(["optimizer_states", "0", "state", 99], {}), "optimizer_states.state.99, which"),
     "no learning rate": (
         put(["optimizer_states", "0", "param_groups", "0", "lr"], "x"),
-        "optimizer_states.0.param_groups.0.lr, which must be a float",
+        "optimizer_states.0.param_groups.0.lr of type str, which must be float",
     ),
     "other parameters": (
         put(["optimizer_states", "0", "param_groups", "0", "params"], [0, 1]),
