@@ -299,7 +299,7 @@ class AttentionConfig:
         norm_momentum: share of a new batch in that batch norm's running statistics.
         place: in the ResNets before_addition (the default: on the branch) or after_addition (on the block's
             output); in the cnn before_pool (the default of se and eca) or after_pool (that of the others).
-        stages: the ResNets' stages with attention, some of 1 to 4; None: all.
+        stages: the ResNets' stages with attention, some of 1 to 4 (1 to 3 in resnet20 to 110); None: all.
     """
 
     kind: AttentionKind = "cbam"

@@ -91,6 +91,7 @@ def test_a_benchmark_prints_its_tables_and_writes_them_as_json(name, tmp_path):
     assert max(len(table["rows"]) for table in figures["tables"]) == num_rows
 
 
+@pytest.mark.slow
 def test_the_gpu_table_is_filled_as_far_as_a_cpu_can(tmp_path):
     path = tmp_path / "gpu.md"
     options = ["--device", "cpu", "--tiny", "--minutes", "20", "--output", str(path)]
