@@ -18,7 +18,7 @@ _PATTERN: dict[Any, Any] = {
     "callbacks": {str: dict},
     "optimizer_states": list,
     "lr_schedulers": list,
-    "hyper_parameters": {"num_classes": int},
+    "hyper_parameters": {"arch": str, "num_classes": int, "image_size": int, "attention": {"kind": str}},
     "datamodule_hyper_parameters": dict,
     "ImageDataModule": {"classes": [str], "mean": [float], "std": [float]},
     "figures": {str: float},
