@@ -9,8 +9,9 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,9 +35,13 @@ def configure_process() -> None:
         # NVIDIA's library at every optimizer step, which takes as long as the rest of a small network's update.
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     keep_freed_memory()
+    threading.excepthook = _report
+
+
+def _report(met: threading.ExceptHookArgs, report: Callable[..., Any] = threading.excepthook) -> None:
     # TensorBoard writes in a thread of its own, and raises its error in the main thread, too, at the next event.
-    hook = threading.excepthook
-    threading.excepthook = lambda met: None if isinstance(met.exc_value, OSError) else hook(met)
+    if not isinstance(met.exc_value, OSError):
+        report(met)
 
 
 def keep_freed_memory() -> bool:

@@ -36,13 +36,14 @@ _TRAINER_TYPES: dict[str, Any] = {
     "log_every_n_steps": NonNegativeInt | None,
     "num_nodes": PositiveInt,
 }
-# What evaluation cannot honour, and therefore does not offer.
+# What evaluation cannot honour, and therefore does not offer, beside the limits of other stages than its own.
 _TRAINING_ONLY = {
     "accumulate_grad_batches", "check_val_every_n_epoch", "detect_anomaly", "enable_checkpointing", "gradient_clip_val",
-    "gradient_clip_algorithm", "limit_predict_batches", "limit_train_batches", "log_every_n_steps", "max_epochs",
+    "gradient_clip_algorithm", "log_every_n_steps", "max_epochs",
     "max_steps", "max_time", "min_epochs", "min_steps", "num_sanity_val_steps", "overfit_batches",
     "reload_dataloaders_every_n_epochs", "val_check_interval", "barebones", "enable_model_summary",
 }  # fmt: skip
+_OWN_LIMIT = {"test": "limit_test_batches", "validate": "limit_val_batches"}
 # The others are settings of the training, which the checkpoint holds.
 EVALUATION_DATA = ("dataset", "root", "batch_size")
 _TRAINER_DEFAULTS = {
@@ -100,7 +101,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
     if command == "visualize":
         return parser
-    skipped = set() if command == "fit" else _TRAINING_ONLY
+    others = {name for name in _TRAINER_TYPES if name.startswith("limit_")} - {_OWN_LIMIT.get(command)}
+    skipped = set() if command == "fit" else _TRAINING_ONLY | others
     parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skipped}, instantiate=False)
     for name, kind in _TRAINER_TYPES.items():
         if name not in skipped:

@@ -109,7 +109,9 @@ def _begin(run: Run | None, config: str, trainer: Trainer, model: Classifier) ->
 def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule) -> None:
     """Reject a last batch of one image before the first step, where the network's batch norm would fail on it."""
     images = len(data.images("train")) // trainer.world_size  # of each process
-    if images % data.batch_size == 1 or data.batch_size == 1:
+    limit, batches = trainer.limit_train_batches, -(-images // data.batch_size)
+    has_last = limit >= batches if isinstance(limit, int) else limit == 1
+    if (images % data.batch_size == 1 and has_last) or data.batch_size == 1:
         network = deepcopy(model.network).train()
         try:
             network(torch.zeros(1, 3, data.image_size, data.image_size))

@@ -91,6 +91,8 @@ class StepLosses(Callback):
                     logger.log_metrics({"train/loss_step": loss_sum / count}, step)
         now, (loss_sum, count) = time.monotonic(), sums.sum(1).tolist()
         self.figures = {"loss": loss_sum / count, "images/s": count / (now - self._since)}
+        if isinstance(pl_module, Classifier):  # of this process, since the epoch began
+            self.figures["acc"] = float(pl_module.train_metric.num_correct / pl_module.train_metric.num_images)
         self._since = now
 
 
@@ -175,7 +177,7 @@ class InterruptCheckpoint(Callback):
         if 0 <= trainer.max_steps <= trainer.global_step:
             budget = "trainer.max_steps"
         elif trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0):
-            budget = "trainer.max_time" if trainer.current_epoch >= (trainer.min_epochs or 0) else ""
+            budget = "trainer.max_time or a callback" if trainer.current_epoch >= (trainer.min_epochs or 0) else ""
         stop, due = self._received is not None, time.monotonic() - self._saved_at > self._seconds
         if trainer.world_size > 1:
             agree = (batch_idx + 1) % self.AGREE_EVERY == 0
@@ -232,11 +234,11 @@ class TrainingProgress(RichProgressBar):
             self.disable()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
-        """Loss, accuracy and images/s of the last batches."""
+        """Loss and images/s of the last batches, accuracy since the epoch began."""
         if self._losses is None or not self._losses.figures:
             return {}
-        loss, speed = self._losses.figures["loss"], self._losses.figures["images/s"]
-        return {"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"}
+        forms = {"loss": ".3f", "acc": ".3f", "images/s": ",.0f"}
+        return {name: format(value, forms[name]) for name, value in self._losses.figures.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the lines, and begin the bar."""

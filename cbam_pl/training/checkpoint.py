@@ -291,12 +291,12 @@ class TrainingState(Callback):
             return
         loader = _loader_state(checkpoint)
         processes = checkpoint["run_conditions"].get("processes", trainer.world_size)
-        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         if loader["batches_done"]:
             self._interrupted = checkpoint["interrupted_epoch"]
             if processes != trainer.world_size:
                 # One order of the images is dealt out to all processes: as many are done as before, rounded down.
+                batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
                 loader["batches_done"] = min(loader["batches_done"] * processes // trainer.world_size, batches - 1)
                 completed = loader["batches_done"] + progress["completed"] - progress["ready"]
                 progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
