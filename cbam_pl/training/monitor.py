@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
+from cbam_pl.errors import Interrupted
 from cbam_pl.inspect import drawing, gates
 
 # Sorted after lr, train and val: TensorBoard opens the first groups of charts, and those are the ones to see first.
@@ -83,6 +84,11 @@ class NetworkMonitor(Callback):
         for writer in _writers(trainer) if self._epoch else []:  # a run that was complete trains no epoch
             _add_hyperparameters(writer, trainer, pl_module)
             writer.flush()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same where max_steps or max_time end the training inside an epoch."""
+        if isinstance(exception, Interrupted) and not exception.number:
+            self.on_train_end(trainer, pl_module)
 
     def _log_health(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probed is None:
