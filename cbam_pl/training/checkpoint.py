@@ -256,11 +256,7 @@ def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier,
 
 
 class TrainingState(Callback):
-    """Write what Lightning leaves out of a checkpoint, and resume from it exactly.
-
-    Args:
-        resumed: the checkpoint from which the training is resumed, as it was read.
-    """
+    """Write what Lightning leaves out of a checkpoint, and resume exactly from the one that was read, if any."""
 
     def __init__(self, resumed: dict[str, Any] | None = None) -> None:
         self._resumed = resumed

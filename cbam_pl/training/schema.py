@@ -53,7 +53,10 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
 
 
 def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Module) -> None:
-    """Check what `fit` restores besides, by the trainer's own states, or raise a SchemaError."""
+    """Check what `fit` restores besides: the loops' counters, callbacks, optimizer and schedule.
+
+    The trainer's own states are the pattern; the network's parameters are those that the optimizer must have.
+    """
     _match(checkpoint, _RESUMED)
     if len(checkpoint["interrupted_epoch"]["sums"]) != 3:
         raise SchemaError("has interrupted_epoch.sums other than three")
