@@ -21,6 +21,21 @@ from cbam_pl.training.run import Run, disk_error
 METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 
 
+def check_settings(settings: Namespace) -> None:
+    """Reject settings with which nothing is trained, or figures are not those of the weights that are saved."""
+    interval = settings.val_check_interval
+    if interval not in (None, 1.0) or isinstance(interval, int):
+        raise UserError(
+            f"trainer.val_check_interval={interval} must be 1.0: figures and checkpoints are those of whole "
+            "epochs; make epochs shorter with trainer.limit_train_batches, or validate less often with "
+            "trainer.check_val_every_n_epoch"
+        )
+    if 0 in (settings.max_epochs, settings.max_steps, settings.limit_train_batches):
+        raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
+    if settings.barebones:
+        raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
+
+
 def training_trainer(
     settings: Namespace, run: Run | None, resumed: dict[str, Any] | None, minutes: float, own: list[Callback]
 ) -> Trainer:
@@ -32,17 +47,7 @@ def training_trainer(
         UserError: a setting that Lightning rejects, or that would give wrong figures.
     """
     options = dict(**settings)
-    interval = options["val_check_interval"]
-    if interval not in (None, 1.0) or isinstance(interval, int):
-        raise UserError(
-            f"trainer.val_check_interval={interval} must be 1.0: figures and checkpoints are those of whole "
-            "epochs; make epochs shorter with trainer.limit_train_batches, or validate less often with "
-            "trainer.check_val_every_n_epoch"
-        )
-    if 0 in (options["max_epochs"], options["max_steps"], options["limit_train_batches"]):
-        raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
-    if options["barebones"]:
-        raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
+    check_settings(settings)
     users = _listed(options["callbacks"])
     logs_more = any(not isinstance(callback, (EarlyStopping, ModelCheckpoint)) for callback in users)
     for callback in users:

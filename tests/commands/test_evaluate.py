@@ -97,3 +97,12 @@ def test_images_of_other_classes_are_rejected(trained, command):
     best = trained[0] / "checkpoints/tiny/version_0/best.ckpt"
     error = one_line(command("test", "--data.dataset", "shapes", "--ckpt_path", best))
     assert "(blue, green, red) are not those" in error
+
+
+@pytest.mark.parametrize(
+    ("which", "stage"), [("test", "val"), ("validate", "test"), ("predict", "test"), ("predict", "predict")]
+)
+def test_limits_of_other_stages_are_not_offered(which, stage, command):
+    outcome = command(which, f"--trainer.limit_{stage}_batches", 2)
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: unknown key trainer.limit_{stage}_batches")

@@ -18,6 +18,7 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.settings import Seed, closest, command_parser, parse, read_recipe, setting_names
 from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.trainer import check_settings
 
 # The Trainer's settings that must be equal, besides those of the data: the budget.
 _BUDGET = {
@@ -268,6 +269,7 @@ def _check(name: str, parser: Any, settings: Any) -> None:
             raise UserError(f"{name}: {key}={settings[key]} {rule}")
     if "EarlyStopping" in str(trainer.callbacks):
         raise UserError(f"{name}: compare gives all recipes the same budget; leave EarlyStopping out")
+    check_settings(trainer)
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)
