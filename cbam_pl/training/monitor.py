@@ -81,14 +81,17 @@ class NetworkMonitor(Callback):
         """Log the last epoch's pictures unless they are there, and the hyperparameters with the final metrics."""
         if self.pictures_every and self._epoch > self._pictured_epoch:
             self._log_pictures(trainer, pl_module)
+        self._log_hyperparameters(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log the hyperparameters, but no picture, where max_steps or max_time end the training inside an epoch."""
+        if isinstance(exception, Interrupted) and not exception.number:
+            self._log_hyperparameters(trainer, pl_module)
+
+    def _log_hyperparameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for writer in _writers(trainer) if self._epoch else []:  # a run that was complete trains no epoch
             _add_hyperparameters(writer, trainer, pl_module)
             writer.flush()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same where max_steps or max_time end the training inside an epoch."""
-        if isinstance(exception, Interrupted) and not exception.number:
-            self.on_train_end(trainer, pl_module)
 
     def _log_health(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probed is None:

@@ -112,6 +112,15 @@ def test_hyperparameters_stand_beside_the_final_figures(four):
         assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4]
 
 
+def test_a_training_that_max_steps_ends_inside_an_epoch_has_hyperparameters_but_no_picture_of_it(
+    command, recipe, tmp_path
+):
+    fit(command, recipe, tmp_path, "--trainer.max_epochs", 4, "--trainer.max_steps", 15)  # epochs of six steps
+    events = events_of(tmp_path)
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    assert [event.step for event in events.Images("pictures/features")] == [1]
+
+
 def test_the_graph_is_there(four):
     names = [node.name for node in events_of(four).Graph().node]
     assert any("attention" in name and "blocks" in name for name in names)
