@@ -15,7 +15,7 @@ from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
 from cbam_pl.commands.fit import fit as fit_command
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
-from cbam_pl.process import keep_freed_memory
+from cbam_pl.process import configure_process, keep_freed_memory
 from cbam_pl.settings import command_parser, parse_with_recipes
 from cbam_pl.training.classifier import Classifier
 
@@ -127,6 +127,7 @@ def fit(clock: RoundClock, options: list[str]) -> None:
     _clock = clock
     extra = ["--trainer.callbacks+", "benchmarks.variants.FitClock", "--trainer.max_epochs", "1000000"]
     accelerator = "gpu" if clock.device.type == "cuda" else "cpu"
+    configure_process()  # as the command line does before each command
     with contextlib.redirect_stderr(_UnseenTerminal()):
         fit_command([*options, *extra, "--trainer.accelerator", accelerator])
 
