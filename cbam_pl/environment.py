@@ -1,5 +1,6 @@
 """What a figure was measured with: versions, commit, processor, device, date."""
 
+import os
 import platform
 import subprocess
 import time
@@ -17,6 +18,11 @@ def processor_name() -> str:
         if names:
             return names[0].split(":")[1].strip()
     return platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Cores that this process may use, where the system knows."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str:

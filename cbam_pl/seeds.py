@@ -11,10 +11,7 @@ def derive_seed(*purpose: str | int) -> int:
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """Seed torch's random numbers on the CPU and on one device.
-
-    torch.manual_seed seeds every kind of device there might be, which takes 0.2 ms where there is none.
-    """
+    """Seed the CPU and one device; torch.manual_seed tries all kinds, which takes 0.2 ms where there is none."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)

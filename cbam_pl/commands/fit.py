@@ -21,7 +21,6 @@ from cbam_pl.settings import command_parser, parse_with_recipes, split_option
 from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
-    check_trainable,
     completed_epochs,
     differences,
     find_checkpoint,
@@ -64,10 +63,8 @@ def fit(options: list[str]) -> None:
     with run.lock() if run is not None and is_first else nullcontext():
         callbacks = [begin, NetworkMonitor(settings.pictures_every)]
         trainer = training_trainer(values.trainer, run, checkpoint, settings.checkpoint_minutes, callbacks)
-        if path is not None and checkpoint is not None:
-            check_trainable(path, checkpoint, trainer, model)
-            if reason := finished(checkpoint, trainer):
-                return print(f"nothing left to do: {path} {reason}") if is_first else None
+        if path is not None and checkpoint is not None and (reason := finished(path, checkpoint, trainer, model)):
+            return print(f"nothing left to do: {path} {reason}") if is_first else None
         if is_first:
             with as_user_error():
                 data.prepare_data()

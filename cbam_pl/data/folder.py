@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cbam_pl.data.images import Images, Source
+from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -184,14 +185,12 @@ def _decode_chunk(files: list[_File], image_size: int) -> tuple[Tensor, Tensor, 
 
 
 def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
-    # the cores that this process may use, where the system knows; DataLoader warns of more workers than that
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chunks: DataLoader[Any] = DataLoader(
         files,  # type: ignore[arg-type]  # a list has all that DataLoader asks of a Dataset
         batch_size=_CHUNK,
         collate_fn=partial(_decode_chunk, image_size=image_size),
         # processes, because PIL holds the interpreter lock over small files: threads were slower than none
-        num_workers=min(cores, _MAX_WORKERS, len(files) // _CHUNK),
+        num_workers=min(num_cores(), _MAX_WORKERS, len(files) // _CHUNK),
         generator=torch.Generator(),  # so that decoding leaves the global random state as it was
     )
     pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)

@@ -11,6 +11,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,6 @@ from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
 from cbam_pl.training.schema import FORMAT, SchemaError, check_checkpoint, check_resumable
 
-# Finding and reading
-
 
 def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict[str, Any]]:
     """The checkpoint that --ckpt_path names, and what it holds.
@@ -45,9 +44,12 @@ def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict
         return newest, read_checkpoint(newest)
     except UserError as error:
         # Named, not used: it may be hours older, or another run's.
-        others = (path for path in _newest_first(root, "*.ckpt", recipe) if path != newest)
-        complete = next(filter(_is_readable, others), None)
-        instead = "no other one is complete" if complete is None else f"the newest complete one is {complete}"
+        instead = "no other one is complete"
+        for path in _newest_first(root, "*.ckpt", recipe):
+            with suppress(UserError):
+                read_checkpoint(path)
+                instead = f"the newest complete one is {path}"
+                break
         raise UserError(f"{error}; {instead}") from error
 
 
@@ -67,14 +69,6 @@ def _newest_first(root: Path, name: str, recipe: str) -> list[Path]:
     folders = (root / "checkpoints").glob("*/version_*")  # a recipe's name is no pattern
     found = [path for folder in folders if recipe in ("", folder.parent.name) for path in folder.glob(name)]
     return sorted(found, key=lambda path: path.lstat().st_mtime_ns, reverse=True)
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        read_checkpoint(path)
-    except UserError:
-        return False
-    return True
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -154,9 +148,6 @@ def load_classifier(path: Path, checkpoint: dict[str, Any], test_time_flip: bool
     return classifier
 
 
-# Writing
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are complete or not there, whenever the process or the machine dies.
 
@@ -187,9 +178,6 @@ def save_final_checkpoint(trainer: Trainer, last: Path, best: Path) -> None:
         torch.save(checkpoint, stream)
 
 
-# Resuming
-
-
 def run_conditions(trainer: Trainer) -> dict[str, Any]:
     """What may differ when a training is resumed, and is printed then."""
     names = ("max_epochs", "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
@@ -218,16 +206,12 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
         raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
 
 
-def check_trainable(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> None:
-    """Check what only `fit` restores from a checkpoint, or raise a UserError with the key that is wrong."""
+def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> str:
+    """Why there is nothing left to train, or empty; a UserError where what only `fit` restores is wrong."""
     try:
         check_resumable(checkpoint, trainer, model.network)
     except SchemaError as error:
         raise UserError(f"{path} {error}; resume from another checkpoint") from error
-
-
-def finished(checkpoint: dict[str, Any], trainer: Trainer) -> str:
-    """Why there is nothing left to train; empty where there is."""
     epochs, steps = completed_epochs(checkpoint), checkpoint["global_step"]
     done = f"has completed {epochs} epochs and {steps} steps"
     if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs or 0 <= trainer.max_steps <= steps:

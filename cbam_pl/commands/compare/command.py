@@ -118,9 +118,10 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
         while True:
             ended = all(future.done() for future in futures.values())
             for job, future in futures.items():
-                rows = _epochs(job)
+                runs = runs_of(job)
+                rows = read_epochs(runs[-1]) if runs else []
                 epochs[job] = job.epochs if future.done() else len(rows)
-                state = _state(future, remote and bool(runs_of(job)))  # a cluster's future does not tell that it runs
+                state = _state(future, remote and bool(runs))  # a cluster's future does not tell that it runs
                 name = f"{job.name} seed {job.seed}"
                 accuracy = f"{100 * rows[-1]['val/acc']:.2f} %" if rows and "val/acc" in rows[-1] else ""
                 if state != states[job]:
@@ -133,11 +134,6 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
                 return
             yield
             wait([future for future in futures.values() if not future.done()], seconds, ALL_COMPLETED)
-
-
-def _epochs(job: Job) -> list[dict[str, float]]:
-    runs = runs_of(job)
-    return read_epochs(runs[-1]) if runs else []
 
 
 def _state(future: Future, begun: bool) -> str:

@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, with_effect
+from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
 from cbam_pl.training.checkpoint import completed_epochs
@@ -239,11 +240,6 @@ def threads_per_job() -> int:
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) else 1
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def uses_cuda(plan: Plan) -> bool:
