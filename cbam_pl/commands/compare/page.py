@@ -108,7 +108,7 @@ def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
         _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
     _label_rows(axes, [fill(recipe["label"], 16) for _, recipe in shown])
-    _label(axes, "test accuracy minus baseline's, points", "")
+    _label(axes, "test accuracy minus baseline's, percentage points", "")
     return figure
 
 
@@ -147,7 +147,7 @@ def _draw_classes(recipes: dict[str, Any]) -> Figure | None:
             style = _style(number, markersize=4, linewidth=1.2)
             _draw_interval(axes, height + offset, recipe["per_class"][name], style)
     _label_rows(axes, [cut(name, 16) for name in classes])
-    _label(axes, "class's accuracy minus baseline's, points", "")
+    _label(axes, "class's accuracy minus baseline's, percentage points", "")
     return figure
 
 
