@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 from cbam_pl.cli import main
 from tests.helpers import COLOURS, TEST_PER_CLASS, TRAIN_PER_CLASS, Outcome
@@ -39,6 +40,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def event_files_in_order() -> None:
+    """TensorBoard reads files by name: the second, then this process's count, which "10" puts before "9"."""
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(10_000)
 
 
 @pytest.fixture(scope="session")
