@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 from lightning import Trainer
 
@@ -80,6 +80,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
         add("--class_name", type=str, help="the first test images of a class")
         add("--num_images", type=PositiveInt, help="images to show (default: 3), unless they are named one by one")
+        add("--layer", type=str, help="module for Grad-CAM, by name (default: the last that gives maps (B, C, H, W))")
         add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
         add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
         add("--measure", action="store_true", help="measure on test images whether attention falls on what matters")
@@ -92,6 +93,9 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             type=bool | None,
             help="classify by the mean of the logits of each image and its mirror image; by default as in training",
         )
+    if command != "fit":
+        trust_help = "packages whose networks a checkpoint may import, beside cbam_pl, torchvision.models and timm"
+        add("--trust", nargs="+", type=str, default=[], help=trust_help)
     if command == "predict":
         add("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
         add("--output", type=str, default="predictions.csv", help="the CSV file to write")
@@ -114,8 +118,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
     """The settings that options give, over a recipe's nested ones; a mistake is a UserError with the nearest key."""
-    recipe = recipe or {}
     names = setting_names(parser)
+    recipe, options = _with_network(recipe or {}, options) if "model.network" in names else (recipe or {}, options)
     given = [*_flatten(recipe, names)]
     for word, following in zip_longest(options, options[1:], fillvalue=""):
         key, equals, value = word.partition("=")
@@ -138,6 +142,46 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
         if default is not None and "init_args" not in key and key in settings and settings[key] is None:
             raise UserError(f"{key}=null must have a value; leave it out for its default, {default}")
     return settings
+
+
+def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:
+    """Options of model.network, with its arguments in any form that an optimizer's may have, as a recipe's settings.
+
+    A network replaces the recipe's arch, and the other way round; both from one place are for the Classifier to reject.
+    """
+    model = recipe.get("model")
+    model = dict(model) if isinstance(model, Mapping) else {}
+    network, arguments, rest, has_arch = model.get("network"), {}, [], False
+    words = iter(options)
+    for word in words:
+        key, equals, value = word.partition("=")
+        has_arch |= key == "--model.arch"
+        name = key.removeprefix("--model.network")
+        if name == key or name[:1] not in ("", "."):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        name = name.removeprefix(".init_args").removeprefix(".")
+        if name in ("", "class_path"):
+            same = isinstance(network, Mapping) and network.get("class_path") == value
+            network = network if same else get_loader("yaml")(value) if value.startswith("{") else value
+        else:
+            arguments[name] = get_loader("yaml")(value)
+    if isinstance(network, str) and network != "null":
+        network = {"class_path": network}
+    if arguments:
+        if not isinstance(network, Mapping):
+            raise UserError(f"model.network.{next(iter(arguments))} is an argument of a network; give --model.network")
+        network = {**network, "init_args": {**(network.get("init_args") or {}), **arguments}}
+    for key in network.keys() - {"class_path", "init_args"} if isinstance(network, Mapping) else ():
+        raise UserError(f"unknown key model.network.{key}; use class_path and init_args")
+    if len(rest) < len(options) and network not in (None, "null"):
+        model.pop("arch", None)
+    elif has_arch:
+        network = None
+    if network is not None or "network" in model:
+        model["network"] = None if network == "null" else network
+    return ({**recipe, "model": model} if model else recipe), rest
 
 
 def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
@@ -226,6 +270,9 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         ):
             value = _merge(old, value)
         merged[key] = value
+    for one, other in (("arch", "network"), ("network", "arch")):  # of the two the later wins
+        if above.get(one) is not None and above.get(other) is None:
+            merged.pop(other, None)
     return merged
 
 

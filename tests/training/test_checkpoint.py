@@ -203,13 +203,20 @@ def test_no_flipped_bit_changes_what_is_read(trained, tmp_path):
     whole = path.read_bytes()
     content = read_checkpoint(path)
     bits = random.Random(0)
-    # Every byte of the archive's directory at the end, and every seventh of the rest.
-    directory = zipfile.ZipFile(path).start_dir
-    places = [*range(0, directory, 7), *range(directory, len(whole))]
+    # Every byte of the archive's directory at the end, and every seventh of the rest; and, of each part, the bit by
+    # which torch would take it for a folder, and read nothing.
+    archive = zipfile.ZipFile(path)
+    places = [
+        (place, bits.randrange(8)) for place in [*range(0, archive.start_dir, 7), *range(archive.start_dir, len(whole))]
+    ]
+    entry = archive.start_dir
+    for part in archive.infolist():
+        places.append((entry + 38, 4))  # of its external attributes
+        entry += 46 + len(part.filename) + len(part.extra)
     rejected = 0
-    for place in places:
+    for place, bit in places:
         flipped = bytearray(whole)
-        flipped[place] ^= 1 << bits.randrange(8)
+        flipped[place] ^= 1 << bit
         path.write_bytes(flipped)
         try:
             found = read_checkpoint(path)
