@@ -32,7 +32,6 @@ from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
 from cbam_pl.training.schema import FORMAT, SchemaError, check_checkpoint, check_resumable
 
-
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
 
 

@@ -261,7 +261,7 @@ def test_features_of_a_resnet_are_its_stem_and_every_residual_block(arch, stages
     assert list(features.blocks) == ["stem", *names]
     with torch.no_grad():
         torch.testing.assert_close(features.blocks[names[-1]], network.stages(network.stem(images_of(1))))
-    assert features.last is features.blocks[names[-1]]
+    assert torch.equal(features.last, features.blocks[names[-1]])
 
 
 def test_health_counts_what_is_closed_open_and_uneven():
