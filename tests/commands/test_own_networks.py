@@ -1,0 +1,189 @@
+"""Every command on networks that this program does not know, and what checkpoints of them may not do."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import REPOSITORY, one_line, scalars
+
+EXAMPLE = (REPOSITORY / "docs/own_networks.md").read_text().split("## A worked example")[1].split("\n## ")[0]
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """A working directory with the files of the worked example, and its commands, on fewer images."""
+    monkeypatch.chdir(tmp_path)
+    code, recipe, commands = re.findall(r"```\w+\n(.*?)```", EXAMPLE, re.DOTALL)
+    Path("my_network.py").write_text(code)
+    Path("my_network.yaml").write_text(recipe)
+    return [shlex.split(line)[2:] for line in commands.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_worked_example(example, command):
+    fit, test, visualize, compare = example
+    few = ["--trainer.limit_train_batches", 2, "--trainer.accelerator", "cpu"]
+    trained = command(*fit, *few)
+    assert trained.status == 0, trained.err
+    assert "network      my_network.MyNet, attention cbam" in trained.out
+    refused = one_line(command("test"))
+    assert (
+        "network=my_network.MyNet is not imported, since that may run any code; allow it with --trust my_net" in refused
+    )
+    for words in (test, visualize):
+        outcome = command(*words)
+        assert outcome.status == 0, outcome.err
+    assert Path("logs/my_network/version_0/pictures/grad_cam.png").exists()
+    compared = command(*compare, *few)
+    assert compared.status == 0, compared.err
+    assert "my_network" in Path("reports/my_network/report.md").read_text()
+
+
+NETWORKS = {
+    "resnet18": ("torchvision.models.resnet18", {}, "layer?.*.bn2"),
+    "mobilenet_v3_small": ("torchvision.models.mobilenet_v3_small", {}, "features.*"),
+    "efficientnet_b0": ("torchvision.models.efficientnet_b0", {}, "features.?.*"),
+    "convnext_tiny": ("torchvision.models.convnext_tiny", {}, "features.[1357].*"),
+    "densenet121": ("torchvision.models.densenet121", {}, "features.transition?"),
+    "mobilenetv3_small_050": ("timm.create_model", {"model_name": "mobilenetv3_small_050"}, "blocks.?.?"),
+    "convnext_atto": ("timm.create_model", {"model_name": "convnext_atto"}, "stages.?"),
+    "vit_tiny": ("timm.create_model", {"model_name": "vit_tiny_patch16_224", "img_size": 64}, "patch_embed.proj"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_libraries_are_trained_resumed_tested_and_drawn(name, command, image_folder, tmp_path):
+    path, arguments, where = NETWORKS[name]
+    root = ["--trainer.default_root_dir", tmp_path]
+    recipe = tmp_path / "any.yaml"
+    recipe.write_text(
+        f"""
+model:
+  network: {{class_path: {path}, init_args: {arguments}}}
+  attention: {{kind: cbam, where: {where!r}, start: identity}}
+data: {{dataset: folder, root: {image_folder}, image_size: 64, batch_size: 8}}
+trainer: {{max_epochs: 1, limit_train_batches: 1, accelerator: cpu}}
+"""
+    )
+    trained = command("fit", "--config", recipe, *root)
+    assert trained.status == 0, trained.err
+    assert "that starts as the identity" in trained.out
+    resumed = command("fit", "--config", recipe, *root, "--trainer.max_epochs", 2, "--ckpt_path", "last")
+    assert resumed.status == 0, resumed.err
+    tested = command("test", *root)
+    assert tested.status == 0, tested.err
+    drawn = command("visualize", *root)
+    assert drawn.status == 0, drawn.err
+    logs = tmp_path / "logs/any/version_0"
+    assert {path.stem for path in (logs / "pictures").iterdir()} >= {"attention", "features", "grad_cam", "heat_maps"}
+    logged = scalars(logs)
+    assert [step for step, _ in logged["train/loss_step"]] == [1, 2]
+    assert any(tag.startswith("val_gates/") for tag in logged)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, command, image_folder):
+    """A run of torchvision's smallest ResNet, without attention."""
+    root = tmp_path_factory.mktemp("own")
+    outcome = command(
+        "fit", "--model.network", "torchvision.models.resnet18", "--model.attention.kind", "none", "--data.dataset",
+        "folder", "--data.root", image_folder, "--data.batch_size", 32, "--trainer.max_epochs", 1,
+        "--trainer.limit_train_batches", 1, "--trainer.default_root_dir", root, "--trainer.accelerator", "cpu",
+        "--pictures_every", 0,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    return root / "checkpoints/default/version_0/best.ckpt"
+
+
+@pytest.mark.parametrize("which", ["test", "validate", "predict", "visualize"])
+def test_a_strangers_checkpoint_imports_nothing(which, finished, command, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"stranger_of_{which}"  # since one that was imported stays so
+    Path(f"{name}.py").write_text("import pathlib\npathlib.Path('witness').touch()\n")
+    saved = torch.load(finished, weights_only=True)
+    saved["hyper_parameters"]["network"]["class_path"] = f"{name}.Net"
+    torch.save(saved, "x.ckpt")
+    images = ["--images", image_folder / "test/red/0.png"] if which == "predict" else []
+    error = one_line(command(which, *images, "--ckpt_path", "x.ckpt"))
+    assert f"x.ckpt has hyper_parameters from which no network can be made: network={name}.Net is not im" in error
+    assert f"allow it with --trust {name}, if you know" in error
+    assert not Path("witness").exists()
+    error = one_line(command(which, *images, "--ckpt_path", "x.ckpt", "--trust", name))
+    assert f"network={name}.Net: {name} has no Net" in error
+    assert Path("witness").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (3, "has hyper_parameters.network of type int"),
+        ({"class_path": "a.b"}, "has no hyper_parameters.network.init_args"),
+        (
+            {"class_path": "torchvision.models.resnet34", "init_args": {}},
+            "weights of another network than its settings",
+        ),
+        (
+            {"class_path": "torchvision.models.resnet18", "init_args": {"width": 3}},
+            "unexpected keyword argument 'width'",
+        ),
+    ],
+)
+def test_edited_networks_of_checkpoints_are_named(network, message, finished, command, tmp_path):
+    saved = torch.load(finished, weights_only=True)
+    saved["hyper_parameters"]["network"] = network
+    torch.save(saved, tmp_path / "x.ckpt")
+    assert message in one_line(command("test", "--ckpt_path", tmp_path / "x.ckpt"))
+
+
+def test_a_network_that_cannot_be_traced_trains_with_a_warning(command, image_folder, tmp_path):
+    with pytest.warns(UserWarning, match="no graph in TensorBoard, since the network cannot be traced .*not to be"):
+        outcome = command(
+            "fit", "--model.network", f"{__name__}.Untraceable", "--model.attention.kind", "none", "--data.dataset",
+            "folder", "--data.root", image_folder, "--data.batch_size", 32, "--trainer.max_epochs", 1,
+            "--trainer.default_root_dir", tmp_path, "--trainer.accelerator", "cpu", "--pictures_every", 0,
+        )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert (
+        "1.5 MFLOPs" in outcome.out
+    )  # of one convolution, 2 · 27 · 27 · 32² , counted though the network looks at values
+
+
+class Untraceable(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 27, 3, padding=1)
+        self.head = torch.nn.Linear(27, num_classes)
+
+    def forward(self, images):
+        if torch.jit.is_tracing():
+            raise RuntimeError("not to be traced")
+        scale = images.abs().amax().item()
+        return self.head(self.conv(images).mean((2, 3)) / max(scale, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model.network", "torchvision.models.resnet18", "--model.arch", "cnn"],
+            "arch=cnn has no effect with network",
+        ),
+        (
+            ["--model.network", "torchvision.models.resnet18", "--model.width", "2"],
+            "width=2.0 has no effect with network",
+        ),
+        (["--model.network.depth", "2"], "model.network.depth is an argument of a network; give --model.network"),
+        (["--model.network", "no_such_package.Net"], "importing no_such_package fails with ModuleNotFoundError"),
+        (["--model.network", "torchvision.models.resnet18"], "needs attention.where with network=torchvision"),
+        (["--model.attention.where", "conv"], "where='conv' has no effect with arch='cnn'; use place and stages"),
+        (["--model.weights", "nowhere.pth"], "weights=nowhere.pth cannot be read (No such file or directory)"),
+    ],
+)
+def test_mistakes_of_the_command_line(options, message, command, image_folder, tmp_path):
+    data = ["--data.dataset", "folder", "--data.root", image_folder, "--trainer.default_root_dir", tmp_path]
+    assert message in one_line(command("fit", *data, *options))
+    assert not list(tmp_path.glob("*/*/*/*"))
