@@ -62,7 +62,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise ValueError(f"weights={path} needs safetensors: pip install safetensors") from error
+        raise ValueError(f"weights={path} needs safetensors: pip install 'cbam_pl[safetensors]'") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights={path} holds more than tensors and plain values and is not loaded, since that could run code"

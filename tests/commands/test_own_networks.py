@@ -39,7 +39,7 @@ def test_the_worked_example(example, command):
     assert Path("logs/my_network/version_0/pictures/grad_cam.png").exists()
     compared = command(*compare, *few)
     assert compared.status == 0, compared.err
-    assert "my_network" in Path("reports/my_network/report.md").read_text()
+    assert Path("reports/my_network/report.md").read_text().startswith("# cbam against none")
 
 
 NETWORKS = {
@@ -50,11 +50,12 @@ NETWORKS = {
     "densenet121": ("torchvision.models.densenet121", {}, "features.transition?"),
     "mobilenetv3_small_050": ("timm.create_model", {"model_name": "mobilenetv3_small_050"}, "blocks.?.?"),
     "convnext_atto": ("timm.create_model", {"model_name": "convnext_atto"}, "stages.?"),
-    "vit_tiny": ("timm.create_model", {"model_name": "vit_tiny_patch16_224", "img_size": 64}, "patch_embed.proj"),
+    "resnet10t": ("timm.create_model", {"model_name": "resnet10t"}, "layer?.*.bn2"),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the spatial gate of")  # which is nearly constant after one step
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_libraries_are_trained_resumed_tested_and_drawn(name, command, image_folder, tmp_path):
     path, arguments, where = NETWORKS[name]
