@@ -145,43 +145,57 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
 
 
 def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:
-    """Options of model.network, with its arguments in any form that an optimizer's may have, as a recipe's settings.
+    """The options of model.network, in any form that an optimizer may be given, as settings of the recipe instead.
 
     A network replaces the recipe's arch, and the other way round; both from one place are for the Classifier to reject.
     """
-    model = recipe.get("model")
-    model = dict(model) if isinstance(model, Mapping) else {}
-    network, arguments, rest, has_arch = model.get("network"), {}, [], False
+    if not isinstance(recipe.get("model", {}), (Mapping, type(None))):
+        return recipe, options  # to be rejected as such
+    named, arguments, rest = _network_options(options)
+    model = dict(recipe.get("model") or {})
+    network = None if any(word.partition("=")[0] == "--model.arch" for word in rest) else model.get("network")
+    if named is not None and not (isinstance(network, Mapping) and network.get("class_path") == named):
+        network = None if named == "null" else named
+    if isinstance(network, str):
+        network = {"class_path": network}
+    if isinstance(network, Mapping):
+        if unknown := network.keys() - {"class_path", "init_args"}:
+            raise UserError(f"unknown key model.network.{unknown.pop()}; use class_path and init_args")
+        if arguments:
+            network = {**network, "init_args": {**(network.get("init_args") or {}), **arguments}}
+        if named is not None:
+            model.pop("arch", None)
+    elif arguments:
+        raise UserError(f"model.network.{next(iter(arguments))} is an argument of a network; give --model.network")
+    if network is not None or "network" in model:
+        model["network"] = network
+    return ({**recipe, "model": model} if model else recipe), rest
+
+
+def _network_options(options: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+    """What --model.network gives (None: it is not there), its arguments, and the other words."""
+    named: Any = None
+    arguments: dict[str, Any] = {}
+    rest = []
     words = iter(options)
     for word in words:
         key, equals, value = word.partition("=")
-        has_arch |= key == "--model.arch"
         name = key.removeprefix("--model.network")
         if name == key or name[:1] not in ("", "."):
             rest.append(word)
             continue
         value = value if equals else next(words, "")
         name = name.removeprefix(".init_args").removeprefix(".")
-        if name in ("", "class_path"):
-            same = isinstance(network, Mapping) and network.get("class_path") == value
-            network = network if same else get_loader("yaml")(value) if value.startswith("{") else value
+        is_path = name in ("", "class_path")
+        try:
+            read = value if is_path and not value.startswith("{") else get_loader("yaml")(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{key}={value} is not valid YAML") from error
+        if is_path:
+            named = read
         else:
-            arguments[name] = get_loader("yaml")(value)
-    if isinstance(network, str) and network != "null":
-        network = {"class_path": network}
-    if arguments:
-        if not isinstance(network, Mapping):
-            raise UserError(f"model.network.{next(iter(arguments))} is an argument of a network; give --model.network")
-        network = {**network, "init_args": {**(network.get("init_args") or {}), **arguments}}
-    for key in network.keys() - {"class_path", "init_args"} if isinstance(network, Mapping) else ():
-        raise UserError(f"unknown key model.network.{key}; use class_path and init_args")
-    if len(rest) < len(options) and network not in (None, "null"):
-        model.pop("arch", None)
-    elif has_arch:
-        network = None
-    if network is not None or "network" in model:
-        model["network"] = None if network == "null" else network
-    return ({**recipe, "model": model} if model else recipe), rest
+            arguments[name] = read
+    return named, arguments, rest
 
 
 def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:

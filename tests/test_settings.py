@@ -258,3 +258,8 @@ def test_a_network_in_another_form_is_named(content: str, text: str, tmp_path: P
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {{network: {content}}}")
     assert text in message("--config", str(recipe))
+
+
+def test_an_argument_of_a_network_that_is_not_yaml_is_named() -> None:
+    assert message("--model.network", "a.B", "--model.network.x", "[1") == "--model.network.x=[1 is not valid YAML"
+    assert message("--model.network", "{a") == "--model.network={a is not valid YAML"

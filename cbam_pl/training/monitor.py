@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
@@ -102,6 +103,10 @@ class NetworkMonitor(Callback):
     def _log_health(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probed is None:
             return
+        for path, module in pl_module.network.named_modules():  # type: ignore[union-attr]
+            if isinstance(module, IdentityStart):
+                for writer in _writers(trainer):
+                    writer.add_scalar(f"{_GATES}/{path.removesuffix('.attention')}/factor", module.factor, self._epoch)
         for block, maps in gates.attention_maps(pl_module.network, self._inputs).items():  # type: ignore[arg-type]
             for name, value in gates.gate_health(maps).items():
                 for writer in _writers(trainer):
