@@ -67,7 +67,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
     network = unwrap(network)
     with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
-        for name, module in _attention_modules(network).items():
+        for name, module in attention_modules(network).items():
             hooks.enter_context(module.register_forward_pre_hook(partial(record, name)))
         network(as_input(images, network))
     return maps
@@ -76,7 +76,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
     """The blocks' outputs and the logits of a CNN or ResNet of cbam_pl.models for images (B, 3, H, W), normalised."""
     network = unwrap(network)
-    layers = {**_convolution_blocks(network), "": last_activation(network)}
+    layers = {**convolution_blocks(network), "": last_activation(network)}
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
@@ -134,7 +134,8 @@ def unwrap(network: nn.Module) -> nn.Module:
             return network
 
 
-def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
+def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
+    """Every outermost module with a method `gates`, by the name of its block, as attention_maps names it."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in network.named_modules():
@@ -159,7 +160,8 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
     )
 
 
-def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
+def convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a CNN or ResNet of cbam_pl.models by name, in the order of the layers; the stem is one."""
     if isinstance(network, CNN):
         return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
@@ -170,7 +172,7 @@ def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
 
 def last_activation(network: nn.Module) -> nn.Module:
     """The module whose output is the last convolution's activation map, of a CNN or ResNet of cbam_pl.models."""
-    block = list(_convolution_blocks(network).values())[-1]
+    block = list(convolution_blocks(network).values())[-1]
     return block.get_submodule("relu") if isinstance(network, CNN) else block
 
 
