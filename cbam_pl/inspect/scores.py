@@ -148,6 +148,15 @@ def deletion_curve(
     return accuracy
 
 
+def _road_scores(
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, maps: Tensor
+) -> dict[str, float]:
+    road = partial(deletion_curve, classify, images, labels, impute=noisy_linear, percents=ROAD_PERCENTS)
+    deleted, kept = road(maps=maps), road(maps=-maps)  # the most important pixels, and the least important ones
+    deletion = {f"road_without_{percent}_percent": accuracy for percent, accuracy in deleted.items()}
+    return deletion | {f"road_with_{percent}_percent": kept[100 - percent] for percent in ROAD_PERCENTS}
+
+
 def measure(
     network: nn.Module, images: Tensor, labels: Tensor, masks: Tensor | None, batch_size: int = 250
 ) -> list[dict[str, Any]]:
@@ -174,8 +183,8 @@ def measure(
         parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
     maps = {name: torch.cat(part) for name, part in parts.items()}
     maps["uniform"] = torch.ones(len(images), *size)
-    whole = {0: float((predicted == labels).double().mean())}
-    road_whole = float((predicted == labels)[::ROAD_EVERY].double().mean())
+    right, some = (predicted == labels).double(), slice(None, None, ROAD_EVERY)
+    whole = {0: float(right.mean())}
     rows = []
     for name, values in maps.items():
         row: dict[str, Any] = {"map": name}
@@ -185,11 +194,7 @@ def measure(
             row |= {score: None if known is None else float(known.mean()), f"{score}_error": error}
         curve = whole | deletion_curve(classify, images, labels, values, batch_size=batch_size)
         row |= {f"accuracy_without_{percent}_percent": value for percent, value in curve.items()}
-        some = images[::ROAD_EVERY], labels[::ROAD_EVERY]
-        road = partial(deletion_curve, classify, *some, impute=noisy_linear, percents=ROAD_PERCENTS)
-        without, least_important = road(maps=values[::ROAD_EVERY]), road(maps=-values[::ROAD_EVERY])
-        row |= {"road_images": len(some[0]), "road_without_0_percent": road_whole}
-        row |= {f"road_without_{percent}_percent": value for percent, value in without.items()}
-        row |= {f"road_with_{percent}_percent": least_important[100 - percent] for percent in ROAD_PERCENTS}
+        row |= {"road_images": len(images[some]), "road_without_0_percent": float(right[some].mean())}
+        row |= _road_scores(classify, images[some], labels[some], values[some])
         rows.append(row)
     return rows
