@@ -94,7 +94,7 @@ def visualize(options: list[str]) -> None:
             if "attention" not in drawn:
                 print(f"{title}: this network has no gates, so there is no picture of them")
             pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
-            measured[prefix] = one, title
+            measured[f"{prefix}measures.csv"] = one, title
         if histories := _read_histories(loaded):
             pictures["curves"] = partial(draw_curves, histories)
         try:
@@ -106,8 +106,10 @@ def visualize(options: list[str]) -> None:
                     print(path)
                 except ValueError as error:
                     failures.append(f"no {path.name}: {error}")
-            for prefix, (one, title) in measured.items() if settings.measure else ():
-                _measure(one, title, settings.measure_images or 1000, folder, prefix, settings.format)
+            for name, (one, title) in measured.items() if settings.measure else ():
+                count = settings.measure_images or 1000
+                _measure(one, title, count, folder / name)
+                _intervene(one, title, count, folder, name.removesuffix("measures.csv"), settings.format)
         except OSError as error:
             raise cannot_write(error.filename or folder, error, "name another folder with --output") from error
     if failures:
@@ -214,39 +216,37 @@ def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
     return histories
 
 
-def _measure(loaded: LoadedCheckpoint, title: str, count: int, folder: Path, prefix: str, file_format: str) -> None:
-    """Print scores, ablation and randomisation, and write them as tables and pictures."""
+def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> None:
     images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
-    network, inputs = loaded.network, loaded.normalise(images.pixels)
-
+    rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks)
     print(f"{title}, {len(images):,} test images:")
-    rows = measure(network, inputs, images.labels, images.masks)
     print_scores(rows)
-    path = folder / f"{prefix}measures.csv"
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     print(path)
 
-    measured = {}
+
+def _intervene(loaded: LoadedCheckpoint, title: str, count: int, folder: Path, prefix: str, file_format: str) -> None:
+    """Replace the gates and randomise the layers: print, write and draw what changes."""
+    images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
+    network, inputs = loaded.network, loaded.normalise(images.pixels)
+    measured: dict[str, tuple[dict[str, Any], Figure]] = {}
     if attention_modules(network):
-        print(f"Gates replaced, {title}, {len(images):,} test images:")
         ablation = ablate_gates(network, inputs, images.labels)
+        print(f"Gates replaced, {title}, {len(inputs):,} test images:")
         print_ablation(ablation)
         measured["ablation"] = ablation, draw_ablation(ablation, f"Accuracy where gates are replaced\n{title}")
     else:
         print(f"{title}: this network has no gates, so there is no ablation of them")
-    some = inputs[::RANDOMISED_EVERY]
-    print(f"Layers randomised, {title}, {len(some):,} test images:")
-    randomisation = cascading_randomisation(network, some)
+    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY])
+    print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")
     print_randomisation(randomisation)
     heading = f"Similarity to the trained network's maps\n{title}"
     measured["randomisation"] = randomisation, draw_randomisation(randomisation, heading)
     for name, (result, figure) in measured.items():
-        path = folder / f"{prefix}{name}.json"
-        path.write_text(json.dumps({"network": title, **result}, indent=2) + "\n")
-        print(path)
-        path = path.with_suffix(f".{file_format}")
-        figure.savefig(path)
-        print(path)
+        table, picture = folder / f"{prefix}{name}.json", folder / f"{prefix}{name}.{file_format}"
+        table.write_text(json.dumps({"network": title, **result}, indent=2) + "\n")
+        figure.savefig(picture)
+        print(table, picture, sep="\n")

@@ -76,7 +76,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
     """The blocks' outputs and the logits of a CNN or ResNet of cbam_pl.models for images (B, 3, H, W), normalised."""
     network = unwrap(network)
-    layers = {**convolution_blocks(network), "": last_activation(network)}
+    layers = {**_convolution_blocks(network), "": last_activation(network)}
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
@@ -160,8 +160,7 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
     )
 
 
-def convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a CNN or ResNet of cbam_pl.models by name, in the order of the layers; the stem is one."""
+def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
     if isinstance(network, CNN):
         return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
@@ -172,7 +171,7 @@ def convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
 
 def last_activation(network: nn.Module) -> nn.Module:
     """The module whose output is the last convolution's activation map, of a CNN or ResNet of cbam_pl.models."""
-    block = list(convolution_blocks(network).values())[-1]
+    block = list(_convolution_blocks(network).values())[-1]
     return block.get_submodule("relu") if isinstance(network, CNN) else block
 
 

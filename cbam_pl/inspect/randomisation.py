@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import as_input, attention_maps, convolution_blocks, evaluation_mode, unwrap
+from cbam_pl.inspect.gates import attention_maps, feature_maps, unwrap
 from cbam_pl.inspect.scores import grad_cam
 
 
@@ -33,7 +33,7 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
     classifier. Grad-CAM is of the class that the unchanged network predicts. `network` stays as it is.
 
     Args:
-        network: a CNN or ResNet of cbam_pl.models.
+        network: one that feature_maps takes.
         images: (N, 3, H, W), normalised.
         batch_size: images in one forward pass.
         seed: decides the new weights.
@@ -45,7 +45,7 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
         of which there are as many as `compared` says, and None where there is none.
     """
     network = unwrap(network)
-    blocks = list(convolution_blocks(network))
+    blocks = list(feature_maps(network, images[:1]).blocks)
     fresh = copy.deepcopy(network).cpu()  # on the CPU, so that a seed gives the same weights everywhere
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -54,16 +54,14 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
                 reset()
     changed = copy.deepcopy(network)
     batches = images.split(batch_size)
-    with evaluation_mode(network), torch.no_grad():
-        classes = [network(as_input(batch, network)).argmax(1) for batch in batches]
-
+    classes = [feature_maps(network, batch).logits.argmax(1) for batch in batches]
     before = [_maps(network, *batch) for batch in zip(batches, classes, strict=True)]
     spearman: dict[str, list[float | None]] = {name: [] for name in before[0]}
     compared: dict[str, list[int]] = {name: [] for name in spearman}
     for count in range(len(blocks), -1, -1):  # blocks that keep their weights
         changed.load_state_dict(fresh.state_dict())
         for name in blocks[:count]:
-            convolution_blocks(changed)[name].load_state_dict(convolution_blocks(network)[name].state_dict())
+            changed.get_submodule(name).load_state_dict(network.get_submodule(name).state_dict())
         after = [_maps(changed, *batch) for batch in zip(batches, classes, strict=True)]
         for name, values in spearman.items():
             parts = [rank_correlation(*(maps[name] for maps in pair)) for pair in zip(before, after, strict=True)]
