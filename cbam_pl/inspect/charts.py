@@ -15,7 +15,10 @@ _STYLES = dict(zip(REPLACEMENTS, zip(LINE_COLOURS, "oDx", strict=False), strict=
 
 
 def draw_ablation(ablation: Mapping[str, Any], title: str) -> Figure:
-    """The result of `ablate_gates`: accuracy by block and replacement, one panel for each gate."""
+    """The result of `ablate_gates`: accuracy by block and replacement, one panel for each gate.
+
+    Bars are one standard error of the change on either side.
+    """
     gates = list(dict.fromkeys(row["gate"] for row in ablation["rows"]))
     blocks = list(dict.fromkeys(row["block"] for row in ablation["rows"]))
     figure = Figure((1.6 + 2.4 * len(gates), 1.9 + 0.2 * len(blocks)), dpi=DPI, layout="constrained")
@@ -25,8 +28,10 @@ def draw_ablation(ablation: Mapping[str, Any], title: str) -> Figure:
         axes.axvline(100 * ablation["accuracy"], color="0.5", linewidth=1, label="as trained")
         for replacement, (colour, marker) in _STYLES.items():
             rows = [row for row in ablation["rows"] if (row["gate"], row["replaced_by"]) == (gate, replacement)]
-            places, values = ([blocks.index(row["block"]) for row in rows], [100 * row["accuracy"] for row in rows])
+            places = [blocks.index(row["block"]) for row in rows]
+            values, errors = (np.array([100 * row[name] for row in rows]) for name in ("accuracy", "change_error"))
             axes.plot(values, places, marker, color=colour, markersize=6, fillstyle="none", label=replacement)
+            axes.hlines(places, values - errors, values + errors, color=colour, linewidth=1)
         axes.axhline(len(blocks) - 1.5, color="0.8", linewidth=0.8)  # between the blocks and all of them
         label_axes(axes, "accuracy in %", "")
         axes.set_title(f"{gate} gates" if gate == "both" else f"{gate} gate", loc="left", fontsize=NORMAL)

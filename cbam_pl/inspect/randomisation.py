@@ -45,7 +45,8 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
         of which there are as many as `compared` says, and None where there is none.
     """
     network = unwrap(network)
-    blocks = list(feature_maps(network, images[:1]).blocks)
+    found = feature_maps(network, images[:1]).blocks
+    blocks = [name for name in found if network.get_submodule(name).state_dict()]  # those with weights
     fresh = copy.deepcopy(network).cpu()  # on the CPU, so that a seed gives the same weights everywhere
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -56,7 +56,8 @@ def print_randomisation(randomisation: Mapping[str, Any]) -> None:
     layers = randomisation["layers"]
     table = _table("map", "classifier", "to its block", "all layers")
     for name, values in randomisation["spearman"].items():
-        own = layers.index(name) if name in layers else 1  # Grad-CAM is of the last block's activations
+        within = (step for step, layer in enumerate(layers) if f"{name}.".startswith(f"{layer}."))
+        own = next(within, 1)  # Grad-CAM is of the last block's activations
         cells = ["-" if values[step] is None else f"{values[step]:.2f}" for step in (0, own, -1)]
         table.add_row(escape(name), *cells)
     _print(table)

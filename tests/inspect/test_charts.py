@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from cbam_pl.inspect.charts import draw_ablation, draw_randomisation
 from cbam_pl.inspect.drawing import rasterise
@@ -18,7 +19,7 @@ def ablation():
 
 
 def randomisation():
-    spearman = {"Grad-CAM": [0.8, None, 0.1], "1": [1.0, 0.25, 0.5], "0": [1.0, 1.0, -0.25]}
+    spearman = {"Grad-CAM": [0.8, None, 0.1], "1.bn": [1.0, 0.25, 0.5], "0": [1.0, 1.0, -0.25]}
     return {"images": 9, "seed": 0, "layers": ["classifier", "1", "0"], "spearman": spearman}
 
 
@@ -31,6 +32,8 @@ def test_the_ablations_chart_has_each_accuracy_at_its_block():
     assert lines["as trained"].get_xdata()[0] == 92
     np.testing.assert_allclose(lines["other image"].get_xdata(), [60, 59])
     assert list(lines["other image"].get_ydata()) == [1, 2]  # it has no spatial gate in blocks.0
+    bars = [segment[:, 0].tolist() for bar in spatial.collections for segment in bar.get_segments()]
+    assert any(bar == pytest.approx([57, 63]) for bar in bars)
     left, right = channel.get_xlim()
     assert left < 40 < 92 < right <= 102
     rasterise(figure)
@@ -54,5 +57,5 @@ def test_tables_give_accuracy_and_change_and_three_steps(capsys):
     assert ["blocks.0", "channel", *cells] in lines
     assert any(line[:2] == ["a[1]", "spatial"] for line in lines)
     assert ["Grad-CAM", "0.80", "-", "0.10"] in lines
-    assert ["1", "1.00", "0.25", "0.50"] in lines
+    assert ["1.bn", "1.00", "0.25", "0.50"] in lines
     assert ["0", "1.00", "-0.25", "-0.25"] in lines
