@@ -104,6 +104,52 @@ def finished(tmp_path_factory, command, image_folder):
     return root / "checkpoints/default/version_0/best.ckpt"
 
 
+def test_a_checkpoint_is_fine_tuned_and_the_summary_says_what_is_trained(finished, command, image_folder, tmp_path):
+    outcome = command(
+        "fit", "--model.network", "torchvision.models.resnet18", "--model.attention.where", "layer4.*.bn2",
+        "--model.weights", finished, "--model.freeze", "[conv1, bn1, 'layer[123]']", "--model.lr_factors", "{fc: 10}",
+        "--data.dataset", "folder", "--data.root", image_folder, "--data.batch_size", 32, "--trainer.max_epochs", 1,
+        "--trainer.limit_train_batches", 1, "--trainer.default_root_dir", tmp_path, "--trainer.accelerator", "cpu",
+        "--pictures_every", 0, "--data.image_size", 64,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    attention = 2 * (2 * 512 * 32 + 2 * 49 + 1)
+    layer4 = 8_393_728
+    fc = 512 * 3 + 3
+    for line in (
+        "network      torchvision.models.resnet18, attention cbam that starts as the identity",
+        f"weights      122 of 130 tensors from {finished}; attention at its start: 8 tensors",
+        f"trained      {layer4 + attention + fc:,} of {11_176_512 + fc + attention:,} parameters, without conv1, bn1, ",
+        f"rate         × 1 for the rest: {layer4 + attention:,} parameters",
+        f"rate         × 10 for fc: {fc:,} parameters",
+    ):
+        assert f"\n{line}" in f"\n{outcome.out}", outcome.out
+
+
+def test_weights_that_cannot_be_downloaded_are_reported_in_one_line(command, image_folder, tmp_path, monkeypatch):
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    error = one_line(
+        command(
+            "fit",
+            "--model.network",
+            "torchvision.models.resnet18",
+            "--model.network.weights",
+            "DEFAULT",
+            "--model.attention.where",
+            "layer4",
+            "--data.dataset",
+            "folder",
+            "--data.root",
+            image_folder,
+        )  # fmt: skip
+    )
+    assert re.search(
+        "network=torchvision.models.resnet18 fails with URLError: .*give a file of them with model.we", error
+    )
+
+
 @pytest.mark.parametrize("which", ["test", "validate", "predict", "visualize"])
 def test_a_strangers_checkpoint_imports_nothing(which, finished, command, image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
