@@ -130,21 +130,8 @@ def test_weights_that_cannot_be_downloaded_are_reported_in_one_line(command, ima
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    error = one_line(
-        command(
-            "fit",
-            "--model.network",
-            "torchvision.models.resnet18",
-            "--model.network.weights",
-            "DEFAULT",
-            "--model.attention.where",
-            "layer4",
-            "--data.dataset",
-            "folder",
-            "--data.root",
-            image_folder,
-        )  # fmt: skip
-    )
+    words = ["--model.network", "torchvision.models.resnet18", "--model.network.weights", "DEFAULT"]
+    error = one_line(command("fit", *words, "--data.dataset", "folder", "--data.root", image_folder))
     assert re.search(
         "network=torchvision.models.resnet18 fails with URLError: .*give a file of them with model.we", error
     )
