@@ -173,3 +173,18 @@ def test_limits_of_other_stages_are_not_offered(which, stage, command):
     outcome = command(which, f"--trainer.limit_{stage}_batches", 2)
     assert outcome.status == 2
     assert outcome.err.startswith(f"error: unknown key trainer.limit_{stage}_batches")
+
+
+def test_predictions_are_of_the_mirror_image_too_where_that_was_chosen(trained, command, tmp_path, image_folder):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    outcome = command("test", "--trainer.default_root_dir", root, "--model.test_time_flip", "true")
+    assert outcome.status == 0, outcome.err
+    model = Classifier.load_from_checkpoint(root / "checkpoints/tiny/version_0/best.ckpt").eval()
+    state, images = checkpoint(root, "best")["ImageDataModule"], load_folder(str(image_folder)).test
+    mean, std = (torch.tensor(state[name]).view(3, 1, 1) for name in ("mean", "std"))
+    x = (images.pixels / 255 - mean) / std
+    with torch.no_grad():
+        logits = (model(x) + model(x.flip(3))) / 2
+    with np.load(root / "logs/tiny/version_0/test.npz") as file:
+        losses = torch.nn.functional.cross_entropy(logits, images.labels, reduction="none")
+        assert file["nll"] == pytest.approx(losses.numpy(), abs=1e-5)
