@@ -139,7 +139,7 @@ def _print(record: dict[str, Any]) -> None:
     if calibration:
         print(
             f"temperature  {calibration['temperature']:.4f}, fitted on {calibration['images']:,} validation images; "
-            "behind the arrows are the figures with it"
+            "the second figure is with it"
         )
     for name, value in record["measures"].items():
         after = f" → {calibration['measures'][name]:.4f}" if calibration else ""
