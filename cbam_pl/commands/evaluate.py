@@ -72,31 +72,29 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     if not trainer.is_global_zero:
         return
     count, total = model.num_evaluated, len(data.images(split))
+    described, arrays = _describe(evaluated, data.classes, calibration)
+    if run is not None:
+        record = {
+            "epoch": epoch,
+            "images": count,
+            **figures,
+            **described,
+            # Calibration changes no other figure.
+            "options": [word for word in split_option(options, "--ckpt_path")[1] if word != "--calibrate"],
+            "environment": describe_environment(trainer.strategy.root_device),
+        }
+        with atomic_write(run.logs / "test.npz") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        with atomic_write(run.logs / "test.json") as stream:
+            stream.write(f"{json.dumps(record)}\n".encode())
+        for events in earlier:
+            events.unlink(missing_ok=True)  # testing again replaces the point
     part = "" if count == total else f" of {total:,}"
     print(f"{path}, epoch {epoch}, on {count:,}{part} {split} images of {data.dataset}:")
     for name, value in figures.items():
         print(f"{name}  {value:.4f}")
-    if command == "validate":
-        return
-    record, arrays = _describe(evaluated, data.classes, calibration)
-    _print(record)
-    if run is None:
-        return
-    record = {
-        "epoch": epoch,
-        "images": count,
-        **figures,
-        **record,
-        # Calibration changes no other figure.
-        "options": [word for word in split_option(options, "--ckpt_path")[1] if word != "--calibrate"],
-        "environment": describe_environment(trainer.strategy.root_device),
-    }
-    with atomic_write(run.logs / "test.npz") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
-    with atomic_write(run.logs / "test.json") as stream:
-        stream.write(f"{json.dumps(record)}\n".encode())
-    for events in earlier:
-        events.unlink(missing_ok=True)  # testing again replaces the point
+    if command == "test":
+        _print(described)
 
 
 def _describe(
