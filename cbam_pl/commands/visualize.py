@@ -226,7 +226,7 @@ def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:
     calibration = tested.get("calibration")
     figures = f"{tested['images']:,} test images: ECE {tested['measures']['ece']:.4f}"
     if calibration:
-        figures += f", with temperature {calibration['temperature']:.3f} {calibration['measures']['ece']:.4f}"
+        figures += f"; {calibration['measures']['ece']:.4f} with temperature {calibration['temperature']:.3f}"
     after = calibration["reliability"] if calibration else None
     return drawing.draw_reliability(tested["reliability"], after, f"{title}\n{figures}")
 

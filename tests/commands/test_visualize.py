@@ -85,7 +85,7 @@ def test_the_reliability_diagram_is_of_the_checkpoint_that_was_tested(command, r
     options = ("--output", tmp_path / "out", "--format", "svg", "--indices", 0)
     assert visualize(command, root, *options).status == 0
     title = (
-        f"21 test images: ECE {ece[0]:.4f}, with temperature {tested['calibration']['temperature']:.3f} {ece[1]:.4f}"
+        f"21 test images: ECE {ece[0]:.4f}; {ece[1]:.4f} with temperature {tested['calibration']['temperature']:.3f}"
     )
     assert title in (tmp_path / "out/reliability.svg").read_text()
     file.write_text(json.dumps(tested | {"epoch": 9}))

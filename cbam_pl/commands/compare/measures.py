@@ -110,7 +110,8 @@ def measures_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | N
     meaning = (
         "NLL: mean negative log-likelihood of the true class, in nats. Brier score: squared error of the "
         "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. Lower is "
-        f"better, except for: {', '.join(better)}. One correction is for the p values of all measures and the accuracy."
+        f"better, except for: {', '.join(better)}. The p values of all measures, and of the accuracy, are corrected "
+        "together."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
 
