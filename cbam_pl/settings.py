@@ -96,6 +96,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
     if command != "fit":
         trust_help = "packages whose networks a checkpoint may import, beside cbam_pl, torchvision.models and timm"
         add("--trust", nargs="+", type=str, default=[], help=trust_help)
+    if command == "test":
+        add("--calibrate", action="store_true", help="fit a temperature on the validation images; figures with it, too")
     if command == "predict":
         add("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
         add("--output", type=str, default="predictions.csv", help="the CSV file to write")
