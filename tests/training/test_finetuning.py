@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.training.classifier import Classifier
+from tests.helpers import assert_equal, checkpoint, one_line
 
 RESNET = {"class_path": "torchvision.models.resnet18", "init_args": {}}
 CBAM = AttentionConfig("cbam", where="layer?.*.bn2")
@@ -182,3 +183,24 @@ def test_schedules_keep_the_factors(name, data, tmp_path):
     (rest, fc), base = model.trainer.optimizers[0].param_groups, model.trainer.optimizers[0].defaults["lr"]
     assert fc["lr"] == pytest.approx(4 * rest["lr"])
     assert rest["lr"] != base
+
+
+def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_path):
+    options = ["--config", recipe, "--model.freeze", "blocks.1", "--model.lr_factors", "{blocks.0: 0.1, classifier: 2}"]
+    options += ["--pictures_every", 0, "--trainer.default_root_dir"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for root, *more in ((whole, 2), (parts, 1), (parts, 2, "--ckpt_path", "last")):
+        outcome = command("fit", *options, root, "--trainer.max_epochs", *more)
+        assert outcome.status == 0, outcome.err
+    ours, theirs = checkpoint(whole), checkpoint(parts)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal(ours[key], theirs[key])
+    groups = ours["optimizer_states"][0]["param_groups"]
+    assert [(group["name"], group["lr_factor"]) for group in groups] == [
+        ("the rest", 1.0),
+        ("blocks.0", 0.1),
+        ("classifier", 2.0),
+    ]
+    changed = [word for word in options if word != "--model.freeze" and word != "blocks.1"]
+    error = one_line(command("fit", *changed, parts, "--trainer.max_epochs", 3, "--ckpt_path", "last"))
+    assert "was trained with other settings: model.freeze (['blocks.1'] there, [] here)" in error
