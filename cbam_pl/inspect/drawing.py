@@ -1,4 +1,4 @@
-"""Draw what a network computes: feature maps, attention, Grad-CAM and the confusion matrix, as matplotlib figures.
+"""Draw what a network computes: feature maps, attention, Grad-CAM, confusion and calibration, as matplotlib figures.
 
 All of them raise a ValueError for a map that is not finite, or constant over all images: its picture would look like
 a result.
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from cbam_pl.inspect.calibration import Reliability
 from cbam_pl.inspect.gates import AttentionMaps, FeatureMaps, upsample
 
 DPI = 100  # pixels per inch of PNG files and TensorBoard's images
@@ -138,6 +139,40 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure
     place = axes.inset_axes((1 + 20 / side, 0.1, 12 / side, 0.8))
     figure.colorbar(axes.images[0], cax=place).set_label("fraction of the true class", fontsize=NORMAL)
     place.tick_params(labelsize=SMALL)
+    return figure
+
+
+def draw_reliability(before: Reliability, after: Reliability | None, lines: Sequence[str]) -> Figure:
+    """Accuracy by confidence, as bars, over the number of images; `after` calibration as a line. `lines` is the title."""
+    figure = _new_figure(560, 560 + 16 * len(lines), lines)
+    top = 1 - (40 + 16 * len(lines)) / (560 + 16 * len(lines))
+    upper, lower = figure.subplots(
+        2,
+        1,
+        sharex=True,
+        gridspec_kw={"height_ratios": (3, 1), "top": top, "bottom": 0.09, "left": 0.12, "right": 0.96},
+    )
+    width = 1 / len(before)
+    middles = (np.arange(len(before)) + 0.5) * width
+    counts, confidence, accuracy = (
+        np.array([row[key] for row in before]) for key in ("images", "confidence", "accuracy")
+    )
+    used = counts > 0
+    upper.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, label="perfectly calibrated")
+    upper.bar(middles[used], accuracy[used], 0.94 * width, color=COLOURS(0.35), label="accuracy")
+    upper.plot(confidence[used], accuracy[used], "o", color="black", markersize=3.5, label="at the mean confidence")
+    if after is not None:
+        shown = [(row["confidence"], row["accuracy"]) for row in after if row["images"]]
+        upper.plot(*zip(*shown, strict=True), "s-", color="#d55e00", markersize=4, linewidth=1.2, label="calibrated")
+    upper.set_ylabel("accuracy", fontsize=NORMAL)
+    upper.legend(fontsize=SMALL, frameon=False, loc="upper left")
+    lower.bar(middles, counts, 0.94 * width, color="0.6")
+    lower.set_ylabel("images", fontsize=NORMAL)
+    lower.set_xlabel("confidence: probability of the predicted class", fontsize=NORMAL)
+    lower.set_xlim(0, 1)
+    for axes in (upper, lower):
+        axes.tick_params(labelsize=SMALL)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -106,6 +106,8 @@ def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
     for row, (number, recipe) in enumerate(shown):
         difference = recipe["difference"]
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
+        if difference["images_interval"]:
+            axes.plot(difference["images_interval"], [row, row], color="0.4", linewidth=1)
         _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
     _label_rows(axes, [fill(recipe["label"], 16) for _, recipe in shown])
     _label(axes, "test accuracy minus baseline's, percentage points", "")

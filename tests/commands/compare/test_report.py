@@ -104,7 +104,7 @@ def test_one_seed_is_allowed_and_said():
         "k=se − k=none: +10.00 percentage points, n = 1: one pair has no interval, so its significance is unknown"
     ]
     assert content["notes"][0].startswith("One seed: there are no intervals and no significance tests")
-    assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "+20", ""]
+    assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "", "+20", ""]
 
 
 def test_what_is_missing_or_unequal_is_said():
@@ -220,12 +220,13 @@ def test_odd_names_and_precisions_are_reported(recipes, command, quick, tmp_path
     options += ["--trainer.default_root_dir", tmp_path, "--trainer.precision", "bf16-true"]
     outcome = command("compare", *options)
     assert outcome.status == 0, outcome.err
-    for name in paths:
-        assert len(re.findall(rf"^│ {re.escape(name)} +│", outcome.out, re.MULTILINE)) == 2
+    for name, tables in zip(paths, (2, 3), strict=True):  # accuracy, images without the baseline, costs
+        assert len(re.findall(rf"^│ {re.escape(name)} +│", outcome.out, re.MULTILINE)) == tables
     lines = (tmp_path / "report/report.md").read_text().splitlines()
     assert lines[0] == r"# \<i>\*x\* against a\|b\[v1\]"
     rows = [len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| ")]
-    assert rows == [9] * 4 + [8] * 4  # as many columns in each row of a table
+    # As many columns in each row of a table: accuracy, three measures of two recipes, images, costs.
+    assert rows == [10] * 4 + [8] * 8 + [8] * 3 + [8] * 4
     assert "&lt;i&gt;*x* against a|b[v1]" in (tmp_path / "report/report.html").read_text()
 
     def reject(word):
