@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from scipy.special import log_softmax
 
+from cbam_pl.commands.robustness import choose_conditions, measure_robustness, without_conditions
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
@@ -45,6 +46,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         data = ImageDataModule(**saved | dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip)
         trainer = evaluating_trainer(values.trainer, None if run is None else RunLogger(run.logs, suffix), [evaluated])
+        conditions = choose_conditions(settings, data.image_size)
     data.load_state_dict(checkpoint["ImageDataModule"])
 
     def measure(split: Literal["test", "val"]) -> dict[str, float]:
@@ -69,6 +71,9 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         calibration = {"temperature": temperature, "images": len(evaluated.labels)}
     split: Literal["test", "val"] = "test" if command == "test" else "val"
     figures = measure(split)
+    # What changes no other figure is left out.
+    options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
+    measure_robustness(trainer, model, data, conditions, figures, run, options)
     if not trainer.is_global_zero:
         return
     count, total = model.num_evaluated, len(data.images(split))
@@ -87,8 +92,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         "images": count,
         **figures,
         **record,
-        # Calibration changes no other figure.
-        "options": [word for word in split_option(options, "--ckpt_path")[1] if word != "--calibrate"],
+        "options": options,
         "environment": describe_environment(trainer.strategy.root_device),
     }
     with atomic_write(run.logs / "test.npz") as stream:
