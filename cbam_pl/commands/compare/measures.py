@@ -27,6 +27,7 @@ MEASURES = {  # name in test.json → how it is shown; a run that lacks a measur
     "brier": Measure("Brier score", 1, 4),
     "ece": Measure("ECE, %", 100, 2),
     "top5": Measure("top-5 accuracy, %", 100, 2, higher_is_better=True),
+    "corrupted": Measure("accuracy on corrupted images, %", 100, 2, higher_is_better=True),  # of robustness.json
 }
 
 
