@@ -93,7 +93,7 @@ def visualize(options: list[str]) -> None:
             if tested := _read_test(one):
                 drawn["reliability"] = partial(_draw_reliability, tested, f"Reliability\n{title}")
             else:
-                print(f"{title}: not tested yet, so there is no reliability diagram; python train.py test --calibrate")
+                print(f"{title}: there is no test of it, so there is no reliability diagram; run: test --calibrate")
             pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
             measured[f"{prefix}measures.csv"] = one, title
         if histories := _read_histories(loaded):
@@ -228,7 +228,7 @@ def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:
     if calibration:
         figures += f", with temperature {calibration['temperature']:.3f} {calibration['measures']['ece']:.4f}"
     after = calibration["reliability"] if calibration else None
-    return drawing.draw_reliability(tested["reliability"], after, [*title.split("\n"), figures])
+    return drawing.draw_reliability(tested["reliability"], after, f"{title}\n{figures}")
 
 
 def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> None:

@@ -62,7 +62,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T with the least NLL of softmax(logits / T), between 0.05 and 20.
 
     The NLL is convex in 1 / T, so that there is one minimum. It has none where all images are classified correctly:
-    then T is the lowest. Source: Guo et al. 2017, section 4.2.
+    then T is as low as changes the NLL. Source: Guo et al. 2017, section 4.2.
     """
 
     def nll(log_temperature: float) -> float:
