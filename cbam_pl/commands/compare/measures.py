@@ -107,11 +107,14 @@ def measures_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | N
         return None
     headings = ["measure", "recipe", "mean ± sd", f"− {baseline}"]
     headings += ["95 % interval over seeds", "over seeds and images", "p (Holm)"]
-    better = [one.heading.partition(",")[0] for one in MEASURES.values() if one.higher_is_better]
+    shown = [one for name, one in MEASURES.items() if any(name in recipe["measures"] for recipe in recipes.values())]
+    better = [one.heading.partition(",")[0] for one in shown if one.higher_is_better]
     meaning = (
         "NLL: mean negative log-likelihood of the true class, in nats. Brier score: squared error of the "
-        "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. Lower is "
-        f"better, except for: {', '.join(better)}. One correction is for the p values of all measures and the accuracy."
+        "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. "
+        + ("Corrupted images: mean over 15 corruptions at 5 severities. " if MEASURES["corrupted"] in shown else "")
+        + f"Lower is better{', except for: ' if better else ''}{', '.join(better)}. "
+        "One correction is for the p values of all measures and the accuracy."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
 
