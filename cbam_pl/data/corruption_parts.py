@@ -28,6 +28,10 @@ class Draws:
         # Philox gives independent streams for different keys.
         self._generators = [np.random.Generator(np.random.Philox(key=[key, index])) for index in indices]
 
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self._generators)
+
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (B, *shape) float32."""
         numbers = np.empty((len(self._generators), *shape), np.float32)
@@ -152,20 +156,18 @@ def plasma(draws: Draws, decay: float) -> Tensor:
 
     Source: the diamond-square algorithm on a torus, as make_cifar_c.py has it.
     """
-    heights: Tensor | None = None
+    heights = torch.zeros(len(draws), 1, 1)
     step, amplitude = SIZE, 100.0**2  # make_cifar_c.py multiplies by its amplitude of 100 twice
     while step >= 2:
         count = SIZE // step
         centres, tops, lefts = (2 * draws.uniform(3, count, count) - 1).mul_(amplitude).unbind(1)  # (B, count, count)
-        corners = torch.zeros_like(centres) if heights is None else heights
-        right, below = corners.roll(-1, 2), corners.roll(-1, 1)
-        centres = centres + (corners + right + below + right.roll(-1, 1)) / 4
-        tops = tops + (corners + right + centres + centres.roll(1, 1)) / 4  # in the middle of a square's upper side
-        lefts = lefts + (corners + below + centres + centres.roll(1, 2)) / 4
-        rows = torch.stack((corners, tops), 3), torch.stack((lefts, centres), 3)  # (B, count, count, 2) each
+        right, below = heights.roll(-1, 2), heights.roll(-1, 1)  # a square's other corners
+        centres = centres + (heights + right + below + right.roll(-1, 1)) / 4
+        tops = tops + (heights + right + centres + centres.roll(1, 1)) / 4  # in the middle of a square's upper side
+        lefts = lefts + (heights + below + centres + centres.roll(1, 2)) / 4
+        rows = torch.stack((heights, tops), 3), torch.stack((lefts, centres), 3)  # (B, count, count, 2) each
         heights = torch.stack([row.flatten(2) for row in rows], 2).flatten(1, 2)  # (B, 2 · count, 2 · count)
         step, amplitude = step // 2, amplitude / decay**2
-    assert heights is not None
     heights = heights - heights.amin((1, 2), keepdim=True)
     return heights / heights.amax((1, 2), keepdim=True)
 
