@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from scipy.special import log_softmax
 
+from cbam_pl.commands.robustness import choose_conditions, measure_robustness, without_conditions
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
@@ -45,16 +47,17 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         data = ImageDataModule(**saved | dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
         trainer = evaluating_trainer(values.trainer, None if run is None else RunLogger(run.logs, suffix), [evaluated])
+        conditions = choose_conditions(settings, data.image_size)
     data.load_state_dict(checkpoint["ImageDataModule"])
 
     def measure(split: Literal["test", "val"]) -> dict[str, float]:
         with running(run):
             (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                fix = "the network has diverged; choose an earlier checkpoint"
-                raise UserError(f"{name} of {path} is not finite: {fix}")
+        if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+            _remove_events(set() if run is None else {*run.logs.glob(f"events*{suffix}")} - {*earlier})
+            fix = "the network has diverged; choose an earlier checkpoint"
+            raise UserError(f"{bad[0]} of {path} is not finite: {fix}")
         return figures
 
     calibration: dict[str, Any] = {}
@@ -69,6 +72,9 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         calibration = {"temperature": temperature, "images": len(evaluated.labels)}
     split: Literal["test", "val"] = "test" if command == "test" else "val"
     figures = measure(split)
+    # What changes no other figure is left out.
+    options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
+    measure_robustness(trainer, model, data, conditions, figures, run, options)
     if not trainer.is_global_zero:
         return
     count, total = model.num_evaluated, len(data.images(split))
@@ -79,22 +85,25 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
             "images": count,
             **figures,
             **described,
-            # Calibration changes no other figure.
-            "options": [word for word in split_option(options, "--ckpt_path")[1] if word != "--calibrate"],
+            "options": options,
             "environment": describe_environment(trainer.strategy.root_device),
         }
         with atomic_write(run.logs / "test.npz") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
         with atomic_write(run.logs / "test.json") as stream:
             stream.write(f"{json.dumps(record)}\n".encode())
-        for events in earlier:
-            events.unlink(missing_ok=True)  # testing again replaces the point
+        _remove_events(earlier)  # testing again replaces the point
     part = "" if count == total else f" of {total:,}"
     print(f"{path}, epoch {epoch}, on {count:,}{part} {split} images of {data.dataset}:")
     for name, value in figures.items():
         print(f"{name}  {value:.4f}")
     if command == "test":
         _print(described)
+
+
+def _remove_events(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _describe(

@@ -130,6 +130,7 @@ class EvaluationLoader:
     device: torch.device  # where the batches go
     shard: Shard
     shuffle: bool = False  # one fixed random order, as folders list their images class by class
+    change: Callable[[Tensor, Tensor], Tensor] | None = None  # of pixels (B, 3, H, W) uint8 and their indices, on a CPU
 
     def __post_init__(self) -> None:
         self.images = _place(self.images, self.device)
@@ -149,4 +150,6 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for indices in self.indices():
             pixels, labels = _gather(self.images, indices, self.device)
+            if self.change is not None:
+                pixels = self.change(pixels.cpu(), indices).to(self.device)
             yield self.normalise(pixels.float().div_(255)), labels

@@ -27,6 +27,7 @@ MEASURES = {  # name in test.json → how it is shown; a run that lacks a measur
     "brier": Measure("Brier score", 1, 4),
     "ece": Measure("ECE, %", 100, 2),
     "top5": Measure("top-5 accuracy, %", 100, 2, higher_is_better=True),
+    "corrupted": Measure("accuracy on corrupted images, %", 100, 2, higher_is_better=True),  # of robustness.json
 }
 
 
@@ -106,12 +107,14 @@ def measures_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | N
         return None
     headings = ["measure", "recipe", "mean ± sd", f"− {baseline}"]
     headings += ["95 % interval over seeds", "over seeds and images", "p (Holm)"]
-    better = [one.heading.partition(",")[0] for one in MEASURES.values() if one.higher_is_better]
+    shown = [one for name, one in MEASURES.items() if any(name in recipe["measures"] for recipe in recipes.values())]
+    better = [one.heading.partition(",")[0] for one in shown if one.higher_is_better]
     meaning = (
         "NLL: mean negative log-likelihood of the true class, in nats. Brier score: squared error of the "
-        "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. Lower is "
-        f"better, except for: {', '.join(better)}. The p values of all measures, and of the accuracy, are corrected "
-        "together."
+        "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. "
+        + ("Corrupted images: mean over 15 corruptions at 5 severities. " if MEASURES["corrupted"] in shown else "")
+        + f"Lower is better{', except for: ' if better else ''}{', '.join(better)}. "
+        "The p values of all measures, and of the accuracy, are corrected together."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
 

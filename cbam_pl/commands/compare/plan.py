@@ -14,6 +14,8 @@ from jsonargparse import Namespace, get_loader
 from jsonargparse.typing import PositiveInt
 
 from cbam_pl.attention import AttentionConfig, options_of
+from cbam_pl.commands.robustness import find_corruptions
+from cbam_pl.data.corruptions import check_size
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.settings import Seed, closest, command_parser, parse, read_recipe, setting_names
@@ -44,6 +46,7 @@ class Plan:
     defaults: dict[str, Any]  # value of each setting that is not given
     output: Path  # folder of the report
     unequal: list[str]  # settings of the data or the budget that differ between the recipes, with their values
+    corruptions: tuple[str, ...] = ()  # of images that the runs are tested on, too
 
     def config_file(self, name: str) -> Path:
         """The recipe with every setting, for `fit --config`."""
@@ -94,6 +97,8 @@ def option_parser() -> argparse.ArgumentParser:
     grid_help = "one recipe for each value, such as attention.kind=none,se,cbam; of several keys, each combination"
     add("--grid", nargs="+", default=[], metavar="KEY=A,B", help=grid_help)
     add("--unequal", action="store_true", help="allow recipes with different data or budget; the report says so")
+    corruptions_help = "test each run on corrupted images, too: of all 19 kinds, or of those named, such as fog jpeg"
+    add("--corruptions", nargs="*", metavar="NAME", help=corruptions_help)
     place = parser.add_mutually_exclusive_group().add_argument
     place("--jobs", type=PositiveInt, metavar="N", help="runs at once (default: one per core, or one per GPU)")
     place("--ray", metavar="ADDRESS", help="run on a Ray cluster, auto or its address (pip install 'cbam_pl[cluster]')")
@@ -141,8 +146,11 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
             f"the recipes do not have the same data and budget: {'; '.join(unequal)}; make them equal, or allow "
             "it with --unequal, which the report will say"
         )
+    corruptions = () if options.corruptions is None else tuple(find_corruptions(options.corruptions))
+    for size in [config["data.image_size"] for config in configs.values()] if corruptions else ():
+        check_size(size, size)
     defaults = _as_saved(parser, parser.get_defaults())
-    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal)
+    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal, corruptions)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cbam_pl.commands.compare.jobs import (
     read_epochs,
     read_predictions,
     read_progress,
+    read_robustness,
     read_test,
     threads_per_job,
 )
@@ -34,6 +35,7 @@ from cbam_pl.commands.compare.measures import (
     signed,
 )
 from cbam_pl.commands.compare.plan import Plan, split_settings
+from cbam_pl.commands.compare.robustness import add_robustness, robustness_table, with_robustness
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
@@ -58,6 +60,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
         tested = state in ("tested", "done")
         if tested and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
             path, here = run.checkpoints / "best.ckpt", Path.cwd()
+            test = with_robustness(test, read_robustness(run, test))
             result = {
                 "recipe": job.name,
                 "seed": job.seed,
@@ -96,6 +99,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
             "curve": _curve(own),
             "per_class": _per_class(pairs) if compared else None,
         }
+    add_robustness(recipes, results, baseline)
     differences = {name: recipe["difference"] for name, recipe in recipes.items() if recipe["difference"]}
     others = [measure["difference"] for recipe in recipes.values() for measure in recipe["measures"].values()]
     tested = [one for one in (*differences.values(), *others) if one and one["p"] is not None]
@@ -125,6 +129,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     tables = {
         "accuracy": _accuracy_table(content),
         "measures": measures_table(recipes, labels[baseline]),
+        "robustness": robustness_table(recipes, baseline),
         "mcnemar": mcnemar_table(recipes, labels[baseline]),
         "costs": _cost_table(content),
     }
