@@ -82,7 +82,7 @@ trainer: {{max_epochs: 1, limit_train_batches: 1, accelerator: cpu}}
     assert drawn.status == 0 or one_line(drawn).startswith("error: no grad_cam.png: Grad-CAM is 0.000 everywhere")
     logs = tmp_path / "logs/any/version_0"
     pictures = {path.stem for path in (logs / "pictures").iterdir()}
-    assert pictures - {"grad_cam"} == {"attention", "features", "heat_maps", "curves"}
+    assert pictures >= {"attention", "features", "heat_maps", "curves"}
     logged = scalars(logs)
     assert [step for step, _ in logged["train/loss_step"]] == [1, 2]
     factors = [points for tag, points in logged.items() if re.fullmatch(r"val_gates/.*[^.]/factor", tag)]
