@@ -19,7 +19,9 @@ from cbam_pl.attention_parts import (
     check_at_least,
     check_odd,
     check_one_of,
+    convolve,
     hidden_width,
+    in_float32_on_cpu,
     mean,
     mean_and_max,
     reject_unused,
@@ -172,7 +174,7 @@ class SpatialAttention(Gate):
             parts = [average, maximum] if self.descriptor == "mean_max" else [maximum, average]
             # channels_last, in which the backward of so narrow a convolution is several times faster.
             described = torch.stack([part[:, 0] for part in parts], 3).permute(0, 3, 1, 2)  # (B, 2, H, W)
-        return x, self.norm(self.conv(described))
+        return x, self.norm(convolve(described, self.conv))
 
 
 class CBAM(nn.Module):
@@ -233,6 +235,7 @@ class CBAM(nn.Module):
         """The gates in (0, 1), in their order: channel (B, C, 1, 1) and spatial (B, 1, H, W), or joint (B, C, H, W)."""
         return self._apply_gates(x)[1]
 
+    @in_float32_on_cpu
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → (B, C, H, W)."""
         return self._apply_gates(x)[0]

@@ -1,11 +1,28 @@
 """What the attention modules share: the gate, checks of their arguments, and pooling with a fast backward pass."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def in_float32_on_cpu(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Compute a layer in float32 where autocast would take half precision on a CPU, whose elementwise passes it slows.
+
+    The result has the input's type.
+    """
+
+    @wraps(forward)
+    def wrapped(layer: nn.Module, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return forward(layer, x)
+        with torch.autocast("cpu", enabled=False):
+            return forward(layer, x.float()).to(x.dtype)
+
+    return wrapped
 
 
 class Gate(nn.Module):
@@ -17,6 +34,7 @@ class Gate(nn.Module):
         """x itself, to multiply (see mean_and_max), and the gate before the sigmoid, shaped to multiply x."""
         raise NotImplementedError
 
+    @in_float32_on_cpu
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → x · σ(logits), (B, C, H, W)."""
         x, logits = self.logits(x)
@@ -89,6 +107,45 @@ def mean_and_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tens
     if x.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _MeanAndMax.apply(x, dims)[:3]
     return x, mean(x, dims), x.amax(dims, keepdim=True)
+
+
+_MAX_ROW = 32  # places; the work of convolve_rows grows with their square
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(x) for a convolution from one or two channels to one, the fastest way: x (B, C, H, W) → (B, 1, H, W)."""
+    shaped = not (torch.jit.is_tracing() or torch.compiler.is_exporting())  # for one size of map alone
+    training = x.requires_grad and torch.is_grad_enabled() and shaped
+    if training and x.device.type == "cpu" and x.shape[3] <= _MAX_ROW:
+        return convolve_rows(x, conv.weight, conv.bias)
+    return conv(x)
+
+
+def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same convolution with each row's places as the channels, which fill a CPU's vectors as one channel does not.
+
+    Two to three times as fast, forward and backward, on maps of 8×8 to 32×32. Along the row the convolution is a matrix
+    with the kernel's row around its diagonal, so what remains is a convolution down the columns.
+
+    Args:
+        x: (B, C, H, W), fastest as channels_last.
+        weight: (1, C, K, K), K odd.
+        bias: (1,).
+
+    Shape:
+        (B, C, H, W) → (B, 1, H, W).
+    """
+    batch, channels, height, width = x.shape
+    side = weight.shape[3]
+    places = torch.arange(width, device=x.device)
+    column = places - places[:, None] + side // 2  # (W of the output, W of the input): the kernel's column between them
+    column = torch.where((column >= 0) & (column < side), column, side)
+    matrices = F.pad(weight[0], (0, 1))[:, :, column]  # (C, K, W, W), zero beyond the kernel
+    kernel = matrices.permute(2, 3, 0, 1).reshape(width, width * channels, side, 1)
+    rows = x.permute(0, 2, 3, 1).reshape(batch, height, 1, width * channels).permute(0, 3, 1, 2)  # (B, W · C, H, 1)
+    bias = None if bias is None else bias.expand(width)
+    out = F.conv2d(rows, kernel, bias, padding=(side // 2, 0))  # (B, W, H, 1)
+    return out.permute(0, 2, 3, 1).reshape(batch, 1, height, width)
 
 
 class _MeanAndMax(torch.autograd.Function):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cbam_pl.attention import CBAM, AttentionConfig
+from cbam_pl.attention_parts import convolve_rows
 from tests.attention_oracles import build, maps, variants
 
 # torch 2.14 deprecates torch.jit, and its own forward mode uses it.
@@ -168,3 +170,18 @@ def test_traced_network_is_the_eager_one():
     torch.testing.assert_close(traced(x), network(x))
     gradients = [torch.autograd.grad(f(x).square().sum(), network[0].weight)[0] for f in (traced, network)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "side"), [(2, 9, 13, 7), (1, 4, 1, 7), (2, 1, 2, 5), (2, 3, 32, 1)]
+)
+def test_convolving_rows_is_the_convolution(channels, height, width, side, memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, height, width, dtype=torch.float64).contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(1, channels, side, side, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    expected, found = F.conv2d(x, weight, bias, padding=side // 2), convolve_rows(x, weight, bias)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out, inputs, gradient) for out in (found, expected)))

@@ -97,8 +97,11 @@ def show(path: str | Path) -> str:
 
 def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
     """Pixels (image_size, image_size, 3) uint8, and the file's content."""
+    path = Path(path)
     try:
-        content = Path(path).read_bytes()
+        if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+            raise OSError("not a regular file")
+        content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             ImageOps.exif_transpose(file, in_place=True)
             image = _to_rgb(file)

@@ -1,6 +1,9 @@
 """The LightningModule: a network with its loss, metrics, optimizer and schedule."""
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -116,6 +119,9 @@ class Classifier(LightningModule):
         if compiled is None:
             compiled = device.type == "cuda" and find_spec("triton") is not None
         if compiled and training:
+            compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
+            if device.type == "cpu" and shutil.which(compiler) is None:
+                raise UserError(f"model.compile=true needs a C++ compiler on a CPU: install {compiler}, or give false")
             # With torch's own random numbers, so that dropout is the same with and without it.
             self._compiled = torch.compile(self.network.forward, dynamic=False, options={"fallback_random": True})
             if self.global_rank == 0:

@@ -174,7 +174,7 @@ def test_other_aspect_ratio_and_enlarging(tmp_path: Path) -> None:
     assert (decode(tmp_path / "a.png", 8) == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "dangling"])
+@pytest.mark.parametrize("kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "pipe", "dangling"])
 def test_undecodable_image_is_named(root: Path, kind: str) -> None:
     path = root / "train" / "dog" / "bad.jpg"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -189,6 +189,8 @@ def test_undecodable_image_is_named(root: Path, kind: str) -> None:
         path.write_bytes(path.read_bytes()[:1000])
     elif kind == "bomb":
         path.write_bytes(png_bomb(20_000, 20_000))
+    elif kind == "pipe":
+        os.mkfifo(path)
     else:
         path.symlink_to(root / "nowhere.jpg")
     for call in (lambda: load_folder(str(root), 8), lambda: decode(path, 8)):

@@ -195,6 +195,14 @@ def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_compiling_on_a_cpu_without_a_compiler_is_an_error(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError, match=r"model\.compile=true needs a C\+\+ compiler on a CPU: install no-such-compiler"
+    ):
+        Classifier(3, compile=True).configure_memory_format_and_compile(torch.device("cpu"), training=True)
+
+
 def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
     torch.manual_seed(0)
     flipping, plain = Classifier(3, test_time_flip=True).eval(), Classifier(3).eval()
