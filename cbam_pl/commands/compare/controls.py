@@ -23,9 +23,9 @@ from cbam_pl.timing import time_in_turns
 from cbam_pl.training.classifier import Classifier
 
 TOLERANCE = 0.05  # how far the time of a step may be from the recipe's
-_CLOSE_ENOUGH = 0.02  # of a trial, so that the measurement that follows is within the tolerance
+_CLOSE_ENOUGH = 0.03  # of a trial, so that the measurement that follows is within the tolerance
 _MOST_TRIALS = 8
-_ROUNDS, _SECONDS = 7, 0.4
+_ROUNDS, _SECONDS = 5, 0.3
 # The arguments of each schedule that count steps or epochs; one that is null spans the training by itself.
 _LENGTHS: dict[str, tuple[str, ...]] = {
     "ConstantLR": ("total_iters",),
@@ -54,7 +54,8 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
         may_choose: whether controls that are not recorded are measured and chosen.
 
     Raises:
-        UserError: the baseline has attention, no other recipe has, or the baseline's schedule cannot be stretched.
+        UserError: the baseline has attention or cannot be widened, no other recipe has attention, or the baseline's
+            schedule cannot be stretched.
     """
     baseline, *others = plan.configs
     settings = plan.configs[baseline]
@@ -63,6 +64,8 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
             f"--controls needs a baseline without attention, and {baseline} has model.attention.kind={kind}; "
             "name one without as the first"
         )
+    if any(key.startswith("model.network") and value is not None for key, value in settings.items()):
+        raise UserError(f"--controls needs a baseline that model.width can widen, and {baseline} has a model.network")
     recipes = [name for name in others if plan.configs[name]["model.attention.kind"] != "none"]
     if not recipes:
         raise UserError(f"--controls: none of {', '.join(others)} has attention, so there is nothing to control for")
@@ -198,7 +201,7 @@ def match_width(
 
     found = find(rounds)
     if distance(found) > TOLERANCE:  # a busy machine may have led to another width
-        found = min(found, find(2 * rounds), key=distance)
+        found = min(found, find(rounds), key=distance)
     return found
 
 

@@ -31,8 +31,8 @@ def test_the_search_ends_at_the_whole_width_that_takes_as_long(start, power, wan
     exact = start * wanted ** (1 / power)
     chosen = min(tried, key=lambda width: abs(math.log(tried[width])))
     assert chosen * 64 == int(chosen * 64)
-    # Within 2 %, or the nearest of the whole widths.
-    assert abs(math.log(tried[chosen])) <= 0.02 or abs(chosen - exact) < 1 / 64
+    # Within 3 %, or the nearest of the whole widths.
+    assert abs(math.log(tried[chosen])) <= 0.03 or abs(chosen - exact) < 1 / 64
 
 
 def test_where_no_width_is_close_the_nearest_are_tried():
@@ -240,6 +240,13 @@ def test_recipes_share_an_equal_control(recipes, tmp_path, measured):
     assert plan.added == ["none-width=1.25", "none-max_epochs=3"]
     assert [control.recipe for control in plan.controls] == ["se", "se", "cbam", "cbam"]
     assert list(plan.given) == ["none", "se", "cbam"]
+
+
+def test_a_network_without_a_width_is_rejected(recipes, tmp_path):
+    plan = plan_of("--configs", recipes["none"], recipes["cbam"], "--output", tmp_path)
+    plan.configs["none"]["model.network.class_path"] = "torchvision.models.resnet18"
+    with pytest.raises(UserError, match=r"a baseline that model.width can widen, and none has a model.network"):
+        add_controls(plan, ["parameters"], may_choose=True)
 
 
 def test_memory_that_runs_out_is_reported(recipes, tmp_path, monkeypatch):
