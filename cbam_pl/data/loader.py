@@ -142,7 +142,11 @@ class EvaluationLoader:
         largest_shard = -(-len(self.images) // self.shard.world_size)
         return -(-largest_shard // self.batch_size)
 
+    def indices(self) -> tuple[Tensor, ...]:
+        """The numbers (B,) of the images in each batch of this process."""
+        return self._order.tensor_split(len(self))
+
     def __iter__(self) -> Iterator[Batch]:
-        for indices in self._order.tensor_split(len(self)):
+        for indices in self.indices():
             pixels, labels = _gather(self.images, indices, self.device)
             yield self.normalise(pixels.float().div_(255)), labels

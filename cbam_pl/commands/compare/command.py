@@ -50,7 +50,7 @@ def compare(arguments: list[str]) -> None:
     if options.dry_run:
         _print_estimate(plan, options.jobs)
         return
-    if options.recompute and not any(find(job)[0] == "done" for job in jobs):
+    if options.recompute and not any(find(job)[0] in ("tested", "done") for job in jobs):
         raise UserError("--recompute: no run with these settings is done yet; leave it out, to train them")
     plan.claim_output()
     failures = {} if options.recompute else _run(plan, jobs, options)

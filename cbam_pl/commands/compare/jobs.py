@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -27,7 +29,7 @@ from cbam_pl.inspect.curves import read_metrics
 from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import Run
 
-State = Literal["new", "interrupted", "trained", "done"]
+State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: by an earlier version, with fewer figures
 STOPPED = "it was stopped"
 _POLL_SECONDS = 1.0
 _PACKAGE = str(Path(__file__).parents[3])  # the folder that holds cbam_pl
@@ -117,8 +119,9 @@ def _state(run: Run, job: Job) -> State:
     if best is None:
         return "new"
     tested = read_test(run)
-    same = tested.get("epoch") == best["epoch"] and tested.get("options") == job.test_options
-    return "done" if same else "trained"
+    if tested.get("epoch") != best["epoch"] or tested.get("options") != job.test_options:
+        return "trained"
+    return "done" if "measures" in tested and (run.logs / "test.npz").is_file() else "tested"
 
 
 def read_progress(run: Run, name: str) -> dict[str, Any] | None:
@@ -142,6 +145,19 @@ def read_test(run: Run) -> dict[str, Any]:
         return json.loads((run.logs / "test.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def read_predictions(run: Run, test: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The arrays (N,) of test.npz, and `correct`, 1.0 or 0.0; None where it is missing, damaged, or of another test."""
+    try:
+        with np.load(run.logs / "test.npz") as file:
+            arrays = {name: file[name] for name in file.files if name != "probabilities"}
+        counts = np.zeros_like(test["confusion"])
+        np.add.at(counts, (arrays["label"], arrays["predicted"]), 1)
+    except (OSError, ValueError, KeyError, IndexError, BadZipFile):
+        return None
+    correct = (arrays["predicted"] == arrays["label"]).astype(np.float32)
+    return arrays | {"correct": correct} if counts.tolist() == test["confusion"] else None
 
 
 def read_epochs(run: Run) -> list[dict[str, float]]:
@@ -189,7 +205,7 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
         if failure := call(["fit", "--config", str(job.config), "--seed", str(job.seed), *resume]):
             return failure
         state, run = find(job)
-    if state == "trained" and run is not None:
+    if state in ("trained", "tested") and run is not None:
         if failure := call(["test", "--ckpt_path", str(run.checkpoints / "best.ckpt"), *job.test_options]):
             return failure
         state, run = find(job)

@@ -110,6 +110,8 @@ def _draw_differences(recipes: dict[str, Any], controls: Sequence[dict[str, Any]
     figure, axes = _new(0.9 + 0.5 * len(shown))
     for row, (number, _, difference) in enumerate(shown):
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
+        if difference["images_interval"]:
+            axes.plot(difference["images_interval"], [row, row], color="0.4", linewidth=1)
         _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
     _label_rows(axes, [fill(label, 16) for _, label, _ in shown])
     other = "difference of test accuracy" if controls else "test accuracy minus baseline's"

@@ -13,7 +13,27 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cbam_pl.commands.compare.controls import describe
-from cbam_pl.commands.compare.jobs import Job, find, read_epochs, read_progress, read_test, threads_per_job
+from cbam_pl.commands.compare.jobs import (
+    Job,
+    find,
+    read_epochs,
+    read_predictions,
+    read_progress,
+    read_test,
+    threads_per_job,
+)
+from cbam_pl.commands.compare.measures import (
+    Result,
+    bootstrap_intervals,
+    compare_measures,
+    count_images,
+    mcnemar_table,
+    measures_table,
+    read_measures,
+    show_interval,
+    show_p,
+    signed,
+)
 from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 
@@ -26,15 +46,18 @@ COSTS = {  # name → heading, divisor, digits
     "latency_256": ("latency of 256, ms", 1, 0),
     "memory": ("peak memory, MB", 1, 0),
 }
-Result = dict[str, Any]  # of one run
 
 
 def read_results(jobs: Iterable[Job]) -> list[Result]:
-    """Of each job that is done: its row in report.csv, in per cent, and `test` and `epochs` as the run saved them."""
+    """Of each job that is done: its row in report.csv, in per cent, and what its files hold.
+
+    Those are `test`, `predictions`, None after the test of an earlier version, and `epochs`.
+    """
     results = []
     for job in jobs:
         state, run = find(job)
-        if state == "done" and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
+        tested = state in ("tested", "done")
+        if tested and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
             path, here = run.checkpoints / "best.ckpt", Path.cwd()
             result = {
                 "recipe": job.name,
@@ -43,10 +66,12 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
                 "val_acc": 100 * best["val/acc"],
                 "test_acc": 100 * test["test/acc"],
                 "test_loss": test["test/loss"],
+                **read_measures(test),
                 "checkpoint": str(path.relative_to(here) if path.is_relative_to(here) else path),
                 **test["environment"],
             }
-            results.append(result | {"test": test, "epochs": read_epochs(run)})
+            read = {"test": test, "predictions": read_predictions(run, test), "epochs": read_epochs(run)}
+            results.append(result | read)
     return results
 
 
@@ -66,6 +91,8 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
             "test_acc": asdict(summarise([one["test_acc"] for one in own])),
             "val_acc": asdict(summarise([one["val_acc"] for one in own])),
             "difference": _difference(pairs, test["images"]) if pairs else None,
+            "measures": compare_measures(own, pairs),
+            "mcnemar": count_images(pairs),
             "cost": costs.get(name),
             "curve": _curve(own),
             "per_class": _per_class(pairs) if pairs else None,
@@ -77,7 +104,8 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         if key not in differences and (pairs := _pairs(runs, *key)):
             differences[key] = _difference(pairs, test["images"])
     differences = dict(sorted(differences.items(), key=lambda one: one[0][0] in plan.added))  # the controls' own last
-    tested = [difference for difference in differences.values() if difference["p"] is not None]
+    others = [measure["difference"] for recipe in recipes.values() for measure in recipe["measures"].values()]
+    tested = [one for one in (*differences.values(), *others) if one and one["p"] is not None]
     for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
         difference |= {"p_holm": p, "significant": p < 1 - LEVEL}
     for (name, other), difference in differences.items():
@@ -101,13 +129,22 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         "measured": _how_measured(plan, results),
         "recipes": recipes,
         "controls": controls,
-        "runs": [{key: value for key, value in one.items() if key not in ("test", "epochs")} for one in results],
+        "runs": [
+            {key: value for key, value in one.items() if key not in ("test", "predictions", "epochs")}
+            for one in results
+        ],
         "settings": dict(zip(("common", "differing"), split_settings(plan.configs), strict=True)),
         "classes": test["classes"],
         "confusion": {f"{one['recipe']} seed {one['seed']}": one["test"]["confusion"] for one in results},
     }
-    tables = {"controls": _control_table(content)} if controls else {}
-    return content | {"tables": {"accuracy": _accuracy_table(content), **tables, "costs": _cost_table(content)}}
+    tables = {
+        "accuracy": _accuracy_table(content),
+        "controls": _control_table(content) if controls else None,
+        "measures": measures_table(recipes, labels[baseline]),
+        "mcnemar": mcnemar_table(recipes, labels[baseline]),
+        "costs": _cost_table(content),
+    }
+    return content | {"tables": {name: table for name, table in tables.items() if table is not None}}
 
 
 def _pairs(runs: dict[tuple[str, int], Result], name: str, other: str) -> list[tuple[Result, Result]]:
@@ -121,6 +158,7 @@ def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str
     difference = compare_pairs(ours, baseline)
     return asdict(difference) | {
         "pairs": [one - other for one, other in zip(ours, baseline, strict=True)],
+        "images_interval": bootstrap_intervals(pairs, {"correct": 100}).get("correct"),
         "images": difference.mean / 100 * images,
         "seeds_needed": None if difference.sd is None else seeds_needed(EFFECT, difference.sd),
         "significant": False,
@@ -162,18 +200,11 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
     return notes
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """A difference with its sign."""
-    text = f"{value:+.{digits}f}"
-    # Neither +0.00 nor -0.00 is a direction.
-    return text[1:] if not float(text) else text.replace("-", "−")
-
-
 def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons: int) -> str:
     begin = f"{label} − {baseline}: {signed(difference['mean'])} percentage points"
     if difference["interval"] is None:
         return f"{begin}, n = 1: one pair has no interval, so its significance is unknown"
-    begin += f", {100 * LEVEL:.0f} % interval {_interval(difference['interval'])}, n = {difference['n']}: "
+    begin += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}, n = {difference['n']}: "
     if difference["significant"]:
         return f"{begin}{label} is {'better' if difference['mean'] > 0 else 'worse'}"
     corrected = f" after correction for {comparisons} comparisons" if difference["p"] < 1 - LEVEL else ""
@@ -210,7 +241,7 @@ def _verdict(label: str, controls: Sequence[dict[str, Any]], labels: dict[str, s
     control = f"{labels[strongest['name']]} (the baseline {means}, same {strongest['cost']})"
     figures = f"{signed(difference['mean'])} percentage points"
     if difference["interval"] is not None:
-        figures += f", {100 * LEVEL:.0f} % interval {_interval(difference['interval'])}"
+        figures += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}"
     count = len({one["name"] for one in controls})
     which = f", the strongest of {count} controls" if count > 1 else ""
     sentence = f"{begin}: {figures}, n = {difference['n']}, against {control}{which}"
@@ -221,22 +252,29 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0] if names else "nothing"
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}"
-
-
 def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
-    headings = ["recipe", "test accuracy, %", "n", f"− {content['labels'][content['baseline']]}, pp", "95 % interval"]
-    headings += ["p (Holm)", f"of {content['test_images']:,} test images", f"seeds to detect {EFFECT} pp"]
+    headings = [
+        "recipe",
+        "test accuracy, %",
+        "n",
+        f"− {content['labels'][content['baseline']]}, pp",
+        "95 % interval over seeds",
+    ]
+    headings += [
+        "over seeds and images",
+        "p (Holm)",
+        f"of {content['test_images']:,} test images",
+        f"seeds to detect {EFFECT} pp",
+    ]
     rows = []
     for recipe in content["recipes"].values():
         test, difference = recipe["test_acc"], recipe["difference"]
         spread = "" if test["sd"] is None else f" ± {test['sd']:.2f}"
         row = [recipe["label"], f"{test['mean']:.2f}{spread}", str(test["n"])]
         if difference:
-            needed = difference["seeds_needed"]
-            row += [signed(difference["mean"]), _interval(difference["interval"])]
-            row += [_p(difference), signed(difference["images"], 0)]
+            p, needed = difference.get("p_holm"), difference["seeds_needed"]
+            row += [signed(difference["mean"]), show_interval(difference["interval"])]
+            row += [show_interval(difference["images_interval"]), show_p(p), signed(difference["images"], 0)]
             row += ["" if needed is None else f"{needed:,}"]
         rows.append(row + [""] * (len(headings) - len(row)))
     meaning = (
@@ -258,7 +296,7 @@ def _control_table(content: dict[str, Any]) -> dict[str, Any]:
         costs = [control["recipe_cost"], control["cost"], labels[control["name"]], control["control_cost"]]
         row = [labels[control["recipe"]], *costs, signed(100 * control["excess"], 1)]
         if difference := control["difference"]:
-            row += [signed(difference["mean"]), _interval(difference["interval"]), _p(difference)]
+            row += [signed(difference["mean"]), show_interval(difference["interval"]), show_p(difference.get("p_holm"))]
         rows.append(row + [""] * (len(headings) - len(row)))
     meaning = (
         f"Controls: {baseline} at the cost of a recipe with attention, made wider or trained for longer with its "
@@ -266,11 +304,6 @@ def _control_table(content: dict[str, Any]) -> dict[str, Any]:
         "More: by what share the control costs more than the recipe, in training steps or parameters."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
-
-
-def _p(difference: dict[str, Any]) -> str:
-    p = difference.get("p_holm")
-    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
