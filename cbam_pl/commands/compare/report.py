@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cbam_pl.commands.compare.controls import describe
 from cbam_pl.commands.compare.jobs import (
     Job,
     find,
@@ -82,42 +83,56 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     runs = {(result["recipe"], result["seed"]): result for result in results}
     names = [name for name in plan.configs if any((name, seed) in runs for seed in plan.seeds)]
     labels, baseline = plan.labels, next(iter(plan.configs))
+    compared = [name for name in plan.given if name != baseline]
     test = results[0]["test"]
     recipes: dict[str, Any] = {}
     for name in names:
         own = [runs[name, seed] for seed in plan.seeds if (name, seed) in runs]
-        pairs = [(one, runs[baseline, one["seed"]]) for one in own if (baseline, one["seed"]) in runs]
-        compared = name != baseline and bool(pairs)
+        pairs = _pairs(runs, name, baseline) if name != baseline else []
         recipes[name] = {
             "label": labels[name],
             "test_acc": asdict(summarise([one["test_acc"] for one in own])),
             "val_acc": asdict(summarise([one["val_acc"] for one in own])),
-            "difference": _difference(pairs, test["images"]) if compared else None,
-            "measures": compare_measures(own, pairs if compared else []),
-            "mcnemar": count_images(pairs if compared else []),
+            "difference": _difference(pairs, test["images"]) if pairs else None,
+            "measures": compare_measures(own, pairs),
+            "mcnemar": count_images(pairs),
             "cost": costs.get(name),
             "curve": _curve(own),
-            "per_class": _per_class(pairs) if compared else None,
+            "per_class": _per_class(pairs) if pairs else None,
         }
     add_robustness(recipes, results, baseline)
-    differences = {name: recipe["difference"] for name, recipe in recipes.items() if recipe["difference"]}
+    # By recipe and what it is compared with. Where the baseline itself is a control, that is one comparison, not two.
+    differences = {(name, baseline): recipe["difference"] for name, recipe in recipes.items() if recipe["difference"]}
+    for control in plan.controls:
+        key = (control.recipe, control.name)
+        if key not in differences and (pairs := _pairs(runs, *key)):
+            differences[key] = _difference(pairs, test["images"])
+    differences = dict(sorted(differences.items(), key=lambda one: one[0][0] in plan.added))  # the controls' own last
     others = [measure["difference"] for recipe in recipes.values() for measure in recipe["measures"].values()]
     tested = [one for one in (*differences.values(), *others) if one and one["p"] is not None]
     for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
         difference |= {"p_holm": p, "significant": p < 1 - LEVEL}
-    for name, difference in differences.items():
-        difference["sentence"] = _sentence(labels[name], labels[baseline], difference, len(tested))
+    for (name, other), difference in differences.items():
+        difference["sentence"] = _sentence(labels[name], labels[other], difference, len(tested))
+    controls = [
+        asdict(control) | describe(control, plan) | {"difference": differences.get((control.recipe, control.name))}
+        for control in plan.controls
+    ]
+    findings = _findings(controls, differences, labels)
     missing = [f"{name} seed {seed}" for seed in plan.seeds for name in plan.configs if (name, seed) not in runs]
     content = {
-        "title": f"{_listed([labels[name] for name in names if name != baseline])} against {labels[baseline]}",
+        "title": f"{_listed([labels[name] for name in names if name in compared])} against {labels[baseline]}"
+        + (" and its controls" if controls else ""),
         "baseline": baseline,
         "labels": labels,
         "seeds": plan.seeds,
         "test_images": test["images"],
-        "sentences": [difference["sentence"] for difference in differences.values()],
-        "notes": _notes(plan, missing, results),
+        "sentences": [finding["sentence"] for finding in findings],
+        "findings": findings,
+        "notes": [*_notes(plan, missing, results), *filter(None, (control["note"] for control in controls))],
         "measured": _how_measured(plan, results),
         "recipes": recipes,
+        "controls": controls,
         "runs": [
             {key: value for key, value in one.items() if key not in ("test", "predictions", "epochs")}
             for one in results
@@ -128,12 +143,19 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     }
     tables = {
         "accuracy": _accuracy_table(content),
+        "controls": _control_table(content) if controls else None,
         "measures": measures_table(recipes, labels[baseline]),
         "robustness": robustness_table(recipes, baseline),
         "mcnemar": mcnemar_table(recipes, labels[baseline]),
         "costs": _cost_table(content),
     }
     return content | {"tables": {name: table for name, table in tables.items() if table is not None}}
+
+
+def _pairs(runs: dict[tuple[str, int], Result], name: str, other: str) -> list[tuple[Result, Result]]:
+    """The runs of two recipes with the same seed."""
+    seeds = [seed for recipe, seed in runs if recipe == name and (other, seed) in runs]
+    return [(runs[name, seed], runs[other, seed]) for seed in seeds]
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str, Any]:
@@ -194,6 +216,43 @@ def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons
     return f"{begin}no significant difference{corrected}"
 
 
+def _findings(
+    controls: Sequence[dict[str, Any]], differences: dict[tuple[str, str], dict[str, Any]], labels: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Each sentence, and whether its difference is significant: first whether attention beats the same cost."""
+    findings = []
+    for name in dict.fromkeys(control["recipe"] for control in controls):
+        own = [control for control in controls if control["recipe"] == name and control["difference"]]
+        if own:
+            findings.append(_verdict(labels[name], own, labels))
+    return findings + [{key: one[key] for key in ("sentence", "significant")} for one in differences.values()]
+
+
+def _verdict(label: str, controls: Sequence[dict[str, Any]], labels: dict[str, str]) -> dict[str, Any]:
+    """Attention beats its controls where it is better than each; the sentence gives the strongest."""
+    strongest = min(controls, key=lambda control: control["difference"]["mean"])
+    difference = strongest["difference"]
+    better = all(one["difference"]["significant"] and one["difference"]["mean"] > 0 for one in controls)
+    worse = difference["significant"] and difference["mean"] < 0
+    if difference["interval"] is None:
+        begin = f"Whether {label} beats the same cost spent otherwise is unknown"
+    elif worse:
+        begin = f"The same cost spent otherwise beats {label}"
+    else:
+        begin = f"{label} {'beats' if better else 'does not significantly beat'} the same cost spent otherwise"
+    means = (
+        {"width": "wider", "epochs": "trained for longer"}[strongest["means"]] if strongest["change"] else "as it is"
+    )
+    control = f"{labels[strongest['name']]} (the baseline {means}, same {strongest['cost']})"
+    figures = f"{signed(difference['mean'])} percentage points"
+    if difference["interval"] is not None:
+        figures += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}"
+    count = len({one["name"] for one in controls})
+    which = f", the strongest of {count} controls" if count > 1 else ""
+    sentence = f"{begin}: {figures}, n = {difference['n']}, against {control}{which}"
+    return {"sentence": sentence, "significant": better or worse}
+
+
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0] if names else "nothing"
 
@@ -233,6 +292,25 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
     return {"headings": headings, "rows": rows, "meaning": meaning}
 
 
+def _control_table(content: dict[str, Any]) -> dict[str, Any]:
+    labels, baseline = content["labels"], content["labels"][content["baseline"]]
+    headings = ["recipe", "its cost", "same", "control", "its cost", "more, %", "recipe − control, pp"]
+    headings += ["95 % interval", "p (Holm)"]
+    rows = []
+    for control in content["controls"]:
+        costs = [control["recipe_cost"], control["cost"], labels[control["name"]], control["control_cost"]]
+        row = [labels[control["recipe"]], *costs, signed(100 * control["excess"], 1)]
+        if difference := control["difference"]:
+            row += [signed(difference["mean"]), show_interval(difference["interval"]), show_p(difference.get("p_holm"))]
+        rows.append(row + [""] * (len(headings) - len(row)))
+    meaning = (
+        f"Controls: {baseline} at the cost of a recipe with attention, made wider or trained for longer with its "
+        "schedule stretched; its budget differs on purpose. Steps were timed in turns when the controls were chosen. "
+        "More: by what share the control costs more than the recipe, in training steps or parameters."
+    )
+    return {"headings": headings, "rows": rows, "meaning": meaning}
+
+
 def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for recipe in content["recipes"].values():
@@ -249,7 +327,7 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
-    settings, first = split_settings(plan.configs)[0], results[0]
+    settings, first = split_settings(plan.given)[0], results[0]
     dates = sorted({run["date"] for run in results})
     data = settings.get("data.dataset")
     known = {

@@ -5,12 +5,13 @@ import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cbam_pl.commands.compare.plan import Control, Plan
 from cbam_pl.commands.compare.report import analyse, markdown, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
 
@@ -35,21 +36,22 @@ def result(name, seed, accuracy, classes=("a", "b")):
     return row | {"test": test, "epochs": epochs}
 
 
-def plan_for(accuracies, unequal=()):
+def plan_for(accuracies, unequal=(), controls=()):
     count = max(map(len, accuracies.values()))
     configs = {name: {"model.attention.kind": name.split("=")[1], "data.dataset": "shapes"} for name in accuracies}
     labels = {name: name.removeprefix("net-") for name in accuracies}
-    return SimpleNamespace(configs=configs, labels=labels, seeds=list(range(count)), unequal=list(unequal), output=None)
+    seeds = list(range(count))
+    return Plan(configs, labels, seeds, defaults={}, output=Path(), unequal=list(unequal), controls=list(controls))
 
 
-def content_of(accuracies, missing=(), unequal=()):
+def content_of(accuracies, missing=(), unequal=(), controls=()):
     results = [
         result(name, seed, value)
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
         if (name, seed) not in missing
     ]
-    return analyse(plan_for(accuracies, unequal), results, dict.fromkeys(accuracies, COSTS))
+    return analyse(plan_for(accuracies, unequal, controls), results, dict.fromkeys(accuracies, COSTS))
 
 
 def test_the_differences_are_those_of_the_pairs():
@@ -183,6 +185,44 @@ def test_one_seed_is_allowed_and_said():
     ]
     assert content["notes"][0].startswith("One seed: there are no intervals and no significance tests")
     assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "", "+20", ""]
+
+
+CONTROLLED = {
+    "base=none": [0.80, 0.81, 0.79, 0.80, 0.82],
+    "net=cbam": [0.83, 0.845, 0.82, 0.83, 0.85],
+    "wide=none": [0.81, 0.82, 0.805, 0.81, 0.83],
+}
+WIDE = Control("net=cbam", "time", "width", "wide=none", {"model.width": 2.0}, {"recipe": 100.0, "control": 108.0})
+
+
+def test_the_first_sentence_says_whether_attention_beats_its_strongest_control():
+    itself = Control("net=cbam", "parameters", "width", "base=none", {}, {"recipe": 1000.0, "control": 990.0})
+    content = content_of(CONTROLLED, controls=[WIDE, itself])
+    base, net, wide = (100 * np.array(values) for values in CONTROLLED.values())
+    found = compare_pairs(net, wide)
+    low, high = (signed(value) for value in found.interval)
+    assert content["sentences"][0] == (
+        f"net=cbam beats the same cost spent otherwise: {signed(found.mean)} percentage points, 95 % interval {low} "
+        f"to {high}, n = 5, against wide=none (the baseline wider, same time), the strongest of 2 controls"
+    )
+    # net − base is a control's comparison, too, and counted once.
+    adjusted = holm([compare_pairs(net, base).p, compare_pairs(wide, base).p, found.p])
+    assert content["controls"][0]["difference"]["p_holm"] == pytest.approx(adjusted[2])
+    assert content["controls"][1]["difference"]["p_holm"] == pytest.approx(adjusted[0])
+    rows = content["tables"]["controls"]["rows"]
+    assert rows[0][:6] == ["net=cbam", "100 ms a step", "time", "wide=none", "108 ms a step", "+8.0"]
+    assert rows[1][:6] == ["net=cbam", "1,000 parameters", "parameters", "base=none", "990 parameters", "−1.0"]
+    assert content["notes"] == [
+        "The training step of wide=none was measured 8% slower than that of net=cbam; none of the widths "
+        "tried came nearer."
+    ]
+
+    equal = content_of(CONTROLLED | {"wide=none": [0.83, 0.844, 0.821, 0.83, 0.85]}, controls=[WIDE])
+    assert equal["sentences"][0].startswith("net=cbam does not significantly beat the same cost spent otherwise: 0.00")
+    worse = content_of(CONTROLLED | {"wide=none": [0.86, 0.87, 0.85, 0.86, 0.88]}, controls=[WIDE])
+    assert worse["sentences"][0].startswith("The same cost spent otherwise beats net=cbam: −2.90 percentage points")
+    one = content_of({name: values[:1] for name, values in CONTROLLED.items()}, controls=[WIDE])
+    assert one["sentences"][0].startswith("Whether net=cbam beats the same cost spent otherwise is unknown: +2.00")
 
 
 def test_what_is_missing_or_unequal_is_said():
