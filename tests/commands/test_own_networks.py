@@ -50,7 +50,7 @@ NETWORKS = {
     "densenet121": ("torchvision.models.densenet121", {}, "features.transition?"),
     "mobilenetv3_small_050": ("timm.create_model", {"model_name": "mobilenetv3_small_050"}, "blocks.?.?"),
     "convnext_atto": ("timm.create_model", {"model_name": "convnext_atto"}, "stages.?"),
-    "resnet10t": ("timm.create_model", {"model_name": "resnet10t"}, "layer?.*.bn2"),
+    "resnet10t": ("timm.create_model", {"model_name": "resnet10t", "zero_init_last": False}, "layer?.*.bn2"),
 }
 
 
