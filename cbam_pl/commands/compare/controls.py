@@ -64,8 +64,11 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
             f"--controls needs a baseline without attention, and {baseline} has model.attention.kind={kind}; "
             "name one without as the first"
         )
-    if any(key.startswith("model.network") and value is not None for key, value in settings.items()):
-        raise UserError(f"--controls needs a baseline that model.width can widen, and {baseline} has a model.network")
+    if "parameters" in costs and not _has_width(settings):
+        raise UserError(
+            f"--controls parameters: model.width cannot widen the model.network of {baseline}; use --controls time, "
+            "which trains it for longer"
+        )
     recipes = [name for name in others if plan.configs[name]["model.attention.kind"] != "none"]
     if not recipes:
         raise UserError(f"--controls: none of {', '.join(others)} has attention, so there is nothing to control for")
@@ -124,6 +127,11 @@ def _step(milliseconds: float) -> str:
     return f"{milliseconds:,.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f} ms a step"
 
 
+def _has_width(settings: dict[str, Any]) -> bool:
+    """Whether these settings have a network of this program, which alone can be widened."""
+    return not any(key.startswith("model.network") and value is not None for key, value in settings.items())
+
+
 def _changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     if epochs := change.get("trainer.max_epochs"):
         return with_more_epochs(settings, epochs)
@@ -135,19 +143,19 @@ def _changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]
 
 def _same_time(plan: Plan, name: str) -> list[Control]:
     baseline, settings = next(iter(plan.configs.items()))
-    print(f"timing training steps of {name} and of {baseline} at several widths", flush=True)
-    finest = max(stage_channels(settings.get("model.arch", "cnn")))
+    finest = max(stage_channels(settings.get("model.arch", "cnn"))) if _has_width(settings) else 0
+    widths = " at several widths" if finest else ""
+    print(f"timing training steps of {name} and of {baseline}{widths}", flush=True)
     threads = threads_per_job()
     found = in_new_process(threads, match_width, settings, plan.configs[name], finest, _ROUNDS, _SECONDS)
     if found is None:
         raise UserError("--controls time: out of memory; lower data.batch_size")
     epochs = settings["trainer.max_epochs"]
     longer = max(epochs, math.floor(epochs * found["recipe"] / found["baseline"]))
+    changes = [("width", "model.width", found["width"], found["control"])] if finest else []
+    changes.append(("epochs", "trainer.max_epochs", longer, found["baseline"]))
     controls = []
-    for means, key, value, milliseconds in (
-        ("width", "model.width", found["width"], found["control"]),
-        ("epochs", "trainer.max_epochs", longer, found["baseline"]),
-    ):
+    for means, key, value, milliseconds in changes:
         change = {} if value == settings[key] else {key: value}
         measured = {"recipe": found["recipe"], "control": milliseconds}
         control_name = "-".join([baseline, *labels_of(change)])
@@ -163,7 +171,7 @@ def match_width(
     Args:
         baseline: its settings, by dotted key.
         recipe: the same of the recipe.
-        finest: widths are whole multiples of 1 / finest.
+        finest: widths are whole multiples of 1 / finest; 0: the baseline's width alone.
         rounds: turns in which the two are timed.
         seconds: time of each turn.
 
@@ -187,8 +195,10 @@ def match_width(
 
     def find(rounds: int) -> dict[str, float]:
         start = baseline["model.width"]
-        tried = search_width(lambda width: compare_steps({"": width}, rounds)[1][""], start, finest)
-        width = min(tried, key=lambda width: abs(math.log(tried[width])))
+        width = start
+        if finest:
+            tried = search_width(lambda width: compare_steps({"": width}, rounds)[1][""], start, finest)
+            width = min(tried, key=lambda width: abs(math.log(tried[width])))
         seconds_per_step, ratios = compare_steps({"baseline": start, "control": width}, 2 * rounds)
         return {
             "width": width,
@@ -200,7 +210,7 @@ def match_width(
         return abs(found["control"] / found["recipe"] - 1)
 
     found = find(rounds)
-    if distance(found) > TOLERANCE:  # a busy machine may have led to another width
+    if finest and distance(found) > TOLERANCE:  # a busy machine may have led to another width
         found = min(found, find(rounds), key=distance)
     return found
 

@@ -242,11 +242,12 @@ def test_recipes_share_an_equal_control(recipes, tmp_path, measured):
     assert list(plan.given) == ["none", "se", "cbam"]
 
 
-def test_a_network_without_a_width_is_rejected(recipes, tmp_path):
+def test_a_network_without_a_width_is_only_trained_for_longer(recipes, tmp_path, measured):
     plan = plan_of("--configs", recipes["none"], recipes["cbam"], "--output", tmp_path)
     plan.configs["none"]["model.network.class_path"] = "torchvision.models.resnet18"
-    with pytest.raises(UserError, match=r"a baseline that model.width can widen, and none has a model.network"):
-        add_controls(plan, ["parameters"], may_choose=True)
+    assert add_controls(plan, ["time"], may_choose=True).added == ["none-max_epochs=3"]
+    with pytest.raises(UserError, match=r"model\.width cannot widen the model\.network of none; use --controls time"):
+        add_controls(plan, ["time", "parameters"], may_choose=True)
 
 
 def test_memory_that_runs_out_is_reported(recipes, tmp_path, monkeypatch):
