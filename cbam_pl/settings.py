@@ -82,7 +82,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--num_images", type=PositiveInt, help="images to show (default: 3), unless they are named one by one")
         add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
         add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
-        add("--measure", action="store_true", help="measure on test images whether attention falls on what matters")
+        add("--measure", action="store_true", help="numbers: does attention fall on what matters, do the gates matter?")
         add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
         add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
     else:

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,9 +11,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 from torch import Tensor, nn
 
 from cbam_pl.data.datamodule import ImageDataModule, in_proportion
@@ -21,12 +19,18 @@ from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
 from cbam_pl.errors import UserError, as_user_error, cannot_write
 from cbam_pl.inspect import drawing
+from cbam_pl.inspect.ablation import ablate_gates
+from cbam_pl.inspect.charts import draw_ablation, draw_randomisation
 from cbam_pl.inspect.curves import History, draw_curves, read_history
-from cbam_pl.inspect.gates import attention_maps, feature_maps
-from cbam_pl.inspect.scores import DELETED, grad_cam, measure
+from cbam_pl.inspect.gates import attention_maps, attention_modules, feature_maps
+from cbam_pl.inspect.randomisation import cascading_randomisation
+from cbam_pl.inspect.scores import grad_cam, measure
+from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.run import run_of
+
+RANDOMISED_EVERY = 4  # of the images measured on: a mean of correlations needs fewer than an accuracy
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,9 @@ def visualize(options: list[str]) -> None:
                 except ValueError as error:
                     failures.append(f"no {path.name}: {error}")
             for name, (one, title) in measured.items() if settings.measure else ():
-                _measure(one, title, settings.measure_images or 1000, folder / name)
+                count = settings.measure_images or 1000
+                _measure(one, title, count, folder / name)
+                _intervene(one, title, count, folder, name.removesuffix("measures.csv"), settings.format)
         except OSError as error:
             raise cannot_write(error.filename or folder, error, "name another folder with --output") from error
     if failures:
@@ -120,6 +126,8 @@ def _check_options(settings: Any) -> None:
         raise UserError("--measure needs images whose classes are known; leave --images out")
     if settings.measure_images is not None and not settings.measure:
         raise UserError("--measure_images has no effect without --measure")
+    if settings.measure_images == 1:
+        raise UserError("--measure_images 1 leaves no other image, whose gates are needed; use at least 2")
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -214,20 +222,33 @@ def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> No
     images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
     rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks)
     print(f"{title}, {len(images):,} test images:")
-    known = [] if images.masks is None else ["inside", "pointing"]
-    headings = [*(f"{name} %" for name in known), "whole", *(f"-{percent} %" for percent in DELETED)]
-    table = Table("map", *(Column(heading, justify="right", no_wrap=True) for heading in headings))
-    for row in rows:
-        scores = [f"{100 * row[name]:.1f} ± {100 * row[f'{name}_error']:.1f}" for name in known]
-        accuracies = [f"{100 * value:.1f}" for key, value in row.items() if key.startswith("accuracy")]
-        table.add_row(escape(row["map"]), *scores, *accuracies)
-    Console(width=160).print(table)
-    if known:
-        print("inside: fraction of the map's energy (above its minimum) on the object; ± is one standard error")
-        print("pointing: how often the map's maximum is on the object")
-    print("-10 % …: accuracy in % without the most important pixels; for uniform, without random pixels")
+    print_scores(rows)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     print(path)
+
+
+def _intervene(loaded: LoadedCheckpoint, title: str, count: int, folder: Path, prefix: str, file_format: str) -> None:
+    """Replace the gates and randomise the layers: print, write and draw what changes."""
+    images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
+    network, inputs = loaded.network, loaded.normalise(images.pixels)
+    measured: dict[str, tuple[dict[str, Any], Figure]] = {}
+    if attention_modules(network):
+        ablation = ablate_gates(network, inputs, images.labels)
+        print(f"Gates replaced, {title}, {len(inputs):,} test images:")
+        print_ablation(ablation)
+        measured["ablation"] = ablation, draw_ablation(ablation, f"Accuracy where gates are replaced\n{title}")
+    else:
+        print(f"{title}: this network has no gates, so there is no ablation of them")
+    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY])
+    print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")
+    print_randomisation(randomisation)
+    heading = f"Similarity to the trained network's maps\n{title}"
+    measured["randomisation"] = randomisation, draw_randomisation(randomisation, heading)
+    for name, (result, figure) in measured.items():
+        table, picture = folder / f"{prefix}{name}.json", folder / f"{prefix}{name}.{file_format}"
+        table.write_text(json.dumps({"network": title, **result}, indent=2) + "\n")
+        figure.savefig(picture)
+        print(table, picture, sep="\n")

@@ -67,7 +67,7 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
     network = unwrap(network)
     with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
-        for name, module in _attention_modules(network).items():
+        for name, module in attention_modules(network).items():
             hooks.enter_context(module.register_forward_pre_hook(partial(record, name)))
         network(as_input(images, network))
     return maps
@@ -134,7 +134,8 @@ def unwrap(network: nn.Module) -> nn.Module:
             return network
 
 
-def _attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
+def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
+    """Every outermost module with a method `gates`, by the name of its block, as attention_maps names it."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in network.named_modules():

@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_runs_of_the_same_name_have_files_and_curves_of_their_own(command, run, 
     outcome = visualize(command, run, "--ckpt_path", *paths, *options)
     assert outcome.status == 0, outcome.err
     names = {path.name for path in tmp_path.iterdir()}
-    for kind in ("features.svg", "heat_maps.svg", "grad_cam.svg", "measures.csv"):
+    for kind in ("features.svg", "heat_maps.svg", "grad_cam.svg", "measures.csv", "randomisation.svg"):
         assert {f"tiny-version_0-best-{kind}", f"tiny-version_0-best-2-{kind}"} <= names
     assert "(cnn, attention none, epoch 1)" in (tmp_path / "tiny-version_0-best-2-features.svg").read_text()
     curves = (tmp_path / "curves.svg").read_text()
@@ -158,8 +159,10 @@ def test_a_network_without_attention_says_that_it_has_no_gates(command, plain):
     outcome = visualize(command, plain, "--measure")
     assert outcome.status == 0, outcome.err
     written = [line.rsplit("/", 1)[1] for line in outcome.out.splitlines() if line.startswith("/")]
-    assert written == ["features.png", "heat_maps.png", "grad_cam.png", "curves.png", "measures.csv"]
+    pictures = ["features.png", "heat_maps.png", "grad_cam.png", "curves.png"]
+    assert written == [*pictures, "measures.csv", "randomisation.json", "randomisation.png"]
     assert "this network has no gates, so there is no picture of them" in outcome.out
+    assert "this network has no gates, so there is no ablation of them" in outcome.out
 
 
 def test_measure_prints_the_table_and_saves_it(command, run, tmp_path):
@@ -177,6 +180,16 @@ def test_measure_prints_the_table_and_saves_it(command, run, tmp_path):
             line for line in outcome.out.splitlines() if f" {name} " in line
         )
     assert "21 test images" in outcome.out
+    ablation = json.loads((tmp_path / "ablation.json").read_text())
+    assert ablation["network"].startswith("tiny-version_0 (cnn, attention cbam")
+    assert ablation["images"] == 21
+    assert ablation["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    assert len(ablation["rows"]) == 4 * 3 * 3  # three blocks and all, channel, spatial and both, three replacements
+    randomisation = json.loads((tmp_path / "randomisation.json").read_text())
+    assert randomisation["images"] == 6  # every fourth
+    assert "Layers randomised, tiny-version_0" in outcome.out
+    assert (tmp_path / "ablation.png").is_file()
+    assert (tmp_path / "randomisation.png").is_file()
 
 
 def test_measure_on_shapes_knows_where_the_object_is(command, tmp_path):
@@ -228,6 +241,7 @@ def test_options_that_make_no_sense(command, run):
     assert_rejected(visualize(command, run, "--indices", 1, "--num_images", 2), "--num_images has no effect")
     assert_rejected(visualize(command, run, "--num_images", 0), "num_images", "0 does not conform to restriction v>0")
     assert_rejected(visualize(command, run, "--measure_images", 9), "no effect without --measure")
+    assert_rejected(visualize(command, run, "--measure", "--measure_images", 1), "no other image", "use at least 2")
     assert_rejected(visualize(command, run, "--images", "x.png", "--measure"), "leave --images out")
     assert_rejected(visualize(command, run, "--format", "gif"), "gif")
     assert_rejected(visualize(command, run, "--formt", "png"), "formt")

@@ -1,15 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 
 from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
 from cbam_pl.inspect.scores import (
     DELETED,
+    ROAD_PERCENTS,
     deletion_curve,
     deletion_order,
     energy_inside,
     grad_cam,
     measure,
+    noisy_linear,
     pointing_game,
 )
 from cbam_pl.models import build_network
@@ -78,6 +81,38 @@ def test_deletion_removes_the_most_important_pixels_first():
     assert at_random[90] == pytest.approx(0.1, abs=0.04)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # NumPy's, of pytorch_grad_cam
+def test_noisy_linear_imputation_is_that_of_pytorch_grad_cam():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 3, 16, 12, generator=generator)
+    missing = torch.rand(40, 1, 16, 12, generator=generator) < torch.arange(1, 41).view(-1, 1, 1, 1) / 42
+    missing[5:10, :, :12] = True  # one hole, which three edges cut
+    missing[:, :, -1, -1] = False  # in every image something is known
+    imputer = NoisyLinearImputer(noise=0.0)
+    expected = [imputer(image, (~gap[0]).float()) for image, gap in zip(images, missing, strict=True)]
+    filled = noisy_linear(images, missing, noise=0.0)
+    torch.testing.assert_close(filled, torch.stack(expected), atol=1e-3, rtol=0)
+    noisy = noisy_linear(images, missing)
+    assert torch.equal(noisy, noisy_linear(images, missing))
+    known = ~missing.expand_as(images)
+    assert torch.equal(noisy[known], images[known])
+    assert (noisy - filled)[~known].std().item() == pytest.approx(0.01, rel=0.05)
+    nothing = noisy_linear(images, torch.ones_like(missing), noise=0.0)
+    assert torch.equal(nothing, torch.zeros_like(images))
+
+
+def test_a_missing_pixel_is_the_weighted_mean_of_its_neighbours():
+    image = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 5.0], [6.0, 7.0, 99.0]]).view(1, 1, 3, 3)
+    missing = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+    missing[..., 1, 1] = missing[..., 2, 2] = True
+    # middle = (2 + 4 + 5 + 7) / 6 + (1 + 3 + 6 + corner) / 12; corner = (5 / 6 + 7 / 6 + middle / 12) / (5 / 12)
+    middle = (18 / 6 + 10 / 12 + 24 / 5 / 12) / (1 - 1 / 60)
+    corner = (2 + middle / 12) * 12 / 5
+    filled = noisy_linear(image, missing, noise=0.0)
+    assert filled[0, 0, 1, 1].item() == pytest.approx(middle, abs=1e-4)
+    assert filled[0, 0, 2, 2].item() == pytest.approx(corner, abs=1e-4)
+
+
 def test_measure_has_every_gate_grad_cam_and_the_uniform_map():
     torch.manual_seed(0)
     network = build_network("cnn", 10).eval()
@@ -95,8 +130,17 @@ def test_measure_has_every_gate_grad_cam_and_the_uniform_map():
     assert measures["blocks.1"]["inside_error"] == pytest.approx(inside.std().item() / 30**0.5)
     cams = grad_cam(network, images, logits.argmax(1))
     assert measures["Grad-CAM"]["pointing"] == pytest.approx(pointing_game(cams, masks[:, 0]).mean().item())
+    # ROAD, on every fourth image: without the 30 % most important pixels, and with the 30 % most important alone
+    some, order = images[::4], deletion_order(cams[::4])
+    for key, removed in (("road_without_30_percent", order[:, :307]), ("road_with_30_percent", order[:, 307:])):
+        missing = torch.zeros(8, 1024).scatter(1, removed, 1).bool().view(8, 1, 32, 32)
+        classes = feature_maps(network, noisy_linear(some, missing)).logits.argmax(1)
+        assert measures["Grad-CAM"][key] == pytest.approx((classes == labels[::4]).double().mean().item())
+    names = [f"road_{what}_{percent}_percent" for what in ("without", "with") for percent in ROAD_PERCENTS]
     for row in measures.values():
-        assert list(row)[5:] == [f"accuracy_without_{percent}_percent" for percent in (0, *DELETED)]
+        assert list(row)[5:15] == [f"accuracy_without_{percent}_percent" for percent in (0, *DELETED)]
+        assert list(row)[15:] == ["road_images", "road_without_0_percent", *names]
+        assert row["road_images"] == 8
         assert row["accuracy_without_0_percent"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 

@@ -1,0 +1,81 @@
+"""Do the maps depend on what the network has learned? The cascading randomisation of its layers."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from cbam_pl.inspect.gates import attention_maps, feature_maps, unwrap
+from cbam_pl.inspect.scores import grad_cam
+
+
+def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
+    """Spearman's rank correlation of each image's map with its other one, NaN where one of the two is constant.
+
+    Ties have their mean rank. Maps (N, H, W) → (N,) in [−1, 1].
+    """
+    ranks = [rankdata(one.flatten(1).cpu().numpy(), axis=1) for one in (maps, others)]
+    first, second = (one - one.mean(1, keepdims=True) for one in ranks)
+    scale = np.sqrt((first**2).sum(1) * (second**2).sum(1))
+    return np.divide((first * second).sum(1), scale, out=np.full(len(first), np.nan), where=scale > 0)
+
+
+def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int = 250, seed: int = 0) -> dict[str, Any]:
+    """How similar Grad-CAM and the spatial gates stay when layers are re-initialised from the top down.
+
+    A map that hardly changes does not show what the network has learned. Source: Adebayo et al., "Sanity Checks for
+    Saliency Maps", NeurIPS 2018, arXiv:1810.03292, section 3.1. A step re-initialises one more convolution block, with
+    its attention, by PyTorch's `reset_parameters` of its layers, batch norm with its statistics; the first step is the
+    classifier. Grad-CAM is of the class that the unchanged network predicts. `network` stays as it is.
+
+    Args:
+        network: one that feature_maps takes.
+        images: (N, 3, H, W), normalised.
+        batch_size: images in one forward pass.
+        seed: decides the new weights.
+
+    Returns:
+        `images`, N; `seed`; `layers`, in the order in which they are re-initialised; `spearman`: Grad-CAM and each
+        block with a spatial gate → after each step the mean rank correlation with the unchanged network's map; it is
+        over the images where neither of the two maps is constant (Grad-CAM is zero where nothing speaks for the class),
+        of which there are as many as `compared` says, and None where there is none.
+    """
+    network = unwrap(network)
+    found = feature_maps(network, images[:1]).blocks
+    blocks = [name for name in found if network.get_submodule(name).state_dict()]  # those with weights
+    fresh = copy.deepcopy(network).cpu()  # on the CPU, so that a seed gives the same weights everywhere
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for module in fresh.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    changed = copy.deepcopy(network)
+    batches = images.split(batch_size)
+    classes = [feature_maps(network, batch).logits.argmax(1) for batch in batches]
+    before = [_maps(network, *batch) for batch in zip(batches, classes, strict=True)]
+    spearman: dict[str, list[float | None]] = {name: [] for name in before[0]}
+    compared: dict[str, list[int]] = {name: [] for name in spearman}
+    for count in range(len(blocks), -1, -1):  # blocks that keep their weights
+        changed.load_state_dict(fresh.state_dict())
+        for name in blocks[:count]:
+            changed.get_submodule(name).load_state_dict(network.get_submodule(name).state_dict())
+        after = [_maps(changed, *batch) for batch in zip(batches, classes, strict=True)]
+        for name, values in spearman.items():
+            parts = [rank_correlation(*(maps[name] for maps in pair)) for pair in zip(before, after, strict=True)]
+            known = np.concatenate(parts)
+            known = known[~np.isnan(known)]
+            values.append(float(known.mean()) if len(known) else None)
+            compared[name].append(len(known))
+    layers = ["classifier", *blocks[::-1]]
+    return {"images": len(images), "seed": seed, "layers": layers, "spearman": spearman, "compared": compared}
+
+
+def _maps(network: nn.Module, images: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+    """Grad-CAM and the spatial gates, (B, h, w) each."""
+    found = attention_maps(network, images)
+    spatial = {name: block.spatial for name, block in found.items() if block.spatial is not None}
+    return {"Grad-CAM": grad_cam(network, images, classes), **spatial}
