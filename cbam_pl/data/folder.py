@@ -250,10 +250,10 @@ def _decode_split(files: list[_File], size: int, in_proportion: bool, folder: Pa
 def _allocate(num_bytes: int, folder: Path) -> Tensor:
     """A uint8 tensor; a large one in an unnamed file of the folder, if that has space, as it may exceed memory."""
     if num_bytes > _MEMORY_BYTES:
-        with contextlib.suppress(OSError, AttributeError):  # macOS has no posix_fallocate
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".cbam_pl_") as file:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)  # a mapping cannot report that the disk is full
-                return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
+        unavailable = contextlib.suppress(OSError, AttributeError)  # macOS has no posix_fallocate
+        with unavailable, tempfile.NamedTemporaryFile(dir=folder, prefix=".cbam_pl_") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a mapping cannot report that the disk is full
+            return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 

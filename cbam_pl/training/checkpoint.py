@@ -82,6 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(stream) as archive:
                 if damaged := archive.testzip():  # torch writes a CRC-32 of each part, but does not check it
                     raise zipfile.BadZipFile(damaged)
+                if any(part.external_attr & 0x10 for part in archive.infolist()):  # torch reads a "folder" as zeros
+                    raise zipfile.BadZipFile
             stream.seek(0)
             checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

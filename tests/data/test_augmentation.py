@@ -173,7 +173,7 @@ def resized_crop_one(pixels: Tensor, crop: ResizedCrop, i: int, size: int, antia
 
 def some_crops() -> ResizedCrop:
     """Of images of 40 × 30: all of one, single pixels in two corners, strips, and others, every second one flipped."""
-    boxes = [(0, 0, 40, 30), (0, 0, 1, 1), (39, 29, 1, 1), (3, 0, 2, 30), (0, 28, 40, 2), (7, 5, 20, 18), (12, 1, 9, 29)]
+    boxes = [(0, 0, 40, 30), (0, 0, 1, 1), (39, 29, 1, 1), (3, 0, 2, 30), (0, 28, 40, 2), (7, 5, 20, 18)]
     boxes = torch.tensor(boxes * 2).float()
     return ResizedCrop(*boxes.unbind(1), torch.arange(len(boxes)) < len(boxes) // 2)
 

@@ -168,7 +168,8 @@ def test_imagenets_normalisation_takes_the_place_of_any_other(image_folder):
     assert (ImageDataModule("cifar10", normalisation="imagenet").mean, expected[1]) == expected
     data = prepared(image_folder, normalisation="imagenet")
     assert (data.mean, data.std) == expected
-    assert {name: data.state_dict()[name] for name in ("mean", "std")} == dict(zip(("mean", "std"), expected, strict=True))
+    state = data.state_dict()
+    assert (state["mean"], state["std"]) == expected
 
 
 # ------------------------------------------------------------------------------- a folder that changed since

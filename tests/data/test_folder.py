@@ -183,7 +183,9 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth colours with some grain."""
     generator = np.random.default_rng(seed)
     image = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
-    return Image.fromarray(np.clip(np.asarray(image) + generator.normal(0, 4, (height, width, 3)), 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(np.asarray(image) + generator.normal(0, 4, (height, width, 3)), 0, 255).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (300, 300), (90, 61), (256, 400)])

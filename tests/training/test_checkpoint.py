@@ -221,6 +221,17 @@ def test_no_flipped_bit_changes_what_is_read(trained, tmp_path):
     assert rejected > len(places) // 2
 
 
+def test_a_tensor_marked_as_a_folder_is_not_read_as_zeros(trained, tmp_path):
+    path = tmp_path / "marked.ckpt"
+    path.write_bytes((trained[0] / "checkpoints/tiny/version_0/last.ckpt").read_bytes())
+    marked = bytearray(path.read_bytes())
+    entry = marked.rindex(b"PK\x01\x02", 0, marked.rindex(b"/data/1"))  # in the archive's directory
+    marked[entry + 38] |= 0x10  # by one bit of its external attributes
+    path.write_bytes(marked)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        read_checkpoint(path)
+
+
 def archive(name, data):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as stream:
