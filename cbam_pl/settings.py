@@ -92,6 +92,11 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             type=bool | None,
             help="classify by the mean of the logits of each image and its mirror image; by default as in training",
         )
+    if command == "test":
+        add("--calibrate", action="store_true", help="fit a temperature on the validation images; figures with it, too")
+        names_help = "test on corrupted images, too: on all 19 corruptions, or on those named, such as fog jpeg"
+        add("--corruptions", nargs="*", type=str, metavar="NAME", help=names_help)
+        add("--severities", nargs="+", type=int, metavar="N", help="of the corruptions (default: 1 2 3 4 5)")
     if command == "predict":
         add("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
         add("--output", type=str, default="predictions.csv", help="the CSV file to write")

@@ -31,9 +31,14 @@ def peak_memory(device: torch.device) -> float:
 
 
 def time_in_turns(
-    works: Mapping[Key, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
+    works: Mapping[Key, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    clock: Callable[[], float] | None = None,
 ) -> dict[Key, list[float]]:
-    """Seconds per call of each work, round by round, in turns; each is called twice before."""
+    """Seconds per call of each work, round by round, in turns, by a clock; each is called twice before."""
+    clock = clock or time.perf_counter
     for work in works.values():
         work()
         work()
@@ -42,12 +47,12 @@ def time_in_turns(
         for key, work in works.items():
             work()  # brings back into the caches what the others drove out
             synchronise(device)
-            calls, started = 0, time.perf_counter()
-            while not calls or time.perf_counter() - started < seconds:
+            calls, started = 0, clock()
+            while not calls or clock() - started < seconds:
                 work()
                 calls += 1
                 if calls % 10 == 0:
                     synchronise(device)  # a queue of steps takes no time to fill
             synchronise(device)
-            times[key].append((time.perf_counter() - started) / calls)
+            times[key].append((clock() - started) / calls)
     return times

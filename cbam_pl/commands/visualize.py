@@ -93,6 +93,10 @@ def visualize(options: list[str]) -> None:
             drawn = pictures_of(one, title, **chosen)
             if "attention" not in drawn:
                 print(f"{title}: this network has no gates, so there is no picture of them")
+            if tested := _read_test(one):
+                drawn["reliability"] = partial(_draw_reliability, tested, f"Reliability\n{title}")
+            else:
+                print(f"{title}: there is no test of it, so there is no reliability diagram; run: test --calibrate")
             pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
             measured[f"{prefix}measures.csv"] = one, title
         if histories := _read_histories(loaded):
@@ -216,6 +220,24 @@ def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
         else:
             print(f"{name}: no logs of its run were found, so there are no curves")
     return histories
+
+
+def _read_test(loaded: LoadedCheckpoint) -> dict[str, Any]:
+    """What `test` wrote of this checkpoint; empty without a test, or where that was of another epoch."""
+    try:
+        tested = json.loads((loaded.logs / "test.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return tested if "reliability" in tested and tested["epoch"] == loaded.content["epoch"] + 1 else {}
+
+
+def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:
+    calibration = tested.get("calibration")
+    figures = f"{tested['images']:,} test images: ECE {tested['measures']['ece']:.4f}"
+    if calibration:
+        figures += f"; {calibration['measures']['ece']:.4f} with temperature {calibration['temperature']:.3f}"
+    after = calibration["reliability"] if calibration else None
+    return drawing.draw_reliability(tested["reliability"], after, f"{title}\n{figures}")
 
 
 def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> None:

@@ -132,6 +132,7 @@ class EvaluationLoader:
     device: torch.device  # where the batches go
     shard: Shard
     shuffle: bool = False  # one fixed random order, as folders list their images class by class
+    change: Callable[[Tensor, Tensor], Tensor] | None = None  # of pixels (B, 3, H, W) uint8 and their indices, on a CPU
 
     def __post_init__(self) -> None:
         self.images = _place(self.images, self.device)
@@ -144,7 +145,13 @@ class EvaluationLoader:
         largest_shard = -(-len(self.images) // self.shard.world_size)
         return -(-largest_shard // self.batch_size)
 
+    def indices(self) -> tuple[Tensor, ...]:
+        """The numbers (B,) of the images in each batch of this process."""
+        return self._order.tensor_split(len(self))
+
     def __iter__(self) -> Iterator[Batch]:
-        for indices in self._order.tensor_split(len(self)):
+        for indices in self.indices():
             pixels, labels = _gather(self.images, indices, self.device)
+            if self.change is not None:
+                pixels = self.change(pixels.cpu(), indices).to(self.device)
             yield self.normalise(pixels.float().div_(255)), labels

@@ -1,4 +1,4 @@
-"""Draw what a network computes: feature maps, attention, Grad-CAM and the confusion matrix, as matplotlib figures.
+"""Draw what a network computes: feature maps, attention, Grad-CAM, confusion and calibration, as matplotlib figures.
 
 All of them raise a ValueError for a map that is not finite, or constant over all images: its picture would look like
 a result.
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from cbam_pl.inspect.calibration import Reliability
 from cbam_pl.inspect.gates import AttentionMaps, FeatureMaps, upsample
 
 DPI = 100  # pixels per inch of PNG files and TensorBoard's images
@@ -31,6 +32,7 @@ _MOSAIC = 3 * _CELL + 2 * _CELL_GAP
 _GAP = 14  # pixels between a panel and the one below it
 _HEADING: dict[str, Any] = {"loc": "left", "fontsize": NORMAL, "parse_math": False}  # of a column
 _MIN_SPAN = 0.05  # of a gate's colour scale, so that a nearly constant gate looks nearly constant
+_MIN_IMAGES = 10  # of a bin of the reliability diagram
 _DIVERGED = "holds NaN or infinity: the network has diverged; choose an earlier checkpoint"
 
 
@@ -138,6 +140,41 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure
     place = axes.inset_axes((1 + 20 / side, 0.1, 12 / side, 0.8))
     figure.colorbar(axes.images[0], cax=place).set_label("fraction of the true class", fontsize=NORMAL)
     place.tick_params(labelsize=SMALL)
+    return figure
+
+
+def draw_reliability(before: Reliability, after: Reliability | None, title: str) -> Figure:
+    """Accuracy by confidence over the number of images; after calibration, where that was done, as a line.
+
+    Bins with fewer images than _MIN_IMAGES are pale, and are left out of the line: their accuracy is chance.
+    """
+    lines = title.split("\n")
+    height = 580 + 16 * len(lines)
+    figure = _new_figure(560, height, lines)
+    place = {"top": 1 - (60 + 16 * len(lines)) / height, "bottom": 0.09, "left": 0.12, "right": 0.96}
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1), **place})
+    middles = (np.arange(len(before)) + 0.5) / len(before)
+    counts, accuracy = (np.array([row[key] for row in before]) for key in ("images", "accuracy"))
+    width, enough = 0.94 / len(before), counts >= _MIN_IMAGES
+    upper.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1, label="calibrated perfectly")
+    upper.bar(middles[enough], accuracy[enough], width, color=COLOURS(0.35), label="measured")
+    few = (counts > 0) & ~enough
+    upper.bar(middles[few], accuracy[few], width, color=COLOURS(0.35), alpha=0.3)
+    if after is not None:
+        points = [(row["confidence"], row["accuracy"]) for row in after if row["images"] >= _MIN_IMAGES]
+        upper.plot(
+            *np.reshape(points, (-1, 2)).T, "s-", color="#d55e00", markersize=4, linewidth=1.2, label="with temperature"
+        )
+    upper.set_ylabel("accuracy", fontsize=NORMAL)
+    upper.set_ylim(0, 1.02)
+    upper.legend(fontsize=SMALL, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    lower.bar(middles, counts, width, color="0.6")
+    lower.set_ylabel("images", fontsize=NORMAL)
+    lower.set_xlabel("confidence: probability of the predicted class", fontsize=NORMAL)
+    lower.set_xlim(0, 1)
+    for axes in (upper, lower):
+        axes.tick_params(labelsize=SMALL)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from cbam_pl.attention import AttentionConfig, AttentionKind
-from cbam_pl.models.cnn import CNN
+from cbam_pl.models.cnn import CHANNELS, CNN
 from cbam_pl.models.insertion import insert_attention
 from cbam_pl.models.official import load_official_state_dict
 from cbam_pl.models.resnet import RESNETS, ResNet, Stem
@@ -60,3 +60,8 @@ def build_network(
     if dropout is not None:
         raise ValueError(f"dropout={dropout} has no effect with arch={arch!r}, which has none; leave it out")
     return ResNet(RESNETS[arch], num_classes, attention, stem, width)
+
+
+def stage_channels(arch: Architecture) -> tuple[int, ...]:
+    """Channels of each stage's convolutions at width 1, the narrowest first."""
+    return CHANNELS if arch == "cnn" else RESNETS[arch].stage_channels

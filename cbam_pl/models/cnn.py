@@ -28,6 +28,9 @@ def _block(in_channels: int, channels: int, attention: AttentionConfig, last: bo
     return nn.Sequential(OrderedDict(layers))
 
 
+CHANNELS = (32, 64, 128)  # of the blocks, at width 1
+
+
 class CNN(nn.Module):
     """Three blocks of conv 3×3 → batch norm → ReLU → max pool, widths 32, 64, 128, then 512 hidden units.
 
@@ -51,7 +54,7 @@ class CNN(nn.Module):
             raise ValueError(f"place={attention.place!r} is not in the cnn; use before_pool or after_pool")
         if attention.stages is not None:
             raise ValueError(f"stages={attention.stages!r} has no effect in the cnn, which has none; leave it out")
-        first, second, third = scale_channels((32, 64, 128), width)
+        first, second, third = scale_channels(CHANNELS, width)
         self.blocks = nn.Sequential(
             _block(3, first, attention),
             _block(first, second, attention),

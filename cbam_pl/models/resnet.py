@@ -29,6 +29,11 @@ class Layout:
     # (option A), which has no parameters.
     projection: bool = True
 
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of each stage's 3×3 convolutions, at width 1."""
+        return tuple(self.channels * 2**number for number in range(len(self.depths)))
+
 
 RESNETS = {
     "resnet20": Layout((3, 3, 3), channels=16, projection=False),
@@ -114,7 +119,7 @@ class ResNet(nn.Module):
         if not stages_with or len(set(stages_with)) < len(stages_with) or not set(stages_with) <= set(numbers):
             allowed = ", ".join(map(str, numbers))
             raise ValueError(f"stages={attention.stages!r} must be one or more of {allowed}, each once")
-        widths = scale_channels([layout.channels * 2 ** (number - 1) for number in numbers], width)
+        widths = scale_channels(layout.stage_channels, width)
         self.stem = _stem(stem, widths[0])
         channels, stages = widths[0], []
         for number, depth, stage_width in zip(numbers, layout.depths, widths, strict=True):

@@ -10,7 +10,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from rich.console import Console
-from torch import Tensor, stack, tensor
+from torch import Tensor, cat, stack, tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cbam_pl.errors import Interrupted, UserError
 from cbam_pl.training.classifier import Classifier
@@ -215,6 +216,46 @@ class InterruptCheckpoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the handlers."""
         self.on_train_end(trainer, pl_module)
+
+
+class EvaluatedImages(Callback):
+    """What the network said of each image in the last `validate` or `test`, of all processes, in the data's order."""
+
+    def __init__(self) -> None:
+        self.numbers = self.labels = self.logits = tensor([])  # (N,), (N,) and (N, classes) float32, on the CPU
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Add a batch."""
+        self._add(trainer.val_dataloaders, outputs, batch, batch_idx)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Add a batch."""
+        self._add(trainer.test_dataloaders, outputs, batch, batch_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the batches of all processes."""
+        self._gather(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the batches of all processes."""
+        self._gather(trainer)
+
+    def _add(self, loader: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        numbers = loader.indices()[batch_idx].to(outputs.device)
+        self._batches.append((numbers, batch[1], outputs.float()))
+
+    def _gather(self, trainer: Trainer) -> None:
+        parts = [cat(part) for part in zip(*self._batches, strict=True)]
+        self._batches = []
+        if trainer.world_size > 1:
+            parts = [cat(gather_all_tensors(part)) for part in parts]
+        order = parts[0].argsort()
+        self.numbers, self.labels, self.logits = (part[order].cpu() for part in parts)
 
 
 class TrainingProgress(RichProgressBar):

@@ -16,7 +16,6 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
@@ -92,7 +91,6 @@ class Classifier(LightningModule):
         self.seed = seed
         self.total_steps: Callable[[], float] | None = None  # steps of the whole training; None: asks the trainer
         self.train_metric, self.eval_metric = LossAndAccuracy(), LossAndAccuracy()
-        self.test_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)  # rows: true class
         self.epoch_lr = 0.0  # the learning rate in which the epoch began
         self.tested_epoch = 0  # of the weights that `test` measures, from 1
         self.validated = False  # whether this epoch was
@@ -184,10 +182,9 @@ class Classifier(LightningModule):
         self.eval_metric.update(self._loss(logits, labels), logits, labels)
         return logits
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Images (B, 3, H, W) and labels (B,)."""
-        logits = self.validation_step(batch, batch_idx)
-        self.test_confusion.update(logits.argmax(1), batch[1])
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) and labels (B,) → logits (B, num_classes), for callbacks."""
+        return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) → probabilities (B, num_classes)."""
@@ -197,10 +194,6 @@ class Classifier(LightningModule):
         """Make val/loss and val/acc known to schedules and checkpoints."""
         self._finish_epoch("val", self.eval_metric)
         self.validated = True
-
-    def on_test_epoch_start(self) -> None:
-        """Count from zero."""
-        self.test_confusion.reset()
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures at the epoch of the tested checkpoint."""

@@ -1,7 +1,7 @@
 """Lightning's Trainer with the run's logger, checkpoints and progress bar, and its errors in one line."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,10 +71,13 @@ def training_trainer(
     return _trainer(options, callbacks, TrainingProgress(losses), logger)
 
 
-def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None) -> Trainer:
-    """The Trainer of `test`, `validate` and `predict`, with the same settings and errors; figures go to `logger`."""
+def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None, own: Sequence[Callback] = ()) -> Trainer:
+    """The Trainer of `test`, `validate` and `predict`, with the same settings and errors; figures go to `logger`.
+
+    The command's `own` callbacks come first.
+    """
     options = {**dict(**settings), "enable_checkpointing": False}
-    return _trainer(options, _listed(options["callbacks"]), TrainingProgress(), logger)
+    return _trainer(options, [*own, *_listed(options["callbacks"])], TrainingProgress(), logger)
 
 
 def _trainer(

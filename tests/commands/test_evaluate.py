@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,72 @@ def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, co
     assert (record["epoch"], record["images"], record["classes"]) == (best["epoch"] + 1, 21, ["blue", "green", "red"])
     assert record["test/acc"] == pytest.approx(sum(counts[label][label] for label in range(3)) / 21)
     assert record["options"] == ["--trainer.default_root_dir", str(root)]
+    assert record["class_accuracy"] == {
+        name: pytest.approx(counts[label][label] / 7) for label, name in enumerate(record["classes"])
+    }
+    nll = float(torch.nn.functional.cross_entropy(logits, images.labels))
+    probabilities = logits.softmax(1)
+    brier = float((probabilities - torch.eye(3)[images.labels]).square().sum(1).mean())
+    assert record["measures"]["nll"] == pytest.approx(nll, abs=1e-6)
+    assert record["measures"]["brier"] == pytest.approx(brier, abs=1e-6)
+    assert f"nll  {nll:.4f}\nbrier  {brier:.4f}\nece  {record['measures']['ece']:.4f}\n" in outcome.out
+    assert f"red  {counts[2][2] / 7:.4f}" in outcome.out
+
+    # One row for each image, in the order of the data.
+    with np.load(root / "logs/tiny/version_0/test.npz") as file:
+        arrays = dict(file)
+    assert arrays["image"].tolist() == list(range(21))
+    assert arrays["label"].tolist() == images.labels.tolist()
+    assert arrays["predicted"].tolist() == logits.argmax(1).tolist()
+    assert arrays["probabilities"].dtype == np.float16
+    assert arrays["probabilities"] == pytest.approx(probabilities.numpy(), abs=1e-3)
+    for name in ("nll", "brier", "ece"):
+        assert arrays[name].mean() == pytest.approx(record["measures"][name], abs=1e-6)
+
+
+def test_calibration_is_of_the_validation_images(trained, command, tmp_path, image_folder):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    place = ("--trainer.default_root_dir", root)
+    assert command("test", *place).status == 0
+    before = json.loads((root / "logs/tiny/version_0/test.json").read_text())
+    outcome = command("test", *place, "--calibrate")
+    assert outcome.status == 0, outcome.err
+    record = json.loads((root / "logs/tiny/version_0/test.json").read_text())
+    calibration = record.pop("calibration")
+    for changed in ("environment", "test/loss"):
+        del before[changed], record[changed]
+    assert record == before  # with the same options, so that compare does not test again
+    temperature = calibration["temperature"]
+    assert calibration["images"] == 9
+    assert f"temperature  {temperature:.4f}, fitted on 9 validation images" in outcome.out
+
+    # By hand: the temperature of the 9 validation images, on the test images.
+    model = Classifier.load_from_checkpoint(root / "checkpoints/tiny/version_0/best.ckpt").eval()
+    state = checkpoint(root, "best")["ImageDataModule"]
+    source = load_folder(str(image_folder))
+    held_out = source.train.subset(torch.isin(source.train.ids, state["val_ids"]).nonzero()[:, 0])
+    mean, std = (torch.tensor(state[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+    def nll(images, value):
+        with torch.no_grad():
+            logits = model((images.pixels / 255 - mean) / std).double()
+        return float(torch.nn.functional.cross_entropy(logits / value, images.labels))
+
+    grid = [0.05 * 1.02**step for step in range(303)]
+    assert nll(held_out, temperature) <= min(nll(held_out, value) for value in grid) + 1e-6
+    assert calibration["measures"]["nll"] == pytest.approx(nll(source.test, temperature), rel=1e-4, abs=1e-6)
+
+
+def test_calibration_needs_validation_images(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    path = root / "checkpoints/tiny/version_0/best.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["datamodule_hyper_parameters"]["val_size"] = 0
+    torch.save(content, path)
+    error = one_line(command("test", "--calibrate", "--trainer.default_root_dir", root))
+    assert "--calibrate: " in error
+    assert "was trained with data.val_size=0" in error
+    assert not (root / "logs/tiny/version_0/test.json").exists()
 
 
 def test_validate_gives_the_figures_of_training(trained, command):
@@ -106,3 +173,18 @@ def test_limits_of_other_stages_are_not_offered(which, stage, command):
     outcome = command(which, f"--trainer.limit_{stage}_batches", 2)
     assert outcome.status == 2
     assert outcome.err.startswith(f"error: unknown key trainer.limit_{stage}_batches")
+
+
+def test_predictions_are_of_the_mirror_image_too_where_that_was_chosen(trained, command, tmp_path, image_folder):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    outcome = command("test", "--trainer.default_root_dir", root, "--model.test_time_flip", "true")
+    assert outcome.status == 0, outcome.err
+    model = Classifier.load_from_checkpoint(root / "checkpoints/tiny/version_0/best.ckpt").eval()
+    state, images = checkpoint(root, "best")["ImageDataModule"], load_folder(str(image_folder)).test
+    mean, std = (torch.tensor(state[name]).view(3, 1, 1) for name in ("mean", "std"))
+    x = (images.pixels / 255 - mean) / std
+    with torch.no_grad():
+        logits = (model(x) + model(x.flip(3))) / 2
+    with np.load(root / "logs/tiny/version_0/test.npz") as file:
+        losses = torch.nn.functional.cross_entropy(logits, images.labels, reduction="none")
+        assert file["nll"] == pytest.approx(losses.numpy(), abs=1e-5)

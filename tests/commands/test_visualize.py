@@ -12,9 +12,11 @@ from cbam_pl.commands.visualize import _evenly, unique_names
 
 
 @pytest.fixture(scope="module")
-def run(trained, tmp_path_factory):
-    """A copy of the finished run, to write pictures into."""
-    return shutil.copytree(trained[0], tmp_path_factory.mktemp("visualized") / "run")
+def run(trained, tmp_path_factory, command):
+    """A copy of the finished run, tested, to write pictures into."""
+    root = shutil.copytree(trained[0], tmp_path_factory.mktemp("visualized") / "run")
+    assert command("test", "--trainer.default_root_dir", root, "--calibrate").status == 0
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_it_writes_every_picture_beside_the_logs_and_prints_the_paths(command, r
     outcome = visualize(command, run)
     assert outcome.status == 0, outcome.err
     folder = run / "logs/tiny/version_0/pictures"
-    names = ["features", "heat_maps", "attention", "grad_cam", "curves"]
+    names = ["features", "heat_maps", "attention", "grad_cam", "reliability", "curves"]
     assert outcome.out.splitlines() == [str(folder / f"{name}.png") for name in names]
     for name in names:
         pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
@@ -75,6 +77,23 @@ def test_images_are_spread_over_the_classes_unless_they_are_chosen(command, run,
     assert same(first_column("--images", own), [test_image("red", 3)])
 
 
+def test_the_reliability_diagram_is_of_the_checkpoint_that_was_tested(command, run, tmp_path):
+    root = shutil.copytree(run, tmp_path / "copy")
+    file = root / "logs/tiny/version_0/test.json"
+    tested = json.loads(file.read_text())
+    ece = [one["measures"]["ece"] for one in (tested, tested["calibration"])]
+    options = ("--output", tmp_path / "out", "--format", "svg", "--indices", 0)
+    assert visualize(command, root, *options).status == 0
+    title = (
+        f"21 test images: ECE {ece[0]:.4f}; {ece[1]:.4f} with temperature {tested['calibration']['temperature']:.3f}"
+    )
+    assert title in (tmp_path / "out/reliability.svg").read_text()
+    file.write_text(json.dumps(tested | {"epoch": 9}))
+    (tmp_path / "out/reliability.svg").unlink()
+    assert "there is no test of it, so there is no reliability diagram" in visualize(command, root, *options).out
+    assert not (tmp_path / "out/reliability.svg").exists()
+
+
 def test_evenly_spread_indices():
     assert _evenly(10, 3) == [0, 3, 6]
     assert _evenly(2, 3) == [0, 1]
@@ -98,7 +117,7 @@ def test_several_runs_share_the_curves(command, run, plain, tmp_path):
     outcome = visualize(command, both, "--ckpt_path", *paths, "--output", output, "--format", "svg")
     assert outcome.status == 0, outcome.err
     names = sorted(path.name for path in output.iterdir())
-    first = [f"tiny-version_0-{name}.svg" for name in ("attention", "features", "grad_cam", "heat_maps")]
+    first = [f"tiny-version_0-{name}.svg" for name in ("attention", "features", "grad_cam", "heat_maps", "reliability")]
     second = [f"tiny-version_1-{name}.svg" for name in ("features", "grad_cam", "heat_maps")]
     assert names == ["curves.svg", *first, *second]
     svg = (output / "curves.svg").read_text()
@@ -109,7 +128,8 @@ def test_several_runs_share_the_curves(command, run, plain, tmp_path):
 def names_of(outcome, folder):
     assert outcome.status == 0, outcome.err
     names = sorted(path.name for path in folder.iterdir())
-    assert sorted(outcome.out.splitlines()) == [str(folder / name) for name in names]  # each is printed once
+    lines = [line for line in outcome.out.splitlines() if "no reliability diagram" not in line]
+    assert sorted(lines) == [str(folder / name) for name in names]  # each is printed once
     return names
 
 
@@ -118,7 +138,8 @@ def test_two_checkpoints_of_one_run_have_files_of_their_own_and_one_curve(comman
     outcome = visualize(command, run, "--ckpt_path", *paths, "--output", tmp_path, "--format", "svg")
     kinds = ("attention", "features", "grad_cam", "heat_maps")
     both = [f"tiny-version_0-{stem}-{kind}.svg" for stem in ("best", "last") for kind in kinds]
-    assert names_of(outcome, tmp_path) == ["curves.svg", *both]
+    names = names_of(outcome, tmp_path)
+    assert [name for name in names if "reliability" not in name] == ["curves.svg", *both]
     assert (tmp_path / "curves.svg").read_text().count("tiny-version_0 (cbam)") == 1
 
 
@@ -264,4 +285,7 @@ def test_a_blank_gate_does_not_keep_the_other_pictures_away(command, run, tmp_pa
     torch.save(checkpoint, path)
     outcome = visualize(command, run, "--ckpt_path", path, "--output", tmp_path / "out")
     assert_rejected(outcome, "no attention.png: the spatial gate of blocks.1 is 0.500 everywhere in every image")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["features.png", "heat_maps.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "features.png",
+        "heat_maps.png",
+    ]

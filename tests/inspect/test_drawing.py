@@ -18,6 +18,7 @@ from cbam_pl.inspect.drawing import (
     draw_features,
     draw_grad_cam,
     draw_heat_maps,
+    draw_reliability,
     rasterise,
 )
 from cbam_pl.inspect.gates import AttentionMaps, FeatureMaps, attention_maps, feature_maps
@@ -315,3 +316,18 @@ def test_names_with_signs_of_mathematics_and_markup_are_written_as_they_are(tmp_
     assert "price" not in text
     draw_confusion(torch.eye(2).long(), [name, "$5 or $6"], "confusion").savefig(tmp_path / "confusion.svg")
     assert (tmp_path / "confusion.svg").read_text().count("<!-- $5 or $6 -->") == 2
+
+
+def test_reliability_shows_each_bin_and_leaves_few_images_out_of_the_line():
+    before = [{"images": count, "confidence": 0.1, "accuracy": 0.2 * count / 50} for count in (0, 50, 9, 100)]
+    after = [{"images": count, "confidence": c, "accuracy": 0.5} for count, c in ((10, 0.2), (9, 0.5), (40, 0.9))]
+    figure = draw_reliability(before, after, "Reliability\nof $ a network")
+    upper, lower = figure.axes
+    assert [(bar.get_height(), bar.get_alpha()) for bar in upper.patches] == [
+        (pytest.approx(0.2), None), (pytest.approx(0.4), None), (pytest.approx(0.036), 0.3)
+    ]  # fmt: skip
+    assert upper.patches[0].get_x() + upper.patches[0].get_width() / 2 == pytest.approx(0.375)
+    assert [bar.get_height() for bar in lower.patches] == [0, 50, 9, 100]
+    assert upper.lines[1].get_xydata().tolist() == [[0.2, 0.5], [0.9, 0.5]]
+    rasterise(figure)
+    assert len(draw_reliability(before, None, "").axes[0].lines) == 1

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +97,33 @@ def test_figures_are_those_of_one_process_whatever_the_sizes(trained, tmp_path, 
         figures[count] = json.loads(re.findall(r"FIGURES (.*)", printed)[-1])
     assert len(figures[1]) == 2
     assert figures[processes] == pytest.approx(figures[1], abs=1e-6)
+
+
+def test_each_image_is_stored_once_whatever_the_number_of_processes(trained, tmp_path):
+    found = {}
+    for count in (1, 3):
+        root = shutil.copytree(trained[0], tmp_path / str(count))
+        options = [
+            "--trainer.default_root_dir",
+            root,
+            "--data.batch_size",
+            1,
+            "--trainer.devices",
+            count,
+            "--calibrate",
+        ]
+        options += ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp" if count > 1 else "auto"]
+        run([sys.executable, "train.py", "test", *options])
+        with np.load(root / "logs/tiny/version_0/test.npz") as file:
+            found[count] = dict(file), json.loads((root / "logs/tiny/version_0/test.json").read_text())
+    (alone, figures), (together, others) = found.values()
+    assert together["image"].tolist() == list(range(21))
+    for name, values in alone.items():
+        assert together[name] == pytest.approx(values, abs=1e-3 if name == "probabilities" else 1e-5), name
+    assert others["confusion"] == figures["confusion"]
+    assert others["measures"] == pytest.approx(figures["measures"], abs=1e-6)
+    assert others["calibration"]["temperature"] == pytest.approx(figures["calibration"]["temperature"], rel=1e-3)
+    assert others["calibration"]["images"] == 9
 
 
 def test_two_nodes_train_as_one_and_write_one_log_and_one_set_of_checkpoints(recipe, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ from tests.helpers import RUN
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="module")
-def address(trained, tmp_path_factory):
-    """Where TensorBoard listens, on a free port of this machine alone, once it has read the logs."""
-    log = tmp_path_factory.mktemp("tensorboard") / "log"
-    arguments = ["--logdir", trained[0] / "logs", "--host", "127.0.0.1", "--port", "0", "--load_fast", "false"]
+@contextmanager
+def tensorboard(logs, run, folder):
+    """Where TensorBoard listens, on a free port of this machine alone, once it has read a run of the logs."""
+    log = folder / "log"
+    arguments = ["--logdir", logs, "--host", "127.0.0.1", "--port", "0", "--load_fast", "false"]
     with log.open("w") as stream:
         process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments], stdout=stream, stderr=stream)
     try:
@@ -34,7 +35,7 @@ def address(trained, tmp_path_factory):
             found = re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())
             if found:
                 url = found[0]
-                if RUN in get(url, "data/runs"):
+                if run in get(url, "data/runs"):
                     break
             time.sleep(0.2)
         else:
@@ -43,6 +44,12 @@ def address(trained, tmp_path_factory):
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    with tensorboard(trained[0] / "logs", RUN, tmp_path_factory.mktemp("tensorboard")) as url:
+        yield url
 
 
 def fetch(url, path, body=None, **query):

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from cbam_pl.commands.compare import report
+from cbam_pl.commands.compare.bands import Bands
+from cbam_pl.commands.compare.controls import add_controls, control_line
 from cbam_pl.commands.compare.costs import in_new_process, measure_costs, time_recipes
 from cbam_pl.commands.compare.jobs import (
     STOPPED,
@@ -39,12 +41,16 @@ def compare(arguments: list[str]) -> None:
     """Run what is not done yet, and write the report; runs that failed are reported after it."""
     options, settings = option_parser().parse_known_args(arguments)
     plan = make_plan(options, settings)
+    plan.claim_output(dry_run=True)  # before anything is measured
+    if options.controls:
+        plan = add_controls(plan, options.controls, may_choose=not options.recompute)
+        for control in plan.controls:
+            print(control_line(control, plan))
     jobs = jobs_of(plan)
     if options.dry_run:
-        plan.claim_output(dry_run=True)
         _print_estimate(plan, options.jobs)
         return
-    if options.recompute and not any(find(job)[0] == "done" for job in jobs):
+    if options.recompute and not any(find(job)[0] in ("tested", "done") for job in jobs):
         raise UserError("--recompute: no run with these settings is done yet; leave it out, to train them")
     plan.claim_output()
     failures = {} if options.recompute else _run(plan, jobs, options)
@@ -70,10 +76,12 @@ def compare(arguments: list[str]) -> None:
 
 def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
     """Finish every job. Returns those that failed."""
+    bands = Bands(plan, jobs)
     num_jobs, jobs = len(jobs), [job for job in jobs if find(job)[0] != "done"]
     seeds = len(plan.seeds)
     print(f"{num_jobs} runs: {len(plan.configs)} recipes with {seeds} seeds; {num_jobs - len(jobs)} are done")
     if not jobs:
+        bands.close()
         return {}
     # Once, before all jobs would download or decode at the same time.
     for data in {str(one): one for one in (nest(settings)["data"] for settings in plan.configs.values())}.values():
@@ -88,6 +96,7 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         for _ in watch(futures, remote=bool(options.ray)):
+            bands.update()
             if received and not stop.is_set():
                 print("stopping: the runs save their state", file=sys.stderr)
                 stop.set()
@@ -96,6 +105,7 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    bands.close()
     if received:
         print("stopped; the same command goes on from there", file=sys.stderr)
         raise Interrupted("stopped", received[0])

@@ -15,19 +15,23 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
 
 from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, with_effect
+from cbam_pl.commands.robustness import SEED
+from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
 from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import Run
 
-State = Literal["new", "interrupted", "trained", "done"]
+State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
 STOPPED = "it was stopped"
 _POLL_SECONDS = 1.0
 _PACKAGE = str(Path(__file__).parents[3])  # the folder that holds cbam_pl
@@ -43,6 +47,7 @@ class Job:
     settings: dict[str, Any]  # as `fit` saves them, by dotted key, with the seed
     defaults: dict[str, Any]  # of the settings that a saved run may lack
     folder: Path  # where the commands run, absolute
+    corruptions: tuple[str, ...] = ()  # of images to test on, too
 
     @property
     def root(self) -> Path:
@@ -70,8 +75,9 @@ class Job:
 
 def jobs_of(plan: Plan) -> list[Job]:
     """Every recipe with every seed: seed by seed, so that pairs are complete early."""
+    same = plan.defaults, Path.cwd(), plan.corruptions
     return [
-        Job(name, seed, plan.config_file(name).absolute(), {**settings, "seed": seed}, plan.defaults, Path.cwd())
+        Job(name, seed, plan.config_file(name).absolute(), {**settings, "seed": seed}, *same)
         for seed in plan.seeds
         for name, settings in plan.configs.items()
     ]
@@ -117,8 +123,10 @@ def _state(run: Run, job: Job) -> State:
     if best is None:
         return "new"
     tested = read_test(run)
-    same = tested.get("epoch") == best["epoch"] and tested.get("options") == job.test_options
-    return "done" if same else "trained"
+    if tested.get("epoch") != best["epoch"] or tested.get("options") != job.test_options:
+        return "trained"
+    complete = "measures" in tested and (run.logs / "test.npz").is_file() and _has_corruptions(run, job, tested)
+    return "done" if complete else "tested"
 
 
 def read_progress(run: Run, name: str) -> dict[str, Any] | None:
@@ -142,6 +150,35 @@ def read_test(run: Run) -> dict[str, Any]:
         return json.loads((run.logs / "test.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def read_predictions(run: Run, test: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The arrays (N,) of test.npz, and `correct`, 1.0 or 0.0; None where it is missing, damaged, or of another test."""
+    try:
+        with np.load(run.logs / "test.npz") as file:
+            arrays = {name: file[name] for name in file.files if name != "probabilities"}
+        counts = np.zeros_like(test["confusion"])
+        np.add.at(counts, (arrays["label"], arrays["predicted"]), 1)
+    except (OSError, ValueError, KeyError, IndexError, BadZipFile):
+        return None
+    correct = (arrays["predicted"] == arrays["label"]).astype(np.float32)
+    return arrays | {"correct": correct} if counts.tolist() == test["confusion"] else None
+
+
+def read_robustness(run: Run, test: dict[str, Any]) -> dict[str, Any]:
+    """What robustness.json holds of the same checkpoint, tested with the same options; empty if there is none."""
+    try:
+        record = json.loads((run.logs / "robustness.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    same = all(record.get(key) == test.get(key) for key in ("epoch", "options")) and record.get("seed") == SEED
+    return record if same else {}
+
+
+def _has_corruptions(run: Run, job: Job, test: dict[str, Any]) -> bool:
+    """Whether the job's corruptions, if any, were measured at all severities."""
+    accuracy = read_robustness(run, test).get("accuracy", {}) if job.corruptions else {}
+    return all(len(accuracy.get(name, {})) == len(SEVERITIES) for name in job.corruptions)
 
 
 def read_epochs(run: Run) -> list[dict[str, float]]:
@@ -189,8 +226,10 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
         if failure := call(["fit", "--config", str(job.config), "--seed", str(job.seed), *resume]):
             return failure
         state, run = find(job)
-    if state == "trained" and run is not None:
-        if failure := call(["test", "--ckpt_path", str(run.checkpoints / "best.ckpt"), *job.test_options]):
+    if state in ("trained", "tested") and run is not None:
+        corruptions = ["--corruptions", *job.corruptions] if job.corruptions else []
+        test = ["test", "--ckpt_path", str(run.checkpoints / "best.ckpt"), *job.test_options, *corruptions]
+        if failure := call(test):
             return failure
         state, run = find(job)
     if state == "interrupted":

@@ -45,7 +45,7 @@ def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> st
         runs={"headings": headings, "rows": runs},
         differing={"headings": ["differing", *labels.values()], "rows": differing},
         epochs=_svg(_draw_epochs(recipes)),
-        differences=_svg(_draw_differences(recipes)),
+        differences=_svg(_draw_differences(recipes, content["controls"])),
         classes=_svg(_draw_classes(recipes)),
         costs=[_svg(_draw_against_cost(recipes, key, *column[:2])) for key, column in COSTS.items()],
         pictures=[picture for name in recipes for picture in _pictures(plan, name, results)],
@@ -98,17 +98,24 @@ def _draw_epochs(recipes: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_differences(recipes: dict[str, Any]) -> Figure | None:
-    shown = [(number, recipe) for number, recipe in enumerate(recipes.values()) if recipe["difference"]]
+def _draw_differences(recipes: dict[str, Any], controls: Sequence[dict[str, Any]]) -> Figure | None:
+    numbers = {name: number for number, name in enumerate(recipes)}
+    shown = [(numbers[name], one["label"], one["difference"]) for name, one in recipes.items() if one["difference"]]
+    for control in controls:
+        if control["change"] and control["difference"]:
+            names = [recipes[control[key]]["label"] for key in ("recipe", "name")]
+            shown.append((numbers[control["recipe"]], " minus ".join(names), control["difference"]))
     if not shown:
         return None
     figure, axes = _new(0.9 + 0.5 * len(shown))
-    for row, (number, recipe) in enumerate(shown):
-        difference = recipe["difference"]
+    for row, (number, _, difference) in enumerate(shown):
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
+        if difference["images_interval"]:
+            axes.plot(difference["images_interval"], [row, row], color="0.4", linewidth=1)
         _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
-    _label_rows(axes, [fill(recipe["label"], 16) for _, recipe in shown])
-    _label(axes, "test accuracy minus baseline's, percentage points", "")
+    _label_rows(axes, [fill(label, 16) for _, label, _ in shown])
+    other = "difference of test accuracy" if controls else "test accuracy minus baseline's"
+    _label(axes, f"{other}, percentage points", "")
     return figure
 
 

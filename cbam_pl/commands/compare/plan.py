@@ -5,19 +5,22 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import yaml
 from jsonargparse import Namespace, get_loader
 from jsonargparse.typing import PositiveInt
 
 from cbam_pl.attention import AttentionConfig, options_of
+from cbam_pl.commands.robustness import find_corruptions
+from cbam_pl.data.corruptions import check_size
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.settings import Seed, closest, command_parser, parse, read_recipe, setting_names
 from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.run import atomic_write
 from cbam_pl.training.trainer import check_settings
 
 # The Trainer's settings that must be equal, besides those of the data: the budget.
@@ -33,6 +36,20 @@ _WITHOUT_EFFECT = {"config", "ckpt_path", "checkpoint_minutes", "pictures_every"
     f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps")
 }
 
+Cost = Literal["time", "parameters"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """The baseline at the cost of a recipe with attention."""
+
+    recipe: str
+    cost: Cost  # which both have in common
+    means: Literal["width", "epochs"]  # of spending it
+    name: str  # of the control, a recipe itself; the baseline's, where that comes nearest
+    change: dict[str, Any]  # of the baseline's settings
+    measured: dict[str, float]  # "recipe" and "control": milliseconds of a training step, or parameters
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,31 +61,49 @@ class Plan:
     defaults: dict[str, Any]  # value of each setting that is not given
     output: Path  # folder of the report
     unequal: list[str]  # settings of the data or the budget that differ between the recipes, with their values
+    corruptions: tuple[str, ...] = ()  # of images that the runs are tested on, too
+    controls: list[Control] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)  # the recipes that are there as controls alone
 
     def config_file(self, name: str) -> Path:
         """The recipe with every setting, for `fit --config`."""
         return self.output / "configs" / f"{name}.yaml"
 
-    def claim_output(self, dry_run: bool = False) -> None:
-        """Write the settings into the output folder, which must not hold another comparison."""
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """The recipes to compare, without those that --controls added."""
+        return {name: settings for name, settings in self.configs.items() if name not in self.added}
+
+    def claim_output(self, dry_run: bool = False) -> list[Control]:
+        """Write the settings into the output folder, which must not hold another comparison.
+
+        Returns:
+            The controls that were chosen there before, which stay in its record.
+        """
         record = self.output / "comparison.json"
+        chosen: list[Control] = []
         try:
             if record.exists():
-                saved = json.loads(record.read_text())
-                same = saved["seeds"] == self.seeds and list(saved["configs"]) == list(self.configs)
-                pairs = zip(saved["configs"].values(), self.configs.values(), strict=False)
+                saved, given = json.loads(record.read_text()), self.given
+                same = saved["seeds"] == self.seeds and list(saved["configs"]) == list(given)
+                pairs = zip(saved["configs"].values(), given.values(), strict=False)
                 if not same or not all(same_settings(*pair, self.defaults) for pair in pairs):
                     raise UserError(
                         f"{self.output} holds a comparison of other recipes, settings or seeds; name another folder "
                         "with --output (runs that are done are not repeated)"
                     )
+                chosen = [Control(**control) for control in saved.get("controls", [])]
             if dry_run:
-                return
+                return chosen
             (self.output / "configs").mkdir(parents=True, exist_ok=True)
             for name, settings in self.configs.items():
                 text = f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}"
                 self.config_file(name).write_text(text)
-            record.write_text(json.dumps({"configs": self.configs, "seeds": self.seeds}, indent=1) + "\n")
+            controls = [asdict(one) for one in [*chosen, *(one for one in self.controls if one not in chosen)]]
+            content = {"configs": self.given, "seeds": self.seeds, "controls": controls}
+            with atomic_write(record) as stream:
+                stream.write((json.dumps(content, indent=1) + "\n").encode())
+            return chosen
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
 
@@ -93,7 +128,13 @@ def option_parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the report")
     grid_help = "one recipe for each value, such as attention.kind=none,se,cbam; of several keys, each combination"
     add("--grid", nargs="+", default=[], metavar="KEY=A,B", help=grid_help)
-    add("--unequal", action="store_true", help="allow recipes with different data or budget; the report says so")
+    unequal_help = "allow recipes with different data or budget; the report says so"
+    budget = parser.add_mutually_exclusive_group().add_argument
+    budget("--unequal", action="store_true", help=unequal_help)
+    control_help = "add the baseline at the cost of each recipe with attention: wider or trained for longer"
+    budget("--controls", nargs="+", choices=get_args(Cost), default=[], help=control_help)
+    corruptions_help = "test each run on corrupted images, too: of all 19 kinds, or of those named, such as fog jpeg"
+    add("--corruptions", nargs="*", metavar="NAME", help=corruptions_help)
     place = parser.add_mutually_exclusive_group().add_argument
     place("--jobs", type=PositiveInt, metavar="N", help="runs at once (default: one per core, or one per GPU)")
     place("--ray", metavar="ADDRESS", help="run on a Ray cluster, auto or its address (pip install 'cbam_pl[cluster]')")
@@ -118,7 +159,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
         recipe = read_recipe(file)
         own_grid = _own_grid(file, recipe, parser)
         for variation in _variations(own_grid | grid):
-            words = _labels(variation)
+            words = labels_of(variation)
             name = "-".join([Path(file).stem, *words])
             values = {key: v if isinstance(v, str) else json.dumps(v) for key, v in variation.items()}
             parsed = parse(parser, [*settings, *(f"--{key}={value}" for key, value in values.items())], recipe)
@@ -139,8 +180,11 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
             f"the recipes do not have the same data and budget: {'; '.join(unequal)}; make them equal, or allow "
             "it with --unequal, which the report will say"
         )
+    corruptions = () if options.corruptions is None else tuple(find_corruptions(options.corruptions))
+    for size in [config["data.image_size"] for config in configs.values()] if corruptions else ():
+        check_size(size, size)
     defaults = _as_saved(parser, parser.get_defaults())
-    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal)
+    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal, corruptions)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -240,7 +284,7 @@ def _variations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return variations
 
 
-def _labels(variation: dict[str, Any]) -> list[str]:
+def labels_of(variation: dict[str, Any]) -> list[str]:
     """KEY=VALUE of each, as short as is unambiguous, and valid as a folder's name."""
     last = [key.rsplit(".", 1)[1] for key in variation]
     labels = []

@@ -12,8 +12,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cbam_pl.commands.compare.jobs import Job, find, read_epochs, read_progress, read_test, threads_per_job
+from cbam_pl.commands.compare.controls import describe
+from cbam_pl.commands.compare.jobs import (
+    Job,
+    find,
+    read_epochs,
+    read_predictions,
+    read_progress,
+    read_robustness,
+    read_test,
+    threads_per_job,
+)
+from cbam_pl.commands.compare.measures import (
+    Result,
+    bootstrap_intervals,
+    compare_measures,
+    count_images,
+    mcnemar_table,
+    measures_table,
+    read_measures,
+    show_interval,
+    show_p,
+    signed,
+)
 from cbam_pl.commands.compare.plan import Plan, split_settings
+from cbam_pl.commands.compare.robustness import add_robustness, robustness_table, with_robustness
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
@@ -25,16 +48,20 @@ COSTS = {  # name → heading, divisor, digits
     "latency_256": ("latency of 256, ms", 1, 0),
     "memory": ("peak memory, MB", 1, 0),
 }
-Result = dict[str, Any]  # of one run
 
 
 def read_results(jobs: Iterable[Job]) -> list[Result]:
-    """Of each job that is done: its row in report.csv, in per cent, and `test` and `epochs` as the run saved them."""
+    """Of each job that is done: its row in report.csv, in per cent, and what its files hold.
+
+    Those are `test`, `predictions`, None after the test of an earlier version, and `epochs`.
+    """
     results = []
     for job in jobs:
         state, run = find(job)
-        if state == "done" and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
+        tested = state in ("tested", "done")
+        if tested and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
             path, here = run.checkpoints / "best.ckpt", Path.cwd()
+            test = with_robustness(test, read_robustness(run, test))
             result = {
                 "recipe": job.name,
                 "seed": job.seed,
@@ -42,10 +69,12 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
                 "val_acc": 100 * best["val/acc"],
                 "test_acc": 100 * test["test/acc"],
                 "test_loss": test["test/loss"],
+                **read_measures(test),
                 "checkpoint": str(path.relative_to(here) if path.is_relative_to(here) else path),
                 **test["environment"],
             }
-            results.append(result | {"test": test, "epochs": read_epochs(run)})
+            read = {"test": test, "predictions": read_predictions(run, test), "epochs": read_epochs(run)}
+            results.append(result | read)
     return results
 
 
@@ -54,44 +83,79 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     runs = {(result["recipe"], result["seed"]): result for result in results}
     names = [name for name in plan.configs if any((name, seed) in runs for seed in plan.seeds)]
     labels, baseline = plan.labels, next(iter(plan.configs))
+    compared = [name for name in plan.given if name != baseline]
     test = results[0]["test"]
     recipes: dict[str, Any] = {}
     for name in names:
         own = [runs[name, seed] for seed in plan.seeds if (name, seed) in runs]
-        pairs = [(one, runs[baseline, one["seed"]]) for one in own if (baseline, one["seed"]) in runs]
-        compared = name != baseline and bool(pairs)
+        pairs = _pairs(runs, name, baseline) if name != baseline else []
         recipes[name] = {
             "label": labels[name],
             "test_acc": asdict(summarise([one["test_acc"] for one in own])),
             "val_acc": asdict(summarise([one["val_acc"] for one in own])),
-            "difference": _difference(pairs, test["images"]) if compared else None,
+            "difference": _difference(pairs, test["images"]) if pairs else None,
+            "measures": compare_measures(own, pairs),
+            "mcnemar": count_images(pairs),
             "cost": costs.get(name),
             "curve": _curve(own),
-            "per_class": _per_class(pairs) if compared else None,
+            "per_class": _per_class(pairs) if pairs else None,
         }
-    differences = {name: recipe["difference"] for name, recipe in recipes.items() if recipe["difference"]}
-    tested = [difference for difference in differences.values() if difference["p"] is not None]
+    add_robustness(recipes, results, baseline)
+    # By recipe and what it is compared with. Where the baseline itself is a control, that is one comparison, not two.
+    differences = {(name, baseline): recipe["difference"] for name, recipe in recipes.items() if recipe["difference"]}
+    for control in plan.controls:
+        key = (control.recipe, control.name)
+        if key not in differences and (pairs := _pairs(runs, *key)):
+            differences[key] = _difference(pairs, test["images"])
+    differences = dict(sorted(differences.items(), key=lambda one: one[0][0] in plan.added))  # the controls' own last
+    others = [measure["difference"] for recipe in recipes.values() for measure in recipe["measures"].values()]
+    tested = [one for one in (*differences.values(), *others) if one and one["p"] is not None]
     for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
         difference |= {"p_holm": p, "significant": p < 1 - LEVEL}
-    for name, difference in differences.items():
-        difference["sentence"] = _sentence(labels[name], labels[baseline], difference, len(tested))
+    for (name, other), difference in differences.items():
+        difference["sentence"] = _sentence(labels[name], labels[other], difference, len(tested))
+    controls = [
+        asdict(control) | describe(control, plan) | {"difference": differences.get((control.recipe, control.name))}
+        for control in plan.controls
+    ]
+    findings = _findings(controls, differences, labels)
     missing = [f"{name} seed {seed}" for seed in plan.seeds for name in plan.configs if (name, seed) not in runs]
     content = {
-        "title": f"{_listed([labels[name] for name in names if name != baseline])} against {labels[baseline]}",
+        "title": f"{_listed([labels[name] for name in names if name in compared])} against {labels[baseline]}"
+        + (" and its controls" if controls else ""),
         "baseline": baseline,
         "labels": labels,
         "seeds": plan.seeds,
         "test_images": test["images"],
-        "sentences": [difference["sentence"] for difference in differences.values()],
-        "notes": _notes(plan, missing, results),
+        "sentences": [finding["sentence"] for finding in findings],
+        "findings": findings,
+        "notes": [*_notes(plan, missing, results), *filter(None, (control["note"] for control in controls))],
         "measured": _how_measured(plan, results),
         "recipes": recipes,
-        "runs": [{key: value for key, value in one.items() if key not in ("test", "epochs")} for one in results],
+        "controls": controls,
+        "runs": [
+            {key: value for key, value in one.items() if key not in ("test", "predictions", "epochs")}
+            for one in results
+        ],
         "settings": dict(zip(("common", "differing"), split_settings(plan.configs), strict=True)),
         "classes": test["classes"],
         "confusion": {f"{one['recipe']} seed {one['seed']}": one["test"]["confusion"] for one in results},
     }
-    return content | {"tables": {"accuracy": _accuracy_table(content), "costs": _cost_table(content)}}
+    tables = {
+        "accuracy": _accuracy_table(content),
+        "controls": _control_table(content) if controls else None,
+        "measures": measures_table(recipes, labels[baseline]),
+        "robustness": robustness_table(recipes, baseline),
+        "mcnemar": mcnemar_table(recipes, labels[baseline]),
+        "costs": _cost_table(content),
+    }
+    return content | {"tables": {name: table for name, table in tables.items() if table is not None}}
+
+
+def _pairs(runs: dict[tuple[str, int], Result], name: str, other: str) -> list[tuple[Result, Result]]:
+    """The runs of two recipes with the same seed."""
+    seeds = [seed for recipe, seed in runs if recipe == name and (other, seed) in runs]
+    return [(runs[name, seed], runs[other, seed]) for seed in seeds]
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str, Any]:
@@ -99,6 +163,7 @@ def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str
     difference = compare_pairs(ours, baseline)
     return asdict(difference) | {
         "pairs": [one - other for one, other in zip(ours, baseline, strict=True)],
+        "images_interval": bootstrap_intervals(pairs, {"correct": 100}).get("correct"),
         "images": difference.mean / 100 * images,
         "seeds_needed": None if difference.sd is None else seeds_needed(EFFECT, difference.sd),
         "significant": False,
@@ -140,35 +205,72 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
     return notes
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """A difference with its sign."""
-    text = f"{value:+.{digits}f}"
-    # Neither +0.00 nor -0.00 is a direction.
-    return text[1:] if not float(text) else text.replace("-", "−")
-
-
 def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons: int) -> str:
     begin = f"{label} − {baseline}: {signed(difference['mean'])} percentage points"
     if difference["interval"] is None:
         return f"{begin}, n = 1: one pair has no interval, so its significance is unknown"
-    begin += f", {100 * LEVEL:.0f} % interval {_interval(difference['interval'])}, n = {difference['n']}: "
+    begin += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}, n = {difference['n']}: "
     if difference["significant"]:
         return f"{begin}{label} is {'better' if difference['mean'] > 0 else 'worse'}"
     corrected = f" after correction for {comparisons} comparisons" if difference["p"] < 1 - LEVEL else ""
     return f"{begin}no significant difference{corrected}"
 
 
+def _findings(
+    controls: Sequence[dict[str, Any]], differences: dict[tuple[str, str], dict[str, Any]], labels: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Each sentence, and whether its difference is significant: first whether attention beats the same cost."""
+    findings = []
+    for name in dict.fromkeys(control["recipe"] for control in controls):
+        own = [control for control in controls if control["recipe"] == name and control["difference"]]
+        if own:
+            findings.append(_verdict(labels[name], own, labels))
+    return findings + [{key: one[key] for key in ("sentence", "significant")} for one in differences.values()]
+
+
+def _verdict(label: str, controls: Sequence[dict[str, Any]], labels: dict[str, str]) -> dict[str, Any]:
+    """Attention beats its controls where it is better than each; the sentence gives the strongest."""
+    strongest = min(controls, key=lambda control: control["difference"]["mean"])
+    difference = strongest["difference"]
+    better = all(one["difference"]["significant"] and one["difference"]["mean"] > 0 for one in controls)
+    worse = difference["significant"] and difference["mean"] < 0
+    if difference["interval"] is None:
+        begin = f"Whether {label} beats the same cost spent otherwise is unknown"
+    elif worse:
+        begin = f"The same cost spent otherwise beats {label}"
+    else:
+        begin = f"{label} {'beats' if better else 'does not significantly beat'} the same cost spent otherwise"
+    means = (
+        {"width": "wider", "epochs": "trained for longer"}[strongest["means"]] if strongest["change"] else "as it is"
+    )
+    control = f"{labels[strongest['name']]} (the baseline {means}, same {strongest['cost']})"
+    figures = f"{signed(difference['mean'])} percentage points"
+    if difference["interval"] is not None:
+        figures += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}"
+    count = len({one["name"] for one in controls})
+    which = f", the strongest of {count} controls" if count > 1 else ""
+    sentence = f"{begin}: {figures}, n = {difference['n']}, against {control}{which}"
+    return {"sentence": sentence, "significant": better or worse}
+
+
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0] if names else "nothing"
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}"
-
-
 def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
-    headings = ["recipe", "test accuracy, %", "n", f"− {content['labels'][content['baseline']]}, pp", "95 % interval"]
-    headings += ["p (Holm)", f"of {content['test_images']:,} test images", f"seeds to detect {EFFECT} pp"]
+    headings = [
+        "recipe",
+        "test accuracy, %",
+        "n",
+        f"− {content['labels'][content['baseline']]}, pp",
+        "95 % interval over seeds",
+    ]
+    headings += [
+        "over seeds and images",
+        "p (Holm)",
+        f"of {content['test_images']:,} test images",
+        f"seeds to detect {EFFECT} pp",
+    ]
     rows = []
     for recipe in content["recipes"].values():
         test, difference = recipe["test_acc"], recipe["difference"]
@@ -176,8 +278,8 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
         row = [recipe["label"], f"{test['mean']:.2f}{spread}", str(test["n"])]
         if difference:
             p, needed = difference.get("p_holm"), difference["seeds_needed"]
-            row += [signed(difference["mean"]), _interval(difference["interval"])]
-            row += ["" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", signed(difference["images"], 0)]
+            row += [signed(difference["mean"]), show_interval(difference["interval"])]
+            row += [show_interval(difference["images_interval"]), show_p(p), signed(difference["images"], 0)]
             row += ["" if needed is None else f"{needed:,}"]
         rows.append(row + [""] * (len(headings) - len(row)))
     meaning = (
@@ -186,6 +288,25 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
         f"difference: the interval gives the differences that remain possible. Seeds to detect {EFFECT} pp: pairs at "
         f"which a true difference of that size would be significant with a probability of {100 * POWER:.0f} %, if the "
         "pairs vary as they did here."
+    )
+    return {"headings": headings, "rows": rows, "meaning": meaning}
+
+
+def _control_table(content: dict[str, Any]) -> dict[str, Any]:
+    labels, baseline = content["labels"], content["labels"][content["baseline"]]
+    headings = ["recipe", "its cost", "same", "control", "its cost", "more, %", "recipe − control, pp"]
+    headings += ["95 % interval", "p (Holm)"]
+    rows = []
+    for control in content["controls"]:
+        costs = [control["recipe_cost"], control["cost"], labels[control["name"]], control["control_cost"]]
+        row = [labels[control["recipe"]], *costs, signed(100 * control["excess"], 1)]
+        if difference := control["difference"]:
+            row += [signed(difference["mean"]), show_interval(difference["interval"]), show_p(difference.get("p_holm"))]
+        rows.append(row + [""] * (len(headings) - len(row)))
+    meaning = (
+        f"Controls: {baseline} at the cost of a recipe with attention, made wider or trained for longer with its "
+        "schedule stretched; its budget differs on purpose. Steps were timed in turns when the controls were chosen. "
+        "More: by what share the control costs more than the recipe, in training steps or parameters."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
 
@@ -206,7 +327,7 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
-    settings, first = split_settings(plan.configs)[0], results[0]
+    settings, first = split_settings(plan.given)[0], results[0]
     dates = sorted({run["date"] for run in results})
     data = settings.get("data.dataset")
     known = {

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95  # of every interval; a difference is significant where its adjusted p is below 1 − LEVEL
+_BLOCK = 100  # resamples at a time, which bounds the memory
 POWER = 0.8  # probability of detecting a true difference, for `seeds_needed`
 
 
@@ -46,6 +47,64 @@ def compare_pairs(ours: Sequence[float], baseline: Sequence[float]) -> Differenc
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(LEVEL)
     return Difference(summary.mean, summary.sd, summary.n, (float(low), float(high)), float(test.pvalue))
+
+
+def nested_bootstrap(differences: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Intervals for mean differences over other seeds and other images than those that were measured.
+
+    Each resample draws seeds and images with replacement: the same images for all seeds, as all were measured on the
+    same. Its deviation has a part of the seeds, one of the images, and a rest, the noise of single predictions. The
+    variances of the first two contain that noise already, each once (Owen, "The pigeonhole bootstrap", Annals of
+    Applied Statistics 2007, arXiv:0712.1111), so the variance of the mean is s² = seeds + max(0, images − rest). The
+    interval is mean ± t · s, since percentiles of three seeds say little, with (n − 1) (s² / seeds)² degrees of freedom
+    (Satterthwaite 1946), at most N − 1. It is never narrower than the interval over seeds alone.
+
+    Shape:
+        differences (…, n, N), of n ≥ 2 seeds and N images, paired → lower and upper ends (…, 2).
+    """
+    *others, n, num_images = differences.shape
+    means = differences.mean(-1, dtype=np.float64).reshape(-1, n)  # (K, n): by seed
+    centred = (differences.reshape(-1, n, num_images) - means[..., None]).astype(np.float32)
+    generator = np.random.default_rng(seed)
+    parts = []
+    for start in range(0, resamples, _BLOCK):
+        drawn = generator.integers(num_images, size=(min(_BLOCK, resamples - start), num_images))
+        counts = np.stack([np.bincount(row, minlength=num_images) for row in drawn]).astype(np.float32)
+        parts.append(counts @ centred.reshape(-1, num_images).T)
+    by_seed = np.concatenate(parts).astype(np.float64).reshape(resamples, -1, n) / num_images  # (R, K, n) deviations
+    drawn_seeds = generator.multinomial(n, [1 / n] * n, size=(resamples, 1))  # (R, 1, n)
+    of_images = by_seed.mean(2)  # (R, K)
+    rest = (by_seed * drawn_seeds).mean(2) - of_images
+    # That of resampled seeds is known without resampling; of n seeds a resample has (n − 1) / n of the variance.
+    seeds_variance = means.var(1, ddof=1) / n
+    variance = seeds_variance + np.maximum(0, of_images.var(0) - rest.var(0) * n / (n - 1))
+    ratio = variance / np.where(seeds_variance > 0, seeds_variance, 1e-30)
+    freedom = np.minimum((n - 1) * ratio**2, num_images - 1)
+    quantiles = stats.t.ppf((1 + LEVEL) / 2, [np.maximum(freedom, 1), np.full_like(freedom, n - 1)])
+    half = (quantiles * np.sqrt([variance, seeds_variance])).max(0)
+    middle = means.mean(1)
+    return np.stack([middle - half, middle + half], -1).reshape(*others, 2)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """How two networks classify the same images."""
+
+    both: int  # images that both classify correctly
+    ours: int  # that ours alone does
+    baseline: int
+    neither: int
+    p: float  # of the exact two-sided test that `ours` and `baseline` are equally likely
+
+
+def mcnemar(ours: np.ndarray, baseline: np.ndarray) -> McNemar:
+    """Counts and test of two networks from whether each classifies an image correctly, (N,) bool each.
+
+    Source: McNemar 1947; exact, by the binomial distribution of the images on which they differ.
+    """
+    only = int((ours & ~baseline).sum()), int((baseline & ~ours).sum())
+    p = float(stats.binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.0
+    return McNemar(int((ours & baseline).sum()), *only, int((~ours & ~baseline).sum()), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

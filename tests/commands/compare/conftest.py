@@ -9,7 +9,7 @@ import pytest
 
 from cbam_pl.cli import main
 from cbam_pl.commands.compare import command as command_module
-from cbam_pl.commands.compare import costs, jobs
+from cbam_pl.commands.compare import controls, costs, jobs
 
 _CALL = jobs._call  # before `quick` replaces it
 KINDS = ("none", "se", "cbam")
@@ -42,10 +42,12 @@ def quick() -> Any:
     calls: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "_call", call)
-        for module in (costs, command_module):
+        for module in (controls, costs, command_module):
             patch.setattr(module, "in_new_process", lambda threads, work, *arguments: work(*arguments))
         patch.setattr(command_module, "_COST_ROUNDS", 1)
         patch.setattr(command_module, "_COST_SECONDS", 0.0)
+        patch.setattr(controls, "_ROUNDS", 1)
+        patch.setattr(controls, "_SECONDS", 0.0)
         yield calls
 
 

@@ -39,6 +39,34 @@ def test_runs_that_are_done_are_not_done_again(compared, recipes, command, quick
     assert (root / "other/report.html").exists()
 
 
+def test_tests_of_an_earlier_version_are_recomputed_as_they_are_or_tested_again(
+    compared, recipes, command, quick, tmp_path
+):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    new = ("measures", "class_accuracy", "reliability")
+    for folder in (root / "logs").glob("*/version_*"):
+        tested = json.loads((folder / "test.json").read_text())
+        (folder / "test.json").write_text(json.dumps({key: tested[key] for key in tested if key not in new}))
+        (folder / "test.npz").unlink()
+    quick.clear()
+    outcome = command(*again(root, recipes, "--output", root / "report", "--recompute"))
+    assert outcome.status == 0, outcome.err
+    assert not quick
+    content = json.loads((root / "report/report.json").read_text())
+    assert set(content["tables"]) == {"accuracy", "costs"}
+    before = compared[3]["recipes"]["cbam"]["difference"]
+    after = content["recipes"]["cbam"]["difference"]
+    assert after["images_interval"] is None
+    for key in ("mean", "interval", "p"):
+        assert after[key] == before[key]
+    outcome = command(*again(root, recipes, "--output", root / "report"))
+    assert outcome.status == 0, outcome.err
+    assert [call[2] for call in quick] == ["test"] * 6
+    content = json.loads((root / "report/report.json").read_text())
+    assert content["recipes"]["cbam"]["difference"] == before
+    assert content["recipes"]["cbam"]["measures"] == compared[3]["recipes"]["cbam"]["measures"]
+
+
 def test_a_run_that_fails_is_reported_and_the_others_go_on(compared, recipes, command, quick, tmp_path, monkeypatch):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     for kind in ("se", "cbam"):

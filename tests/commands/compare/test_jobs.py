@@ -85,6 +85,9 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     tested = json.loads((logs / "test.json").read_text())
     (logs / "test.json").write_text(json.dumps(tested | {"options": ["--data.dataset", "shapes"]}))
     assert find(job)[0] == "trained", "it was tested, but not as the comparison does"
+    older = {key: value for key, value in tested.items() if key != "measures"}
+    (logs / "test.json").write_text(json.dumps(older))
+    assert find(job)[0] == "tested", "by an earlier version"
     (logs / "test.json").write_text(json.dumps(tested | {"epoch": 9}))
     assert find(job)[0] == "trained", "another checkpoint was tested"
     (logs / "test.json").unlink()
@@ -98,6 +101,20 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     assert find(job)[0] == "new"
     (logs / "config.yaml").write_text("not: [a run")
     assert find(job) == ("new", None)
+
+
+def test_predictions_are_those_of_the_test(compared, recipes, tmp_path):
+    root = copy_of(compared, tmp_path)
+    run = find(jobs_of(plan_in(root, recipes))[0])[1]
+    test = jobs_module.read_test(run)
+    arrays = jobs_module.read_predictions(run, test)
+    assert 100 * arrays["correct"].mean() == pytest.approx(100 * test["test/acc"])
+    assert "probabilities" not in arrays
+    assert jobs_module.read_predictions(run, test | {"confusion": [[21, 0, 0], [0, 0, 0], [0, 0, 0]]}) is None
+    (run.logs / "test.npz").write_bytes(b"cut")
+    assert jobs_module.read_predictions(run, test) is None
+    (run.logs / "test.npz").unlink()
+    assert find(jobs_of(plan_in(root, recipes))[0])[0] == "tested"
 
 
 def test_of_several_runs_the_furthest_counts_and_never_the_better(compared, recipes, tmp_path):

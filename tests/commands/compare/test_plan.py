@@ -5,10 +5,10 @@ import pytest
 
 from cbam_pl.commands.compare.plan import (
     _full_key,
-    _labels,
     _read_grid,
     _variations,
     flatten,
+    labels_of,
     nest,
     same_settings,
 )
@@ -67,7 +67,7 @@ def test_a_grid_makes_every_combination_with_a_name_of_its_own(recipes, tmp_path
 def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run():
     grid = {"model.attention.kind": ["none", "se", "cbam"], "model.attention.kernel_size": [3, 7]}
     variations = _variations(grid)
-    assert [_labels(one) for one in variations] == [
+    assert [labels_of(one) for one in variations] == [
         ["kind=none"],
         ["kind=se"],
         ["kind=cbam", "kernel_size=3"],
@@ -77,7 +77,7 @@ def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run(
 
 
 def test_labels_are_clear_and_fit_for_a_folder():
-    assert _labels({"model.a.lr": 0.1, "trainer.a.lr": "x/y z"}) == ["model.a.lr=0.1", "trainer.a.lr=x_y_z"]
+    assert labels_of({"model.a.lr": 0.1, "trainer.a.lr": "x/y z"}) == ["model.a.lr=0.1", "trainer.a.lr=x_y_z"]
 
 
 def test_a_grid_may_stand_in_the_recipe(recipes, tmp_path):
@@ -141,6 +141,13 @@ BAD = {
     "chosen on test images": (["--configs", "{none}", "{se}", "--data.val_size", "0"], "data.val_size=0"),
     "another budget": (["--configs", "{cbam}", "--grid", "max_epochs=1,2"], r"max_epochs is 1 in .*, 2 in .*--unequal"),
     "other data": (["--configs", "{cbam}", "--grid", "augmentation=none,rich"], "data.augmentation is none in"),
+    "an unknown control": (["--configs", "{none}", "{se}", "--controls", "tim"], "--controls: invalid choice: 'tim'"),
+    "controls of attention": (["--configs", "{se}", "{cbam}", "--controls", "time"], "se has model.attention.kind=se;"),
+    "controls of nothing": (["--configs", "{none}", "--grid", "dropout=0,0.5", "--controls", "time"],
+                            "none of none-dropout=0.5 has attention"),
+    "unequal controls": (["--configs", "{none}", "{se}", "--controls", "time", "--unequal"], "not allowed with"),
+    "a fixed schedule": (["--configs", "{none}", "{se}", "--controls", "time", "--model.lr_scheduler",
+                          "LambdaLR", "--model.lr_scheduler.lr_lambda", "math.cos"], "LambdaLR cannot be stretched"),
     "nothing done": (["--configs", "{none}", "{se}", "--recompute"], "no run with these settings is done yet"),
 }  # fmt: skip
 

@@ -5,14 +5,15 @@ import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cbam_pl.commands.compare.plan import Control, Plan
 from cbam_pl.commands.compare.report import analyse, markdown, signed
-from cbam_pl.commands.compare.statistics import compare_pairs, holm, seeds_needed
+from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
 COSTS |= {"latency_256": 80.0, "memory": None}
@@ -35,21 +36,22 @@ def result(name, seed, accuracy, classes=("a", "b")):
     return row | {"test": test, "epochs": epochs}
 
 
-def plan_for(accuracies, unequal=()):
+def plan_for(accuracies, unequal=(), controls=()):
     count = max(map(len, accuracies.values()))
     configs = {name: {"model.attention.kind": name.split("=")[1], "data.dataset": "shapes"} for name in accuracies}
     labels = {name: name.removeprefix("net-") for name in accuracies}
-    return SimpleNamespace(configs=configs, labels=labels, seeds=list(range(count)), unequal=list(unequal), output=None)
+    seeds = list(range(count))
+    return Plan(configs, labels, seeds, defaults={}, output=Path(), unequal=list(unequal), controls=list(controls))
 
 
-def content_of(accuracies, missing=(), unequal=()):
+def content_of(accuracies, missing=(), unequal=(), controls=()):
     results = [
         result(name, seed, value)
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
         if (name, seed) not in missing
     ]
-    return analyse(plan_for(accuracies, unequal), results, dict.fromkeys(accuracies, COSTS))
+    return analyse(plan_for(accuracies, unequal, controls), results, dict.fromkeys(accuracies, COSTS))
 
 
 def test_the_differences_are_those_of_the_pairs():
@@ -72,6 +74,84 @@ def test_the_differences_are_those_of_the_pairs():
     assert curve["epoch"] == [1, 2]
     assert curve["mean"] == pytest.approx([none.mean() - 10, none.mean() + 1])
     assert curve["sd"] == pytest.approx([none.std(ddof=1)] * 2)
+
+
+def predicted(accuracy, images=200, shift=0):
+    """Predictions of a run: the first images are right, but for the first `shift`."""
+    correct = np.zeros(images, dtype=np.float32)
+    correct[shift : shift + round(accuracy * images)] = 1
+    numbers = np.arange(images)
+    return {"image": numbers, "label": numbers % 2, "correct": correct, "nll": 1 - correct, "ece": 0 * correct}
+
+
+def content_with_measures(missing=False):
+    results = []
+    for kind, values, shift in (("none", [0.8, 0.81, 0.79], 0), ("cbam", [0.85, 0.84, 0.86], 10)):
+        for seed, accuracy in enumerate(values):
+            run = result(f"k={kind}", seed, accuracy) | {"nll": 1 - accuracy, "ece": 0.1 + 100 * accuracy * seed}
+            run |= {"predictions": predicted(accuracy, shift=shift), "brier": None if missing else 0.5, "top5": None}
+            results.append(run)
+    return analyse(plan_for({"k=none": [0] * 3, "k=cbam": [0] * 3}), results, {})
+
+
+def test_each_measure_is_compared_in_pairs_with_one_correction_for_all():
+    content = content_with_measures()
+    none, cbam = content["recipes"].values()
+    assert list(cbam["measures"]) == ["nll", "brier", "ece"]
+    assert none["measures"]["nll"]["mean"] == pytest.approx(0.2)
+    assert none["measures"]["nll"]["difference"] is None
+    expected = {
+        "acc": compare_pairs([85, 84, 86], [80, 81, 79]),
+        "nll": compare_pairs([0.15, 0.16, 0.14], [0.2, 0.19, 0.21]),
+        "brier": compare_pairs([0.5] * 3, [0.5] * 3),
+        "ece": compare_pairs([0.1, 84.1, 172.1], [0.1, 81.1, 158.1]),
+    }
+    found = {"acc": cbam["difference"]} | {name: one["difference"] for name, one in cbam["measures"].items()}
+    adjusted = holm([one.p for one in expected.values()])
+    for (name, difference), other, p in zip(found.items(), expected.values(), adjusted, strict=True):
+        assert difference["mean"] == pytest.approx(other.mean), name
+        assert difference["interval"] == pytest.approx(other.interval), name
+        assert difference["p_holm"] == pytest.approx(p), name
+    rows = content["tables"]["measures"]["rows"]
+    assert rows[1][:5] == ["NLL", "k=cbam", "0.1500 ± 0.0100", "−0.0500", signed_interval(expected["nll"].interval)]
+    assert "brier" not in content_with_measures(missing=True)["recipes"]["k=cbam"]["measures"]
+
+
+def signed_interval(interval):
+    return " to ".join(signed(end, 4) for end in interval)
+
+
+def test_intervals_over_images_and_the_counts_of_each_seed():
+    content = content_with_measures()
+    cbam = content["recipes"]["k=cbam"]
+    differences = [predicted(a, shift=10)["correct"] - predicted(b)["correct"] for a, b in zip(
+        (0.85, 0.84, 0.86), (0.8, 0.81, 0.79), strict=True
+    )]  # fmt: skip
+    expected = nested_bootstrap(np.array([differences]))[0]
+    assert cbam["difference"]["images_interval"] == pytest.approx((100 * expected).tolist())
+    assert cbam["measures"]["nll"]["difference"]["images_interval"] == pytest.approx(
+        (-expected[::-1]).tolist(), rel=1e-4
+    )
+    assert cbam["measures"]["brier"]["difference"]["images_interval"] is None  # not known image by image
+    # Seed 0: none has images 0 to 159 right, cbam 10 to 179.
+    assert cbam["mcnemar"][0] == {
+        "both": 150,
+        "ours": 20,
+        "baseline": 10,
+        "neither": 20,
+        "p": pytest.approx(0.0987, abs=1e-4),
+    }
+    assert content["tables"]["mcnemar"]["rows"][0] == ["k=cbam", "0", "150", "20", "10", "20", "0.099"]
+
+
+def test_predictions_of_other_images_are_not_paired():
+    runs = [
+        result(f"k={kind}", seed, 0.8) | {"predictions": predicted(0.8)} for kind in ("none", "se") for seed in (0, 1)
+    ]
+    runs[3]["predictions"]["label"] = 1 - runs[3]["predictions"]["label"]
+    recipe = analyse(plan_for({"k=none": [0, 0], "k=se": [0, 0]}), runs, {})["recipes"]["k=se"]
+    assert recipe["difference"]["images_interval"] is None
+    assert recipe["mcnemar"] == {}
 
 
 def test_the_sentences():
@@ -104,7 +184,45 @@ def test_one_seed_is_allowed_and_said():
         "k=se − k=none: +10.00 percentage points, n = 1: one pair has no interval, so its significance is unknown"
     ]
     assert content["notes"][0].startswith("One seed: there are no intervals and no significance tests")
-    assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "+20", ""]
+    assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "", "+20", ""]
+
+
+CONTROLLED = {
+    "base=none": [0.80, 0.81, 0.79, 0.80, 0.82],
+    "net=cbam": [0.83, 0.845, 0.82, 0.83, 0.85],
+    "wide=none": [0.81, 0.82, 0.805, 0.81, 0.83],
+}
+WIDE = Control("net=cbam", "time", "width", "wide=none", {"model.width": 2.0}, {"recipe": 100.0, "control": 108.0})
+
+
+def test_the_first_sentence_says_whether_attention_beats_its_strongest_control():
+    itself = Control("net=cbam", "parameters", "width", "base=none", {}, {"recipe": 1000.0, "control": 990.0})
+    content = content_of(CONTROLLED, controls=[WIDE, itself])
+    base, net, wide = (100 * np.array(values) for values in CONTROLLED.values())
+    found = compare_pairs(net, wide)
+    low, high = (signed(value) for value in found.interval)
+    assert content["sentences"][0] == (
+        f"net=cbam beats the same cost spent otherwise: {signed(found.mean)} percentage points, 95 % interval {low} "
+        f"to {high}, n = 5, against wide=none (the baseline wider, same time), the strongest of 2 controls"
+    )
+    # net − base is a control's comparison, too, and counted once.
+    adjusted = holm([compare_pairs(net, base).p, compare_pairs(wide, base).p, found.p])
+    assert content["controls"][0]["difference"]["p_holm"] == pytest.approx(adjusted[2])
+    assert content["controls"][1]["difference"]["p_holm"] == pytest.approx(adjusted[0])
+    rows = content["tables"]["controls"]["rows"]
+    assert rows[0][:6] == ["net=cbam", "100 ms a step", "time", "wide=none", "108 ms a step", "+8.0"]
+    assert rows[1][:6] == ["net=cbam", "1,000 parameters", "parameters", "base=none", "990 parameters", "−1.0"]
+    assert content["notes"] == [
+        "The training step of wide=none was measured 8% slower than that of net=cbam; none of the widths "
+        "tried came nearer."
+    ]
+
+    equal = content_of(CONTROLLED | {"wide=none": [0.83, 0.844, 0.821, 0.83, 0.85]}, controls=[WIDE])
+    assert equal["sentences"][0].startswith("net=cbam does not significantly beat the same cost spent otherwise: 0.00")
+    worse = content_of(CONTROLLED | {"wide=none": [0.86, 0.87, 0.85, 0.86, 0.88]}, controls=[WIDE])
+    assert worse["sentences"][0].startswith("The same cost spent otherwise beats net=cbam: −2.90 percentage points")
+    one = content_of({name: values[:1] for name, values in CONTROLLED.items()}, controls=[WIDE])
+    assert one["sentences"][0].startswith("Whether net=cbam beats the same cost spent otherwise is unknown: +2.00")
 
 
 def test_what_is_missing_or_unequal_is_said():
@@ -220,12 +338,13 @@ def test_odd_names_and_precisions_are_reported(recipes, command, quick, tmp_path
     options += ["--trainer.default_root_dir", tmp_path, "--trainer.precision", "bf16-true"]
     outcome = command("compare", *options)
     assert outcome.status == 0, outcome.err
-    for name in paths:
-        assert len(re.findall(rf"^│ {re.escape(name)} +│", outcome.out, re.MULTILINE)) == 2
+    for name, tables in zip(paths, (2, 3), strict=True):  # accuracy, images without the baseline, costs
+        assert len(re.findall(rf"^│ {re.escape(name)} +│", outcome.out, re.MULTILINE)) == tables
     lines = (tmp_path / "report/report.md").read_text().splitlines()
     assert lines[0] == r"# \<i>\*x\* against a\|b\[v1\]"
     rows = [len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| ")]
-    assert rows == [9] * 4 + [8] * 4  # as many columns in each row of a table
+    # As many columns in each row of a table: accuracy, three measures of two recipes, images, costs.
+    assert rows == [10] * 4 + [8] * 8 + [8] * 3 + [8] * 4
     assert "&lt;i&gt;*x* against a|b[v1]" in (tmp_path / "report/report.html").read_text()
 
     def reject(word):

@@ -4,11 +4,21 @@ import statistics
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
-from cbam_pl.commands.compare.statistics import compare_pairs, holm, power_of_pairs, seeds_needed, summarise
+from benchmarks.simulation import PREFERENCES, false_findings, simulate
+from cbam_pl.commands.compare.statistics import (
+    compare_pairs,
+    holm,
+    mcnemar,
+    nested_bootstrap,
+    power_of_pairs,
+    seeds_needed,
+    summarise,
+)
 
 OURS = [0.8213, 0.8190, 0.8257, 0.8174, 0.8239]
 BASELINE = [0.8171, 0.8199, 0.8215, 0.8160, 0.8201]
@@ -74,3 +84,65 @@ def test_the_seeds_needed_are_the_first_with_enough_power(effect, sd):
 
 def test_without_spread_two_seeds_are_enough():
     assert seeds_needed(0.2, 0.0) == 2
+
+
+def interval_by_loops(differences, resamples, seed):
+    """The nested bootstrap with its three resampled means, one image at a time."""
+    n, num_images = len(differences), len(differences[0])
+    draw = np.random.default_rng(seed)
+    parts = []
+    for _ in range(resamples):
+        seeds, images = draw.integers(n, size=n).tolist(), draw.integers(num_images, size=num_images).tolist()
+        of_both = sum(differences[s][i] for s in seeds for i in images) / n / num_images
+        of_seeds = sum(sum(differences[s]) for s in seeds) / n / num_images
+        of_images = sum(differences[s][i] for s in range(n) for i in images) / n / num_images
+        parts.append((of_seeds, of_images, of_both - of_seeds - of_images))
+    of_seeds, of_images, rest = (statistics.pvariance(part) for part in zip(*parts, strict=True))
+    of_seeds, rest = of_seeds * n / (n - 1), rest * n / (n - 1)
+    variance = of_seeds + max(0, of_images - rest)
+    freedom = min((n - 1) * (variance / of_seeds) ** 2, num_images - 1)
+    half = max(stats.t.ppf(0.975, df) * math.sqrt(v) for df, v in ((freedom, variance), (n - 1, of_seeds)))
+    mean = statistics.mean(map(statistics.mean, differences))
+    return mean - half, mean + half
+
+
+@pytest.mark.parametrize("preference", [0.0, 3.0])
+def test_the_nested_bootstrap_by_plain_loops(preference):
+    generator = np.random.default_rng(3)
+    differences = 0.3 + generator.normal(size=(4, 40)) + 0.2 * generator.normal(size=(4, 1))
+    differences += preference * generator.normal(size=40)
+    found = nested_bootstrap(np.stack([differences, 10 * differences]), 4000)
+    expected = interval_by_loops(differences.tolist(), 4000, 1)
+    width = expected[1] - expected[0]
+    assert found[0] == pytest.approx(expected, abs=0.06 * width)  # both have the noise of 4,000 resamples
+    assert found[1] == pytest.approx(10 * found[0], rel=1e-4)  # the same resamples for all quantities
+    over_seeds = compare_pairs(differences.mean(1), [0] * 4).interval
+    assert found[0][0] <= over_seeds[0] + 1e-9
+    assert found[0][1] >= over_seeds[1] - 1e-9
+
+
+def test_equal_predictions_have_an_interval_without_width():
+    assert nested_bootstrap(np.zeros((3, 10)), 50).tolist() == [0, 0]
+
+
+def test_mcnemar_is_statsmodels():
+    generator = np.random.default_rng(0)
+    ours, baseline = generator.random((2, 200)) < [[0.8], [0.65]]
+    found = mcnemar(ours, baseline)
+    table = [[int((a & b).sum()) for b in (baseline, ~baseline)] for a in (ours, ~ours)]
+    assert [[found.both, found.ours], [found.baseline, found.neither]] == table
+    assert found.p == pytest.approx(statsmodels_mcnemar(table, exact=True).pvalue)
+    assert mcnemar(ours, ours).p == 1
+
+
+@pytest.mark.slow
+def test_false_findings_over_seeds_and_images_are_one_in_twenty():
+    found = {
+        (name, seeds): false_findings(simulate(400, seeds, 2000, preference, np.random.default_rng(0)))
+        for name, preference in PREFERENCES.items()
+        for seeds in (3, 5)
+    }
+    for shares in found.values():
+        assert 2 < shares["over seeds and images"] < 8.5  # ± three standard errors
+    # Where each recipe has images of its own, seeds alone are not enough.
+    assert found["each recipe has images of its own", 5]["paired t over seeds"] > 8.5

@@ -1,0 +1,298 @@
+"""The controls of a comparison: for each recipe with attention, the baseline at the same cost spent otherwise."""
+
+import math
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process
+from cbam_pl.commands.compare.jobs import threads_per_job
+from cbam_pl.commands.compare.plan import Control, Cost, Plan, labels_of, nest
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.errors import UserError, as_user_error
+from cbam_pl.models import stage_channels
+from cbam_pl.models.cost import count_parameters
+from cbam_pl.settings import command_parser
+from cbam_pl.timing import time_in_turns
+from cbam_pl.training.classifier import Classifier
+
+TOLERANCE = 0.05  # how far the time of a step may be from the recipe's
+_CLOSE_ENOUGH = 0.03  # of a trial, so that the measurement that follows is within the tolerance
+_MOST_TRIALS = 8
+_ROUNDS, _SECONDS = 5, 0.3
+# The arguments of each schedule that count steps or epochs; one that is null spans the training by itself.
+_LENGTHS: dict[str, tuple[str, ...]] = {
+    "ConstantLR": ("total_iters",),
+    "CosineAnnealingLR": ("T_max",),
+    "CosineAnnealingWarmRestarts": ("T_0",),
+    "CyclicLR": ("step_size_up", "step_size_down"),
+    "ExponentialLR": (),
+    "LinearLR": ("total_iters",),
+    "MultiStepLR": ("milestones",),
+    "OneCycleLR": ("total_steps", "epochs"),
+    "PiecewiseConstantLR": (),
+    "PolynomialLR": ("total_iters",),
+    "ReduceLROnPlateau": (),
+    "StepLR": ("step_size",),
+    "WarmupCosineLR": ("total_steps",),
+}
+_SCHEDULE = "model.lr_scheduler."
+
+
+def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
+    """The plan with its controls: those that its output folder records, others chosen now.
+
+    Args:
+        plan: the recipes to compare.
+        costs: in which each control equals its recipe.
+        may_choose: whether controls that are not recorded are measured and chosen.
+
+    Raises:
+        UserError: the baseline has attention or cannot be widened, no other recipe has attention, or the baseline's
+            schedule cannot be stretched.
+    """
+    baseline, *others = plan.configs
+    settings = plan.configs[baseline]
+    if (kind := settings["model.attention.kind"]) != "none":
+        raise UserError(
+            f"--controls needs a baseline without attention, and {baseline} has model.attention.kind={kind}; "
+            "name one without as the first"
+        )
+    if any(key.startswith("model.network") and value is not None for key, value in settings.items()):
+        raise UserError(f"--controls needs a baseline that model.width can widen, and {baseline} has a model.network")
+    recipes = [name for name in others if plan.configs[name]["model.attention.kind"] != "none"]
+    if not recipes:
+        raise UserError(f"--controls: none of {', '.join(others)} has attention, so there is nothing to control for")
+    if "time" in costs:
+        with_more_epochs(settings, settings["trainer.max_epochs"] + 1)  # rejects what cannot be stretched
+    recorded = plan.claim_output(dry_run=True)
+    controls = []
+    for cost in dict.fromkeys(costs):
+        for name in recipes:
+            found = [one for one in recorded if (one.recipe, one.cost) == (name, cost)]
+            if not found and not may_choose:
+                raise UserError(
+                    f"--recompute: {plan.output} has no control of {name} with the same {cost} yet; leave "
+                    "--recompute out, to choose and train it"
+                )
+            controls += found or (_same_time(plan, name) if cost == "time" else [_same_parameters(plan, name)])
+    configs, labels, added = dict(plan.configs), dict(plan.labels), []
+    for control in controls:
+        changed = _changed(settings, control.change)
+        if configs.setdefault(control.name, changed) != changed:
+            raise UserError(f"a recipe is called {control.name}, as a control is; rename its file")
+        if control.name not in labels:
+            labels[control.name] = " ".join([labels[baseline], *labels_of(control.change)])
+            added.append(control.name)
+    return replace(plan, configs=configs, labels=labels, controls=controls, added=added)
+
+
+def describe(control: Control, plan: Plan) -> dict[str, Any]:
+    """What a control and its recipe cost, as text; by what share the control costs more; and a note if it is much."""
+    recipe, own = control.measured["recipe"], control.measured["control"]
+    texts = [f"{value:,.0f} parameters" if control.cost == "parameters" else _step(value) for value in (recipe, own)]
+    if control.means == "epochs":
+        epochs = [plan.configs[name]["trainer.max_epochs"] for name in (control.recipe, control.name)]
+        texts = [f"{count} epochs, {text}" for count, text in zip(epochs, texts, strict=True)]
+        recipe, own = recipe * epochs[0], own * epochs[1]
+    excess = own / recipe - 1
+    note = None
+    if (control.cost, control.means) == ("time", "width") and abs(excess) > TOLERANCE:
+        note = (
+            f"The training step of {plan.labels[control.name]} was measured {abs(excess):.0%} "
+            f"{'slower' if excess > 0 else 'faster'} than that of {plan.labels[control.recipe]}; none of the widths "
+            "tried came nearer."
+        )
+    return {"recipe_cost": texts[0], "control_cost": texts[1], "excess": excess, "note": note}
+
+
+def control_line(control: Control, plan: Plan) -> str:
+    """What was chosen, as printed before the runs."""
+    costs, name = describe(control, plan), plan.labels[control.name]
+    which = f"{name}: {costs['control_cost']}, {costs['excess']:+.1%}"
+    nearest = "; the baseline itself comes nearest" if not control.change else ""
+    return f"control of {plan.labels[control.recipe]} ({costs['recipe_cost']}), same {control.cost}: {which}{nearest}"
+
+
+def _step(milliseconds: float) -> str:
+    return f"{milliseconds:,.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f} ms a step"
+
+
+def _changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    if epochs := change.get("trainer.max_epochs"):
+        return with_more_epochs(settings, epochs)
+    return settings | change
+
+
+# The same time
+
+
+def _same_time(plan: Plan, name: str) -> list[Control]:
+    baseline, settings = next(iter(plan.configs.items()))
+    print(f"timing training steps of {name} and of {baseline} at several widths", flush=True)
+    finest = max(stage_channels(settings["model.arch"]))
+    threads = threads_per_job()
+    found = in_new_process(threads, match_width, settings, plan.configs[name], finest, _ROUNDS, _SECONDS)
+    if found is None:
+        raise UserError("--controls time: out of memory; lower data.batch_size")
+    epochs = settings["trainer.max_epochs"]
+    longer = max(epochs, math.floor(epochs * found["recipe"] / found["baseline"]))
+    controls = []
+    for means, key, value, milliseconds in (
+        ("width", "model.width", found["width"], found["control"]),
+        ("epochs", "trainer.max_epochs", longer, found["baseline"]),
+    ):
+        change = {} if value == settings[key] else {key: value}
+        measured = {"recipe": found["recipe"], "control": milliseconds}
+        control_name = "-".join([baseline, *labels_of(change)])
+        controls.append(Control(name, "time", means, control_name, change, measured))  # type: ignore[arg-type]
+    return controls
+
+
+def match_width(
+    baseline: dict[str, Any], recipe: dict[str, Any], finest: int, rounds: int, seconds: float
+) -> dict[str, float]:
+    """Find the width at which a training step of the baseline takes as long as the recipe's.
+
+    Args:
+        baseline: its settings, by dotted key.
+        recipe: the same of the recipe.
+        finest: widths are whole multiples of 1 / finest.
+        rounds: turns in which the two are timed.
+        seconds: time of each turn.
+
+    Returns:
+        The width, and milliseconds of a training step of the recipe, the baseline, and the control of that width. They
+        are measured once more, in turns, since the time by which a width was chosen is low or high by chance.
+    """
+    theirs = TimedRecipe(recipe)
+    # Time of the processor, where that is all that a step takes: other programs hardly change it.
+    alone = theirs.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+
+    def compare_steps(widths: dict[str, float], rounds: int) -> tuple[float, dict[str, float]]:
+        works = {"recipe": theirs.train_step}
+        works |= {key: TimedRecipe(baseline | {"model.width": width}).train_step for key, width in widths.items()}
+        times = time_in_turns(works, rounds, seconds, theirs.device, clock)
+        # Of the same round each, which a busy moment of the machine affects alike.
+        pairs = {key: zip(times[key], times["recipe"], strict=True) for key in widths}
+        ratios = {key: statistics.median(ours / other for ours, other in pair) for key, pair in pairs.items()}
+        return statistics.median(times["recipe"]), ratios
+
+    def find(rounds: int) -> dict[str, float]:
+        start = baseline["model.width"]
+        tried = search_width(lambda width: compare_steps({"": width}, rounds)[1][""], start, finest)
+        width = min(tried, key=lambda width: abs(math.log(tried[width])))
+        seconds_per_step, ratios = compare_steps({"baseline": start, "control": width}, 2 * rounds)
+        return {
+            "width": width,
+            "recipe": 1000 * seconds_per_step,
+            **{key: 1000 * seconds_per_step * ratio for key, ratio in ratios.items()},
+        }
+
+    def distance(found: dict[str, float]) -> float:
+        return abs(found["control"] / found["recipe"] - 1)
+
+    found = find(rounds)
+    if distance(found) > TOLERANCE:  # a busy machine may have led to another width
+        found = min(found, find(rounds), key=distance)
+    return found
+
+
+def search_width(time_ratio: Callable[[float], float], start: float, finest: int) -> dict[float, float]:
+    """Widths from `start` on that were tried, and the ratio of the time of each to the wanted one.
+
+    By interpolation between a width that is too fast and one that is too slow, until one is close.
+    """
+    tried = {start: time_ratio(start)}
+    while len(tried) < _MOST_TRIALS and min(abs(math.log(ratio)) for ratio in tried.values()) > _CLOSE_ENOUGH:
+        fast = max((width for width, ratio in tried.items() if ratio < 1), default=None)
+        if fast is None:
+            break  # even the baseline is slower than the recipe
+        slow = min((width for width, ratio in tried.items() if ratio > 1 and width > fast), default=None)
+        if slow is None:
+            guess = fast * min(2.0, tried[fast] ** (-2 / 3))  # the time grows like the width, or like its square
+        else:
+            share = math.log(tried[fast]) / (math.log(tried[fast]) - math.log(tried[slow]))
+            guess = fast * (slow / fast) ** share
+        number = max(round(guess * finest), math.floor(fast * finest) + 1)
+        if slow is not None:
+            number = min(number, math.ceil(slow * finest) - 1)
+            if number <= fast * finest:
+                break  # no whole width between them
+        tried[number / finest] = time_ratio(number / finest)
+    return tried
+
+
+def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """The settings of a training of more epochs, its limit of steps and its schedule stretched to the same share.
+
+    Raises:
+        UserError: the schedule is none of those that can be stretched.
+    """
+    factor = Fraction(epochs, settings["trainer.max_epochs"])
+    stretched = {**settings, "trainer.max_epochs": epochs}
+    if (steps := settings.get("trainer.max_steps", -1)) > 0:
+        stretched["trainer.max_steps"] = math.floor(steps * factor)
+    path = settings.get(f"{_SCHEDULE}class_path")
+    if path is None:
+        return stretched
+    schedule = path.rpartition(".")[2]
+    if schedule not in _LENGTHS:
+        raise UserError(
+            f"--controls time: {_SCHEDULE.rstrip('.')}={path} cannot be stretched to more epochs; use one of "
+            f"{', '.join(_LENGTHS)}, or --controls parameters"
+        )
+    for name in _LENGTHS[schedule]:
+        key = f"{_SCHEDULE}init_args.{name}"
+        if isinstance(length := settings.get(key), list):
+            stretched[key] = [round(one * factor) for one in length]
+        elif length is not None:
+            stretched[key] = round(length * factor)
+    if schedule == "ExponentialLR":
+        key = f"{_SCHEDULE}init_args.gamma"
+        stretched[key] = settings[key] ** float(1 / factor)
+    rates = f"{_SCHEDULE}init_args.rates."  # of PiecewiseConstantLR: the epoch is part of the key
+    moved = {key: value for key, value in settings.items() if key.startswith(rates)}
+    for key in moved:
+        del stretched[key]
+    return stretched | {f"{rates}{round(int(key.removeprefix(rates)) * factor)}": moved[key] for key in moved}
+
+
+# The same number of parameters
+
+
+def _same_parameters(plan: Plan, name: str) -> Control:
+    baseline, settings = next(iter(plan.configs.items()))
+    start, finest = settings["model.width"], max(stage_channels(settings["model.arch"]))
+    wanted = _count(plan.configs[name])
+
+    def count(number: int) -> int:
+        return _count(settings | {"model.width": number / finest})
+
+    first = math.floor(start * finest) + 1
+    last = first
+    while count(last) < wanted:
+        last *= 2
+    number = first + bisect_left(range(first, last), wanted, key=count)
+    counts = {start: _count(settings)}
+    counts |= {other / finest: count(other) for other in (number - 1, number) if other >= first}
+    width = min(counts, key=lambda width: abs(counts[width] - wanted))  # of two, the narrower
+    change = {} if width == start else {"model.width": width}
+    measured = {"recipe": float(wanted), "control": float(counts[width])}
+    return Control(name, "parameters", "width", "-".join([baseline, *labels_of(change)]), change, measured)
+
+
+def _count(settings: dict[str, Any]) -> int:
+    parser = command_parser("fit")
+    with as_user_error(), torch.device("meta"):
+        values = parser.instantiate(parser.parse_object(nest(settings)))
+        data = ImageDataModule(**values.data)
+        classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        return count_parameters(classifier.network)

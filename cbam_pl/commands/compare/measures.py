@@ -1,0 +1,156 @@
+"""What a report compares beside the accuracy: the measures of test.json, and two recipes' answers image by image."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cbam_pl.commands.compare.statistics import compare_pairs, mcnemar, nested_bootstrap, summarise
+
+Result = dict[str, Any]  # of one run
+Pairs = Sequence[tuple[Result, Result]]  # runs of a recipe and of what it is compared with, of the same seed each
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is shown."""
+
+    heading: str
+    factor: float  # from the value in test.json to the one that is shown
+    digits: int
+    higher_is_better: bool = False
+
+
+MEASURES = {  # name in test.json → how it is shown; a run that lacks a measure leaves it out of the report
+    "nll": Measure("NLL", 1, 4),
+    "brier": Measure("Brier score", 1, 4),
+    "ece": Measure("ECE, %", 100, 2),
+    "top5": Measure("top-5 accuracy, %", 100, 2, higher_is_better=True),
+    "corrupted": Measure("accuracy on corrupted images, %", 100, 2, higher_is_better=True),  # of robustness.json
+}
+
+
+def read_measures(test: dict[str, Any]) -> dict[str, float | None]:
+    """The measures of a run's test, as they are shown; None for those that it lacks."""
+    found = test.get("measures", {})
+    return {name: one.factor * found[name] if name in found else None for name, one in MEASURES.items()}
+
+
+def compare_measures(own: Sequence[Result], pairs: Pairs) -> dict[str, dict[str, Any]]:
+    """A recipe's measures: of each its summary over the seeds, and its difference where there are pairs."""
+    intervals = bootstrap_intervals(pairs, {name: measure.factor for name, measure in MEASURES.items()})
+    measures = {}
+    for name in MEASURES:
+        if all(run.get(name) is not None for run in (*own, *(run for pair in pairs for run in pair))):
+            difference = None
+            if pairs:
+                ours, others = ([run[name] for run in side] for side in zip(*pairs, strict=True))
+                found = asdict(compare_pairs(ours, others))
+                difference = found | {"images_interval": intervals.get(name), "significant": False}
+            measures[name] = asdict(summarise([run[name] for run in own])) | {"difference": difference}
+    return measures
+
+
+def bootstrap_intervals(pairs: Pairs, factors: dict[str, float]) -> dict[str, list[float]]:
+    """Intervals over seeds and images of mean differences, each times its factor: of "correct", or of measures.
+
+    Empty with fewer than two pairs, or where the runs' predictions are missing or not of the same images; without the
+    measures that are not those of single images.
+    """
+    if len(pairs) < 2 or not _are_of_same_images(pairs):
+        return {}
+    names = [name for name in factors if all(name in run["predictions"] for pair in pairs for run in pair)]
+    if not names:
+        return {}
+    values = [[a["predictions"][name] - b["predictions"][name] for a, b in pairs] for name in names]
+    intervals = nested_bootstrap(np.array(values))  # (names, 2)
+    return {name: (factors[name] * one).tolist() for name, one in zip(names, intervals, strict=True)}
+
+
+def count_images(pairs: Pairs) -> dict[int, dict[str, Any]]:
+    """McNemar's counts and p value of each pair, by seed; empty as above."""
+    if not _are_of_same_images(pairs):
+        return {}
+    correct = [[run["predictions"]["correct"] > 0 for run in pair] for pair in pairs]
+    return {ours["seed"]: asdict(mcnemar(*both)) for (ours, _), both in zip(pairs, correct, strict=True)}
+
+
+def _are_of_same_images(pairs: Pairs) -> bool:
+    predictions = [run.get("predictions") or {} for pair in pairs for run in pair]
+    return bool(predictions) and all(
+        name in one and np.array_equal(one[name], predictions[0][name])
+        for one in predictions
+        for name in ("image", "label")
+    )
+
+
+# As tables
+
+
+def measures_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | None:
+    """A row for each measure and recipe; None where the runs have no measures."""
+    rows = []
+    for name, measure in MEASURES.items():
+        for recipe in recipes.values():
+            if name not in recipe["measures"]:
+                continue
+            values, digits = recipe["measures"][name], measure.digits
+            spread = "" if values["sd"] is None else f" ± {values['sd']:.{digits}f}"
+            row = [measure.heading, recipe["label"], f"{values['mean']:.{digits}f}{spread}"]
+            if difference := values["difference"]:
+                row.append(signed(difference["mean"], digits))
+                row += [show_interval(difference[key], digits) for key in ("interval", "images_interval")]
+                row.append(show_p(difference.get("p_holm")))
+            rows.append(row + [""] * (7 - len(row)))
+    if not rows:
+        return None
+    headings = ["measure", "recipe", "mean ± sd", f"− {baseline}"]
+    headings += ["95 % interval over seeds", "over seeds and images", "p (Holm)"]
+    shown = [one for name, one in MEASURES.items() if any(name in recipe["measures"] for recipe in recipes.values())]
+    better = [one.heading.partition(",")[0] for one in shown if one.higher_is_better]
+    meaning = (
+        "NLL: mean negative log-likelihood of the true class, in nats. Brier score: squared error of the "
+        "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. "
+        + ("Corrupted images: mean over 15 corruptions at 5 severities. " if MEASURES["corrupted"] in shown else "")
+        + f"Lower is better{', except for: ' if better else ''}{', '.join(better)}. "
+        "The p values of all measures, and of the accuracy, are corrected together."
+    )
+    return {"headings": headings, "rows": rows, "meaning": meaning}
+
+
+def mcnemar_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | None:
+    """McNemar's counts, a row for each pair; None where there are none."""
+    rows = [
+        [
+            recipe["label"],
+            str(seed),
+            *(f"{one[key]:,}" for key in ("both", "ours", "baseline", "neither")),
+            show_p(one["p"]),
+        ]
+        for recipe in recipes.values()
+        for seed, one in recipe["mcnemar"].items()
+    ]
+    headings = ["recipe", "seed", "both correct", "only the recipe", f"only {baseline}", "neither", "p (McNemar)"]
+    meaning = (
+        "Test images that the two networks of a seed classify correctly. p: exact, of McNemar's test that these two "
+        "networks are equally accurate; it says nothing of other seeds, and is not corrected."
+    )
+    return {"headings": headings, "rows": rows, "meaning": meaning} if rows else None
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign."""
+    text = f"{value:+.{digits}f}"
+    # Neither +0.00 nor -0.00 is a direction.
+    return text[1:] if not float(text) else text.replace("-", "−")
+
+
+def show_interval(interval: Sequence[float] | None, digits: int = 2) -> str:
+    """Both ends, or nothing."""
+    return "" if interval is None else f"{signed(interval[0], digits)} to {signed(interval[1], digits)}"
+
+
+def show_p(p: float | None) -> str:
+    """A p value, or nothing."""
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,226 @@
+"""Accuracy on corrupted test images: python train.py test --corruptions"""
+
+import argparse
+import difflib
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+from torch import Tensor
+
+from cbam_pl.data.corruptions import COMMON, CORRUPTIONS, EXTRA, SEVERITIES, check_size, corrupt
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.environment import describe_environment
+from cbam_pl.errors import UserError
+from cbam_pl.inspect.drawing import COLOURS, DPI, NORMAL, SMALL
+from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.run import Run, atomic_write
+from cbam_pl.training.trainer import running
+
+SEED = 0  # of the corruptions' random numbers: every network is tested on the same images
+Accuracies = dict[str, dict[str, float]]  # corruption → severity → accuracy in [0, 1]
+
+
+def find_corruptions(words: Sequence[str]) -> list[str]:
+    """The corruptions that words name, in full or by an unambiguous beginning; of no words, all 19.
+
+    Raises:
+        UserError: an unknown or ambiguous word, with the nearest name, or a repeated one.
+    """
+    names = []
+    for word in words:
+        begun = [word] if word in CORRUPTIONS else [name for name in CORRUPTIONS if word and name.startswith(word)]
+        if not begun:
+            known = {name.partition("_")[0]: name for name in CORRUPTIONS} | {name: name for name in CORRUPTIONS}
+            near = difflib.get_close_matches(word, known, 1)
+            hint = f"did you mean {known[near[0]]}?" if near else f"use some of {', '.join(CORRUPTIONS)}"
+            raise UserError(f"--corruptions {word} is unknown; {hint}")
+        if len(begun) > 1:
+            raise UserError(f"--corruptions {word} is ambiguous; use {' or '.join(begun)}")
+        if begun[0] in names:
+            raise UserError(f"--corruptions names {begun[0]} twice; name each once")
+        names += begun
+    return names or list(CORRUPTIONS)
+
+
+def choose_conditions(settings: Any, image_size: int) -> list[tuple[str, int]]:
+    """Corruption and severity of each pass over the test images that the settings of `test` ask for, if any.
+
+    Raises:
+        UserError: settings that cannot be used.
+    """
+    if settings.get("corruptions") is None:  # `validate` has no such setting
+        if settings.get("severities") is not None:
+            raise UserError("--severities has no effect without --corruptions")
+        return []
+    names = find_corruptions(settings.corruptions)
+    severities = SEVERITIES if settings.severities is None else sorted(settings.severities)
+    for severity in severities:
+        if severity not in SEVERITIES:
+            raise UserError(f"--severities {severity} is unknown; use some of {' '.join(map(str, SEVERITIES))}")
+        if list(severities).count(severity) > 1:
+            raise UserError(f"--severities names {severity} twice; name each once")
+    if settings.trainer.limit_test_batches not in (None, 1.0) or isinstance(settings.trainer.limit_test_batches, int):
+        raise UserError(
+            f"trainer.limit_test_batches={settings.trainer.limit_test_batches} does not work with --corruptions, which "
+            "tests all images; leave it out, and name fewer corruptions or --severities to save time"
+        )
+    check_size(image_size, image_size)
+    return [(name, severity) for name in names for severity in severities]
+
+
+def without_conditions(options: Sequence[str]) -> list[str]:
+    """Options of `test` without those of this file, which do not change its other figures."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--corruptions", "--severities"):
+        parser.add_argument(name, nargs="*")
+    return parser.parse_known_args(options)[1]
+
+
+class _CorrectPredictions(Callback):
+    """Counts, over the batches of `trainer.predict`, images and those that are classified correctly."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from zero."""
+        self.counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)  # correct, all
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        """Outputs: probabilities (B, classes); batch: images and labels (B,)."""
+        correct = (outputs.argmax(1) == batch[1]).sum()
+        self.counts += torch.stack((correct, torch.full_like(correct, len(batch[1]))))
+
+    def accuracy(self, trainer: Trainer) -> float:
+        """Over all processes, all of which must call this."""
+        counts: Tensor = trainer.strategy.reduce(self.counts, reduce_op="sum")
+        correct, count = counts.tolist()
+        return correct / count
+
+
+def measure_robustness(
+    trainer: Trainer,
+    model: Classifier,
+    data: ImageDataModule,
+    conditions: Sequence[tuple[str, int]],
+    clean: dict[str, float],
+    run: Run | None,
+    options: Sequence[str],
+) -> None:
+    """Test a classifier on the corrupted test images; print a table and write robustness.json and .png of a run.
+
+    All processes take part. `clean` has the figures of the images as they are, which `trainer` has measured before.
+    """
+    if not conditions:
+        return
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.disable()  # a bar for all conditions instead of one for each
+    correct = _CorrectPredictions()
+    trainer.callbacks.append(correct)  # type: ignore[attr-defined]  # set by a connector
+    accuracies: Accuracies = {}
+    console = Console(stderr=True, quiet=not trainer.is_global_zero)
+    begin = time.monotonic()
+    with running(run), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("corruptions", total=len(conditions))
+        for number, (name, severity) in enumerate(conditions):
+            progress.update(task, description=f"{name} {severity}", completed=number)
+            change = partial(_corrupt, name, severity)
+            trainer.predict(model, data.changed_test_dataloader(change), return_predictions=False)
+            row = accuracies.setdefault(name, {})
+            row[str(severity)] = correct.accuracy(trainer)
+            if number + 1 == len(conditions) or conditions[number + 1][0] != name:
+                text = " ".join(f"{100 * value:.2f}" for value in row.values())
+                progress.console.print(f"{name}: {text} %  ({time.monotonic() - begin:.0f} s)", highlight=False)
+    trainer.callbacks.remove(correct)  # type: ignore[attr-defined]
+    if not trainer.is_global_zero:
+        return
+    record = {
+        "epoch": model.tested_epoch,
+        "images": len(data.images("test")),
+        "seed": SEED,
+        "test/acc": clean["test/acc"],
+        "accuracy": accuracies,
+        "mean": means(accuracies),
+        "seconds": time.monotonic() - begin,
+        "options": list(options),
+        "environment": {
+            **describe_environment(trainer.strategy.root_device),
+            "libraries": ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow")),
+        },
+    }
+    _print(record)
+    if run is not None:
+        title = f"{run.recipe} version {run.version}, epoch {record['epoch']}"
+        with atomic_write(run.logs / "robustness.png") as stream:
+            draw_robustness(record, title).savefig(stream, format="png")
+        with atomic_write(run.logs / "robustness.json") as stream:
+            stream.write(f"{json.dumps(record)}\n".encode())
+
+
+def _corrupt(name: str, severity: int, pixels: Tensor, indices: Tensor) -> Tensor:
+    return corrupt(pixels, name, severity, indices.tolist(), SEED)
+
+
+def means(accuracies: Accuracies) -> dict[str, float | None]:
+    """The mean over the common corruptions that were measured, and over the extra ones; None where there are none."""
+    found = {}
+    for kind, names in (("common", COMMON), ("extra", EXTRA)):
+        values = [value for name, row in accuracies.items() if name in names for value in row.values()]
+        found[kind] = float(np.mean(values)) if values else None
+    return found
+
+
+def _rows(record: dict[str, Any]) -> list[tuple[str, list[float]]]:
+    """Label, and accuracy in per cent by severity with the mean behind: of each corruption, and means of each kind."""
+    rows = []
+    for kind, names in (("common", COMMON), ("extra", EXTRA)):
+        own = {name: list(row.values()) for name, row in record["accuracy"].items() if name in names}
+        rows += list(own.items())
+        if own:
+            rows.append((f"mean of {len(own)} {kind}", np.mean(list(own.values()), axis=0).tolist()))
+    return [(label, [100 * value for value in (*values, float(np.mean(values)))]) for label, values in rows]
+
+
+def _columns(record: dict[str, Any]) -> list[str]:
+    return [*next(iter(record["accuracy"].values())), "mean"]
+
+
+def _print(record: dict[str, Any]) -> None:
+    table = Table("severity", *(Column(heading, justify="right") for heading in _columns(record)))
+    for label, values in _rows(record):
+        table.add_row(label, *(f"{value:.2f}" for value in values), end_section=label.startswith("mean"))
+    print(f"accuracy on corrupted test images, %; without corruption {100 * record['test/acc']:.2f}:")
+    Console(width=160).print(table)
+
+
+def draw_robustness(record: dict[str, Any], title: str) -> Figure:
+    """A heat map of the accuracy by corruption and severity, of what robustness.json holds."""
+    rows, columns = _rows(record), _columns(record)
+    values = np.array([row for _, row in rows])
+    figure = Figure((2.6 + 0.62 * len(columns), 1.1 + 0.26 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(values, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, fontsize=SMALL)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=SMALL)
+    axes.set_xlabel("severity", fontsize=NORMAL)
+    axes.tick_params(length=0)
+    axes.set_title(f"{title}\n{100 * record['test/acc']:.1f} % without corruption", fontsize=NORMAL, parse_math=False)
+    for (row, column), value in np.ndenumerate(values):
+        weight = "bold" if "mean" in (columns[column], rows[row][0].split()[0]) else "normal"
+        colour = "black" if value > 60 else "white"  # readable on the colour below it
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "weight": weight}
+        axes.text(column, row, f"{value:.1f}", color=colour, **style)
+    bar = figure.colorbar(picture, ax=axes)
+    bar.set_label("test accuracy, %", fontsize=NORMAL)
+    bar.ax.tick_params(labelsize=SMALL)
+    return figure
