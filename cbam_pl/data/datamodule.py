@@ -306,7 +306,7 @@ class ImageDataModule(LightningDataModule):
         normalise, device, shard = self._placement()
         # Activations of more images would leave the CPU's cache and the allocator's: 256 take 1.5 times as long each.
         batch_size = min(4 * self.batch_size, 128) if device.type == "cpu" else 4 * self.batch_size
-        return EvaluationLoader(self._images["test"], batch_size, normalise, device, shard, shuffle=True, change=change)
+        return EvaluationLoader(self.images("test"), batch_size, normalise, device, shard, shuffle=True, change=change)
 
 
 def _short(names: list[str]) -> str:
