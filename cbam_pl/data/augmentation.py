@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbam_pl.process import one_thread
+
 Augmentation = Literal["none", "basic", "alternating", "rich", "resized_crop"]
 
 PADDING = 4  # pixels on each side before the crop
@@ -174,10 +176,11 @@ def resize_crops_on_cpu(pixels: Tensor, parameters: ResizedCrop, size: int) -> T
     the time of `resize_crops`, most of all where a pixel's channels are neighbours in memory.
     """
     resized = []
-    for i, (top, left, height, width, flip) in enumerate(torch.stack(parameters, 1).int().tolist()):
-        part = pixels[i : i + 1, :, top : top + height, left : left + width]
-        part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
-        resized.append(part.flip(3) if flip else part)
+    with one_thread():  # on a busy machine threads would mostly wait for one another, twice for each image
+        for i, (top, left, height, width, flip) in enumerate(torch.stack(parameters, 1).int().tolist()):
+            part = pixels[i : i + 1, :, top : top + height, left : left + width]
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+            resized.append(part.flip(3) if flip else part)
     return torch.cat(resized).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
