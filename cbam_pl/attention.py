@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cbam_pl.attention_parts import (
     Gate,
+    IdentityStart,
     check_at_least,
     check_odd,
     check_one_of,
@@ -34,6 +35,7 @@ Order = Literal["channel_spatial", "spatial_channel", "parallel", "channel", "sp
 Pool = Literal["avg", "max", "lse", "lp"]
 Rounding = Literal["down", "nearest"]
 Descriptor = Literal["mean_max", "max_mean", "mean", "max", "learned"]
+Start = Literal["paper", "identity"]
 Place = Literal["before_addition", "after_addition", "before_pool", "after_pool"]
 
 _POOLS = {"avg": lambda x: mean(x, (2, 3)), "max": lambda x: x.amax((2, 3), keepdim=True), **FURTHER_POOLS}
@@ -268,7 +270,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {  # of each kind, without the placement
 
 def options_of(kind: str) -> tuple[str, ...]:
     """The options of AttentionConfig that this kind of attention uses, beside `kind`."""
-    return (*_OPTIONS.get(kind, ()), *(() if kind == "none" else ("place", "stages")))
+    return (*_OPTIONS.get(kind, ()), *(() if kind == "none" else ("place", "stages", "where", "start")))
 
 
 def _arguments(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -303,6 +305,11 @@ class AttentionConfig:
         place: in the ResNets before_addition (the default: on the branch) or after_addition (on the block's
             output); in the cnn before_pool (the default of se and eca) or after_pool (that of the others).
         stages: the ResNets' stages with attention, some of 1 to 4 (1 to 3 in resnet20 to 110); None: all.
+        where: in a `model.network`: patterns of the names of the modules that attention follows, such as layer?.*.bn2;
+            `*`, `?` and `[…]` stand for parts of a name between dots.
+        start: paper (gates of about one half), or identity (the network begins as it is without attention, to the bit:
+            x + α · (attention(x) − x), with a learned α that starts at zero); None: identity in a network that starts
+            from trained weights, else paper.
     """
 
     kind: AttentionKind = "cbam"
@@ -321,12 +328,16 @@ class AttentionConfig:
     norm_momentum: float | None = None
     place: Place | None = None
     stages: tuple[int, ...] | None = None
+    where: tuple[str, ...] | str | None = None
+    start: Start | None = None
 
     def __post_init__(self) -> None:
         check_one_of(_OPTIONS, kind=self.kind)
         check_one_of(get_args(Preset), preset=self.preset)
         if self.place is not None:
             check_one_of(get_args(Place), place=self.place)
+        if self.start is not None:
+            check_one_of(get_args(Start), start=self.start)
         given = {**vars(self), "kind": None, "preset": None if self.preset == "paper" else self.preset}
         reject_unused(options_of(self.kind), given, f"kind={self.kind!r}")
 
@@ -335,16 +346,24 @@ class AttentionConfig:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def build(self, channels: int) -> nn.Module:
-        """The attention for `channels` channels; the identity for "none"."""
+        """The attention for `channels` channels; the identity for "none". place, stages and where are the network's."""
         if self.kind == "none":
             return nn.Identity()
-        options = self.given(_OPTIONS[self.kind])  # place and stages are for the network to read
+        attention = self._build(channels, self.given(_OPTIONS[self.kind]))
+        return IdentityStart(attention) if self.start == "identity" else attention
+
+    def _build(self, channels: int, options: dict[str, Any]) -> nn.Module:
         if self.kind == "cbam":
             return CBAM(channels, **options)
         if self.kind in ("channel", "spatial"):
             return CBAM(channels, order=self.kind, **options).get_submodule(self.kind)
         layer = {"se": SqueezeExcitation, "eca": EfficientChannelAttention, "bam": BAM}[self.kind]
         return layer(channels, **_arguments(options, options))
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is one of those that AttentionConfig builds, or one of their gates."""
+    return isinstance(module, (Gate, CBAM, IdentityStart))
 
 
 # What differs from the paper's equations, which are the layers' defaults.

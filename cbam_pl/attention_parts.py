@@ -49,6 +49,31 @@ class Gate(nn.Module):
         return {self.gate_name: self.gate(x)}
 
 
+class IdentityStart(nn.Module):
+    """Attention that begins as the identity: x + α · (attention(x) − x), where α is learned and starts at zero.
+
+    At α = 0 the output is x itself, to the bit, for any attention with finite gates; at α = 1 it is the attention as it
+    is without this module. For one gate it is x · (1 + α · (gate − 1)). The first step's gradient reaches α alone, as
+    that of the attention's own weights is α times what it would be; from the second step on it reaches all.
+
+    Source: ReZero (Bachlechner et al., UAI 2021, arXiv:2003.04887) and SkipInit (De and Smith, NeurIPS 2020,
+    arXiv:2002.10444) multiply a residual branch by a learned scalar that starts at zero; LayerScale (Touvron et al.,
+    ICCV 2021, arXiv:2103.17239) by one a channel, which starts near zero. The branch here is attention(x) − x.
+
+    Shape:
+        x (B, C, H, W) → (B, C, H, W).
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.factor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) → (B, C, H, W)."""
+        return x + self.factor * (self.attention(x) - x)
+
+
 def check_at_least(minimum: int, **numbers: int) -> None:
     """Reject a number below the minimum."""
     for name, value in numbers.items():

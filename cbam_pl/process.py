@@ -35,6 +35,8 @@ def configure_process() -> None:
         # NVIDIA's library at every optimizer step, which takes as long as the rest of a small network's update.
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     keep_freed_memory()
+    if os.getcwd() not in sys.path:  # so that model.network finds the user's files; last, so that they hide no package
+        sys.path.append(os.getcwd())
     threading.excepthook = _report
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 from lightning import Trainer
 
@@ -80,6 +80,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
         add("--class_name", type=str, help="the first test images of a class")
         add("--num_images", type=PositiveInt, help="images to show (default: 3), unless they are named one by one")
+        add("--layer", type=str, help="module for Grad-CAM, by name (default: the last that gives maps (B, C, H, W))")
         add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
         add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
         add("--measure", action="store_true", help="numbers: does attention fall on what matters, do the gates matter?")
@@ -92,6 +93,9 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             type=bool | None,
             help="classify by the mean of the logits of each image and its mirror image; by default as in training",
         )
+    if command != "fit":
+        trust_help = "packages whose networks a checkpoint may import, beside cbam_pl, torchvision.models and timm"
+        add("--trust", nargs="+", type=str, default=[], help=trust_help)
     if command == "test":
         add("--calibrate", action="store_true", help="fit a temperature on the validation images; figures with it, too")
         names_help = "test on corrupted images, too: on all 19 corruptions, or on those named, such as fog jpeg"
@@ -119,8 +123,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
     """The settings that options give, over a recipe's nested ones; a mistake is a UserError with the nearest key."""
-    recipe = recipe or {}
     names = setting_names(parser)
+    recipe, options = _with_network(recipe or {}, options) if "model.network" in names else (recipe or {}, options)
     given = [*_flatten(recipe, names)]
     for word, following in zip_longest(options, options[1:], fillvalue=""):
         key, equals, value = word.partition("=")
@@ -143,6 +147,60 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
         if default is not None and "init_args" not in key and key in settings and settings[key] is None:
             raise UserError(f"{key}=null must have a value; leave it out for its default, {default}")
     return settings
+
+
+def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:
+    """The options of model.network, in any form that an optimizer may be given, as settings of the recipe instead.
+
+    A network replaces the recipe's arch, and the other way round; both from one place are for the Classifier to reject.
+    """
+    if not isinstance(recipe.get("model", {}), (Mapping, type(None))):
+        return recipe, options  # to be rejected as such
+    named, arguments, rest = _network_options(options)
+    model = dict(recipe.get("model") or {})
+    network = None if any(word.partition("=")[0] == "--model.arch" for word in rest) else model.get("network")
+    if named is not None and not (isinstance(network, Mapping) and network.get("class_path") == named):
+        network = None if named == "null" else named
+    if isinstance(network, str):
+        network = {"class_path": network}
+    if isinstance(network, Mapping):
+        if unknown := network.keys() - {"class_path", "init_args"}:
+            raise UserError(f"unknown key model.network.{unknown.pop()}; use class_path and init_args")
+        if arguments:
+            network = {**network, "init_args": {**(network.get("init_args") or {}), **arguments}}
+        if named is not None:
+            model.pop("arch", None)
+    elif arguments:
+        raise UserError(f"model.network.{next(iter(arguments))} is an argument of a network; give --model.network")
+    if network is not None or "network" in model:
+        model["network"] = network
+    return ({**recipe, "model": model} if model else recipe), rest
+
+
+def _network_options(options: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+    """What --model.network gives (None: it is not there), its arguments, and the other words."""
+    named: Any = None
+    arguments: dict[str, Any] = {}
+    rest = []
+    words = iter(options)
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("--model.network")
+        if name == key or name[:1] not in ("", "."):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        name = name.removeprefix(".init_args").removeprefix(".")
+        is_path = name in ("", "class_path")
+        try:
+            read = value if is_path and not value.startswith("{") else get_loader("yaml")(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{key}={value} is not valid YAML") from error
+        if is_path:
+            named = read
+        else:
+            arguments[name] = read
+    return named, arguments, rest
 
 
 def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
@@ -231,6 +289,9 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         ):
             value = _merge(old, value)
         merged[key] = value
+    for one, other in (("arch", "network"), ("network", "arch")):  # of the two the later wins
+        if above.get(one) is not None and above.get(other) is None:
+            merged.pop(other, None)
     return merged
 
 

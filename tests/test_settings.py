@@ -210,3 +210,56 @@ def test_every_recipe_parses_and_its_header_names_itself(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"--config configs/{path.name}" in line for line in header)
     assert any(line.startswith("# Expect: ") and len(line) > 20 for line in header)
+
+
+RESNET18 = {"class_path": "torchvision.models.resnet18"}
+TIMM = {"class_path": "timm.create_model", "init_args": {"model_name": "resnet18", "drop_rate": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("options", "network"),
+    [
+        (["--model.network", "torchvision.models.resnet18"], RESNET18),
+        (["--model.network={class_path: torchvision.models.resnet18}"], RESNET18),
+        (["--model.network.class_path=timm.create_model", "--model.network.init_args.model_name", "resnet18",
+          "--model.network.init_args.drop_rate=0.1"], TIMM),
+        (["--model.network", "timm.create_model", "--model.network.model_name", "resnet18",
+          "--model.network.drop_rate", "1e-1"], TIMM),
+        (["--config", "timm.yaml", "--model.network.drop_rate", "0.1"], TIMM),
+        (["--config", "timm.yaml", "--model.network", "torchvision.models.resnet18"], RESNET18),
+        (["--config", "name.yaml"], RESNET18),
+        (["--config", "cnn.yaml", "--config", "name.yaml"], RESNET18),
+        (["--config", "cnn.yaml", "--model.network", "torchvision.models.resnet18"], RESNET18),
+        (["--config", "name.yaml", "--config", "cnn.yaml"], None),
+        (["--config", "name.yaml", "--model.arch", "cnn"], None),
+        (["--config", "name.yaml", "--model.network", "null"], None),
+    ],
+)  # fmt: skip
+def test_a_network_is_given_as_an_optimizer_is_and_replaces_an_earlier_arch(
+    options: list[str], network: dict | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("timm.yaml").write_text("model: {network: {class_path: timm.create_model, init_args: {model_name: resnet18}}}")
+    Path("name.yaml").write_text("model: {network: torchvision.models.resnet18}")
+    Path("cnn.yaml").write_text("model: {arch: cnn}")
+    settings = parse_with_recipes(command_parser("fit"), options)
+    assert settings.model.network == network
+    assert network is None or settings.model.arch is None
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{class: torchvision.models.resnet18}", "unknown key model.network.class; use class_path and init_args"),
+        ("[a, b]", 'Parser key "model.network"'),
+    ],
+)
+def test_a_network_in_another_form_is_named(content: str, text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{network: {content}}}")
+    assert text in message("--config", str(recipe))
+
+
+def test_an_argument_of_a_network_that_is_not_yaml_is_named() -> None:
+    assert message("--model.network", "a.B", "--model.network.x", "[1") == "--model.network.x=[1 is not valid YAML"
+    assert message("--model.network", "{a") == "--model.network={a is not valid YAML"

@@ -45,7 +45,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**saved | dict(values.data))
-        model = load_classifier(path, checkpoint, settings.model.test_time_flip)
+        model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
         trainer = evaluating_trainer(values.trainer, None if run is None else RunLogger(run.logs, suffix), [evaluated])
         conditions = choose_conditions(settings, data.image_size)
     data.load_state_dict(checkpoint["ImageDataModule"])

@@ -25,6 +25,7 @@ from cbam_pl.training.checkpoint import (
     differences,
     find_checkpoint,
     finished,
+    network_name,
     read_checkpoint,
     save_final_checkpoint,
 )
@@ -54,6 +55,8 @@ def fit(options: list[str]) -> None:
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
         check_same_settings(path, checkpoint, model, data)
         run = run_of(path)
+    with as_user_error():
+        loaded = model.load_weights() if checkpoint is None else ""
     if run is None and is_first and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
 
@@ -70,7 +73,7 @@ def fit(options: list[str]) -> None:
                 data.prepare_data()
                 data.setup("fit")
                 _check_last_batch(trainer, model, data)
-            _print_summary(model, data, trainer, run, checkpoint)
+            _print_summary(model, data, trainer, run, checkpoint, loaded)
         with running(run):
             try:
                 trainer.fit(model, data, ckpt_path=path, weights_only=True)
@@ -131,14 +134,27 @@ def _ensure_best(trainer: Trainer, model: Classifier, data: ImageDataModule, run
 
 
 def _print_summary(
-    model: Classifier, data: ImageDataModule, trainer: Trainer, run: Run | None, resumed: dict[str, Any] | None
+    model: Classifier,
+    data: ImageDataModule,
+    trainer: Trainer,
+    run: Run | None,
+    resumed: dict[str, Any] | None,
+    loaded: str,
 ) -> None:
     """What is trained, on what, where, from where, and what it writes."""
     size = data.image_size
     megaflops = count_flops(model.network, (3, size, size)) / 1e6
     train, val = len(data.images("train")), len(data.images("val"))
+    attention = model.hparams["attention"]
+    start = " that starts as the identity" if attention["start"] == "identity" else ""
     lines = [
-        f"network      {model.hparams['arch']}, attention {model.hparams['attention']['kind']}",
+        f"network      {network_name(model.hparams)}, attention {attention['kind']}{start}",
+        *(
+            [f"classes      {model.replaced_layer} was replaced by a linear layer for them"]
+            * bool(model.replaced_layer)
+        ),
+        *([f"weights      {loaded}"] if loaded else []),
+        *_trained_parts(model),
         f"cost         {count_parameters(model.network):,} parameters; {megaflops:,.1f} MFLOPs per image, where a "
         "multiplication and an addition are two",
         f"data         {data.dataset}: {train:,} training and {val:,} validation images of {size}×{size}, "
@@ -151,6 +167,19 @@ def _print_summary(
         lines.append(f"resumed      after {completed_epochs(resumed)} epochs, {resumed['global_step']} steps")
         lines += [f"differs      {line}" for line in differences(resumed, trainer, model, data.batch_size)]
     print("\n".join(lines))
+
+
+def _trained_parts(model: Classifier) -> list[str]:
+    """What is trained, at which rate, where that is not all at one; a line of the summary each."""
+    lines = []
+    if model.freeze_patterns:
+        total = sum(parameter.numel() for parameter in model.network.parameters())
+        frozen = ", ".join(model.freeze_patterns)
+        lines.append(f"trained      {count_parameters(model.network):,} of {total:,} parameters, without {frozen}")
+    for group in model.parameter_groups() if model.lr_factors else []:
+        count = sum(parameter.numel() for parameter in group["params"] if parameter.requires_grad)
+        lines.append(f"rate         × {group['lr_factor']:g} for {group['name']}: {count:,} parameters")
+    return lines
 
 
 def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str]) -> None:

@@ -27,7 +27,7 @@ def predict(options: list[str]) -> None:
     settings = parse(parser, options)
     path, checkpoint = find_checkpoint(Path(settings.trainer.default_root_dir), settings.ckpt_path)
     with as_user_error():
-        model = load_classifier(path, checkpoint, settings.model.test_time_flip)
+        model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
         trainer = evaluating_trainer(parser.instantiate(settings).trainer)
 
     files = find_images(settings.images)

@@ -27,7 +27,7 @@ from cbam_pl.inspect.randomisation import cascading_randomisation
 from cbam_pl.inspect.scores import grad_cam, measure
 from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
-from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
+from cbam_pl.training.checkpoint import find_checkpoint, load_classifier, network_name
 from cbam_pl.training.run import run_of
 
 RANDOMISED_EVERY = 4  # of the images measured on: a mean of correlations needs fewer than an accuracy
@@ -40,6 +40,7 @@ class LoadedCheckpoint:
     path: Path
     content: dict[str, Any]
     data: dict[str, Any]  # arguments of its ImageDataModule
+    trust: Sequence[str] = ()  # packages of networks that it may import
 
     @property
     def logs(self) -> Path:
@@ -50,7 +51,7 @@ class LoadedCheckpoint:
     @cached_property
     def network(self) -> nn.Module:
         """The network with its weights, on the GPU if there is one."""
-        network = load_classifier(self.path, self.content).network
+        network = load_classifier(self.path, self.content, trust=self.trust).network
         return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
@@ -79,7 +80,7 @@ def visualize(options: list[str]) -> None:
         path, content = find_checkpoint(Path(settings.trainer.default_root_dir), name)
         saved = content["datamodule_hyper_parameters"]
         data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
-        loaded.append(LoadedCheckpoint(path, content, {**saved, **data}))
+        loaded.append(LoadedCheckpoint(path, content, {**saved, **data}, settings.trust))
     folder = loaded[0].logs / "pictures" if settings.output is None else Path(settings.output).expanduser()
     chosen = {name: settings[name] for name in ("images", "indices", "class_name", "num_images")}
     pictures: dict[str, Callable[[], Figure]] = {}
@@ -88,9 +89,9 @@ def visualize(options: list[str]) -> None:
     with as_user_error():
         for one, name in zip(loaded, unique_names([one.path for one in loaded]), strict=True):
             model = one.content["hyper_parameters"]
-            network = f"{model['arch']}, attention {model['attention']['kind']}, epoch {one.content['epoch'] + 1}"
+            network = f"{network_name(model)}, attention {model['attention']['kind']}, epoch {one.content['epoch'] + 1}"
             title, prefix = f"{name} ({network})", f"{name}-" if len(loaded) > 1 else ""
-            drawn = pictures_of(one, title, **chosen)
+            drawn = pictures_of(one, title, **chosen, layer=settings.layer)
             if "attention" not in drawn:
                 print(f"{title}: this network has no gates, so there is no picture of them")
             if tested := _read_test(one):
@@ -161,6 +162,7 @@ def pictures_of(
     indices: list[int] | None = None,
     class_name: str | None = None,
     num_images: int | None = None,
+    layer: str | None = None,
 ) -> dict[str, Callable[[], Figure]]:
     """What draws each picture of what a network sees, by name, as the options of `visualize` say."""
     classes = loaded.content["ImageDataModule"]["classes"]
@@ -181,7 +183,7 @@ def pictures_of(
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
     features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
-    cams = grad_cam(network, inputs, features.logits.argmax(1))
+    cams = grad_cam(network, inputs, features.logits.argmax(1), layer)
     shown = drawing.CaptionedImages(pixels, drawing.describe(features.logits, classes, headings))
     drawn = {
         "features": partial(drawing.draw_features, shown, features, f"Features\n{title}"),

@@ -1,5 +1,6 @@
 """Read a network's attention gates and feature maps, and summarise the gates; the network is left unchanged."""
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cbam_pl.attention import BAM
 from cbam_pl.models.cnn import CNN
+from cbam_pl.models.insertion import map_shapes
 from cbam_pl.models.resnet import ResidualBlock, ResNet
 
 CONSTANT_STD = 1e-3  # a spatial gate with a lower standard deviation over positions counts as constant
@@ -74,13 +76,18 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
-    """The blocks' outputs and the logits of a CNN or ResNet of cbam_pl.models for images (B, 3, H, W), normalised."""
+    """The logits of images (B, 3, H, W), normalised, and the outputs of the network's blocks.
+
+    These are the blocks of a CNN or ResNet of cbam_pl.models; of another network, its top-level modules that give
+    (B, C, H, W), or where there is only one with modules in it, those in it.
+    """
     network = unwrap(network)
-    layers = {**_convolution_blocks(network), "": last_activation(network)}
+    example = as_input(images[:1], network)
+    layers = {**_convolution_blocks(network, example), "": last_activation(network, example)}
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        seen[name] = output
+        seen[name] = output.clone()  # since an activation in place may follow
 
     with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
         for name, module in layers.items():
@@ -141,7 +148,9 @@ def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
     for path, module in network.named_modules():
         if callable(getattr(module, "gates", None)) and not path.startswith(inside):
             inside += (path + ".",) if path else ("",)
-            name = _plain_name(path).removesuffix("attention").removesuffix(".")
+            name = _plain_name(path)
+            while name.endswith("attention"):  # twice where it is in an IdentityStart
+                name = name.removesuffix("attention").removesuffix(".")
             found[name or type(module).__name__] = module
     return found
 
@@ -160,19 +169,46 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
     )
 
 
-def _convolution_blocks(network: nn.Module) -> dict[str, nn.Module]:
+def _convolution_blocks(network: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     if isinstance(network, CNN):
         return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
         blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
         return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
-    raise ValueError(f"network is a {type(network).__name__}; only a CNN or ResNet of cbam_pl.models is supported")
+    names, prefix = _maps(network, example), ""
+    while True:
+        inside = [name for name in names if name.startswith(prefix) and "." not in name[len(prefix) :]]
+        if len(inside) != 1 or not any(name.startswith(f"{inside[0]}.") for name in names):
+            return {name: network.get_submodule(name) for name in inside or names[-1:]}
+        prefix = f"{inside[0]}."
 
 
-def last_activation(network: nn.Module) -> nn.Module:
-    """The module whose output is the last convolution's activation map, of a CNN or ResNet of cbam_pl.models."""
-    block = list(_convolution_blocks(network).values())[-1]
+def last_activation(network: nn.Module, example: Tensor) -> nn.Module:
+    """The module whose output is the last convolution's activation map, in a network for example (1, 3, H, W).
+
+    In networks that are not of cbam_pl.models, the last that gives (B, C, H, W) with more than one position.
+    """
+    if not isinstance(network, (CNN, ResNet)):
+        return network.get_submodule(_maps(network, example)[-1])
+    block = list(_convolution_blocks(network, example).values())[-1]
     return block.get_submodule("relu") if isinstance(network, CNN) else block
+
+
+def map_layer(network: nn.Module, images: Tensor, name: str) -> nn.Module:
+    """The module of that name, which must give (B, C, H, W) for images (B, 3, H, W)."""
+    shapes = map_shapes(network, images[:1])
+    if name not in shapes:
+        near = difflib.get_close_matches(name, shapes, 3, cutoff=0.3) or list(shapes)[-3:]
+        raise ValueError(f"--layer {name} is not a module that gives (B, C, H, W); such are {', '.join(near)}")
+    return network.get_submodule(name)
+
+
+def _maps(network: nn.Module, example: Tensor) -> list[str]:
+    """Names of the modules that give maps with more than one position, or else any, the first to end first."""
+    shapes = map_shapes(network, example)
+    if not shapes:
+        raise ValueError(f"no module of {type(network).__name__} gives (B, C, H, W), so there are no maps to draw")
+    return [name for name, (_, height, width) in shapes.items() if height * width > 1] or list(shapes)
 
 
 def as_input(images: Tensor, network: nn.Module) -> Tensor:

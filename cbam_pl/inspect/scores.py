@@ -18,8 +18,8 @@ ROAD_PERCENTS = (10, 30, 50, 70, 90)  # also of the pixels that are left
 ROAD_EVERY = 4  # of the images, since imputation takes as long as the network
 
 
-def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Evidence for a class at each position of the last convolution's activations of a CNN or ResNet.
+def grad_cam(network: nn.Module, images: Tensor, classes: Tensor, layer: str | None = None) -> Tensor:
+    """Evidence for a class at each position of the output of a layer, by default that of `gates.last_activation`.
 
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, arXiv:1610.02391, equations 1 and 2, by captum's LayerGradCam.
 
@@ -29,7 +29,10 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     network = unwrap(network)
     with gates.evaluation_mode(network), torch.enable_grad():
         images = gates.as_input(images, network)
-        explain = LayerGradCam(network, gates.last_activation(network))
+        module = (
+            gates.last_activation(network, images[:1]) if layer is None else gates.map_layer(network, images, layer)
+        )
+        explain = LayerGradCam(network, module)
         coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
     return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
 

@@ -8,10 +8,21 @@ from torch import nn
 from cbam_pl.attention import AttentionConfig, AttentionKind
 from cbam_pl.models.cnn import CHANNELS, CNN
 from cbam_pl.models.insertion import insert_attention
+from cbam_pl.models.network import NetworkConfig, make_network
 from cbam_pl.models.official import load_official_state_dict
 from cbam_pl.models.resnet import RESNETS, ResNet, Stem
 
-__all__ = ["CNN", "Architecture", "ResNet", "Stem", "build_network", "insert_attention", "load_official_state_dict"]
+__all__ = [
+    "CNN",
+    "Architecture",
+    "NetworkConfig",
+    "ResNet",
+    "Stem",
+    "build_network",
+    "insert_attention",
+    "load_official_state_dict",
+    "make_network",
+]
 
 CifarResNet = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 ImageNetResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -49,6 +60,8 @@ def build_network(
         raise ValueError(f"num_classes={num_classes} must be at least 1")
     if not isinstance(attention, AttentionConfig):
         attention = AttentionConfig(kind=attention)
+    if attention.where is not None:
+        raise ValueError(f"where={attention.where!r} has no effect with arch={arch!r}; use place and stages")
     if arch != "cnn" and arch not in RESNETS:
         near = difflib.get_close_matches(arch, get_args(Architecture), n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(get_args(Architecture))}"

@@ -17,7 +17,14 @@ def count_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
     Convolutions and matrix products are counted, as is usual; pooling, normalisation and activations are not.
     """
-    meta = deepcopy(network).to("meta").eval()
+    try:
+        return _count(network, image_shape, "meta")
+    except (NotImplementedError, RuntimeError):  # a network that looks at values, which are not there
+        return _count(network, image_shape, "cpu")
+
+
+def _count(network: nn.Module, image_shape: tuple[int, int, int], device: str) -> int:
+    twin = deepcopy(network).to(device).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(torch.empty(1, *image_shape, device="meta"))
+        twin(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops()

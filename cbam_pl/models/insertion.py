@@ -12,20 +12,27 @@ from torch import Tensor, nn
 from cbam_pl.attention import AttentionConfig, AttentionKind
 
 
-def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
+def matching_modules(network: nn.Module, pattern: str, setting: str) -> dict[str, nn.Module]:
+    """The modules whose names match, part by part between dots; a ValueError that names the setting if there is none.
+
+    `*`, `?` and `[…]` stand for parts of a name between two dots.
+    """
     modules = {name: module for name, module in network.named_modules() if name}
+    found = {
+        name: module
+        for name, module in modules.items()
+        if name.count(".") == pattern.count(".") and all(map(fnmatchcase, name.split("."), pattern.split(".")))
+    }
+    if not found:
+        near = difflib.get_close_matches(pattern, modules, n=5, cutoff=0.3) or list(modules)[:5]
+        raise ValueError(f"{setting}={pattern!r} matches no module of the network; it has {', '.join(near)} …")
+    return found
+
+
+def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     chosen: dict[str, nn.Module] = {}
     for pattern in where:
-        # part by part, so that `*` stands for one part alone
-        found = {
-            name: module
-            for name, module in modules.items()
-            if name.count(".") == pattern.count(".") and all(map(fnmatchcase, name.split("."), pattern.split(".")))
-        }
-        if not found:
-            near = difflib.get_close_matches(pattern, modules, n=5, cutoff=0.3) or list(modules)[:5]
-            raise ValueError(f"where={pattern!r} matches no module of the network; it has {', '.join(near)} …")
-        chosen |= found
+        chosen |= matching_modules(network, pattern, "where")
     if not chosen:
         raise ValueError(f"where={where!r} must name at least one module")
     for name, module in chosen.items():
@@ -79,8 +86,8 @@ class _Run(NamedTuple):
 
 
 def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor) -> dict[str, list[_Run]]:
-    """How each of the modules runs for the example. The network is left as it was."""
-    runs: dict[str, list[_Run]] = {name: [] for name in modules}
+    """How each of the modules that run runs for the example, the first to end first. The network is left as it was."""
+    runs: dict[str, list[_Run]] = {}
     last: tuple[nn.Module | None, tuple[int, ...]] = None, ()
 
     def note_layer(layer: nn.Module, arguments: Any, output: Any) -> None:
@@ -90,7 +97,8 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
             last = layer, tuple(output.shape)
 
     def note_run(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
-        runs[name].append(_Run(tuple(output.shape) if isinstance(output, Tensor) else (), *last))
+        run = _Run(tuple(output.shape) if isinstance(output, Tensor) else (), *last)
+        runs.setdefault(name, []).append(run)
 
     hooks = [module.register_forward_hook(note_layer) for module in network.modules()]
     hooks += [module.register_forward_hook(partial(note_run, name)) for name, module in modules.items()]
@@ -105,6 +113,17 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
         for module, training in modes.items():
             module.training = training
     return runs
+
+
+def map_shapes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int, int]]:
+    """The modules whose output is (B, C, H, W), by name, with C, H and W; the first to end first."""
+    modules = {name: module for name, module in network.named_modules() if name}
+    shapes = {}
+    for name, runs in _runs(network, modules, example).items():
+        last = runs[-1]
+        if len(last.shape) == 4 and last.is_channels_last() is False:
+            shapes[name] = (last.shape[1], last.shape[2], last.shape[3])
+    return shapes
 
 
 def _seen_channels(name: str, module: nn.Module, runs: list[_Run]) -> int:
@@ -153,9 +172,10 @@ def _check_insertion(
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"where={list(before)!r}: with attention there, the network fails with {reason}") from error
     for name, runs in before.items():
-        if [run.shape for run in runs] != [run.shape for run in after[name]]:
+        runs_after = after.get(name, [])
+        if [run.shape for run in runs] != [run.shape for run in runs_after]:
             raise ValueError(
-                f"where={name!r}: the network runs the attention {len(after[name])} times, "
+                f"where={name!r}: the network runs the attention {len(runs_after)} times, "
                 f"{type(network.get_submodule(name)).__name__} {len(runs)} times; choose another module"
             )
 
@@ -173,7 +193,7 @@ def insert_attention(
 
     Args:
         network: any module whose chosen modules give (B, C, H, W).
-        kind: a kind, or an AttentionConfig without place and stages, which `where` replaces.
+        kind: a kind, or an AttentionConfig without place, stages and where, which the next argument replaces.
         where: names of modules as in `network.named_modules()`; `*`, `?` and `[…]` stand for parts of a name between
             dots: `layer?.*` are the residual blocks of torchvision's ResNets.
         example: an input of the network, to see each module's channels from and to check the result with. Without it
@@ -184,14 +204,16 @@ def insert_attention(
         ValueError: an option or pattern is wrong, or attention cannot follow the module. The network is then unchanged.
     """
     config = kind if isinstance(kind, AttentionConfig) else AttentionConfig(kind)
-    for name in ("place", "stages"):
+    for name in ("place", "stages", "where"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name}={getattr(config, name)!r} has no effect in insert_attention; use where")
     chosen = _chosen(network, [where] if isinstance(where, str) else where)
     runs = {} if example is None else _runs(network, chosen, example)
     attentions: dict[str, nn.Module] = {}
     for name, module in chosen.items():
-        channels = _declared_channels(name, module) if example is None else _seen_channels(name, module, runs[name])
+        channels = (
+            _declared_channels(name, module) if example is None else _seen_channels(name, module, runs.get(name, []))
+        )
         attention = config.build(channels).train(module.training)
         for parameter in [*module.parameters(), *network.parameters()][:1]:
             attention.to(parameter.device, parameter.dtype)

@@ -10,8 +10,9 @@ The only file that knows the keys of a checkpoint and Lightning's inside. The pr
 import pickle
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,12 @@ from lightning.pytorch.trainer.states import RunningStage
 from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
+from cbam_pl.models.network import NetworkConfig, check_trusted
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
 from cbam_pl.training.schema import FORMAT, SchemaError, check_checkpoint, check_resumable
+
+_IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
 
 
 def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict[str, Any]]:
@@ -82,8 +86,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(stream) as archive:
                 if damaged := archive.testzip():  # torch writes a CRC-32 of each part, but does not check it
                     raise zipfile.BadZipFile(damaged)
-                if any(part.external_attr & 0x10 for part in archive.infolist()):  # torch reads a "folder" as zeros
-                    raise zipfile.BadZipFile
+                if any(part.external_attr & _IS_FOLDER for part in archive.infolist()):
+                    raise zipfile.BadZipFile("a part is marked as a folder, of which torch reads no byte")
             stream.seek(0)
             checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -117,6 +121,10 @@ def _upgrade(checkpoint: dict[str, Any]) -> None:
         means = interrupted.pop("means")
         interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
     checkpoint.setdefault("run_conditions", {})
+    settings = checkpoint["hyper_parameters"]
+    attention = settings.get("attention") if isinstance(settings, dict) else None
+    if isinstance(attention, dict) and "start" not in attention:  # older than the identity start
+        attention |= {"where": None, "start": None if attention.get("kind") == "none" else "paper"}
 
 
 def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
@@ -124,30 +132,44 @@ def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
-def load_classifier(path: Path, checkpoint: dict[str, Any], test_time_flip: bool | None = None) -> Classifier:
+def load_classifier(
+    path: Path, checkpoint: dict[str, Any], test_time_flip: bool | None = None, trust: Sequence[str] = ()
+) -> Classifier:
     """The network of a checkpoint, with its weights; `test_time_flip` overrides what it was trained with.
 
+    A network that is not of this program is imported only from torchvision.models, timm and the packages of `trust`.
+
     Raises:
-        UserError: the settings or weights are not those of a network of this program.
+        UserError: the settings or weights are not those of a network of this program, or it is not to be imported.
     """
     settings = dict(checkpoint["hyper_parameters"])
     if test_time_flip is not None:
         settings["test_time_flip"] = test_time_flip
     try:
+        if settings.get("network") is not None:
+            network = NetworkConfig(**settings["network"])
+            check_trusted(network, trust)
+            settings["network"] = asdict(network.without_weights())
         classifier = Classifier(**settings)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} has hyper_parameters that this program does not know: {error}") from error
+        raise UserError(f"{path} has hyper_parameters from which no network can be made: {error}") from error
     ours, saved = classifier.state_dict(), checkpoint["state_dict"]
     for key in [*ours, *saved]:
         shapes = [tuple(weights[key].shape) if key in weights else "missing" for weights in (saved, ours)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{path} holds the weights of another network than its settings say: {key} is {shapes[0]} in it, and "
-                f"{shapes[1]} in {settings['arch']}; name another checkpoint"
+                f"{shapes[1]} in {network_name(settings)}; name another checkpoint"
             )
     classifier.load_state_dict(saved)
     classifier.tested_epoch = checkpoint["epoch"] + 1
     return classifier
+
+
+def network_name(hyper_parameters: Mapping[str, Any]) -> str:
+    """The network of a checkpoint, as titles and summaries call it."""
+    network = hyper_parameters.get("network")
+    return str(hyper_parameters["arch"]) if network is None else NetworkConfig(**network).name
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -211,7 +233,7 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
 def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> str:
     """Why there is nothing left to train, or empty; a UserError where what only `fit` restores is wrong."""
     try:
-        check_resumable(checkpoint, trainer, model.network)
+        check_resumable(checkpoint, trainer, model.parameter_groups())
     except SchemaError as error:
         raise UserError(f"{path} {error}; resume from another checkpoint") from error
     epochs, steps = completed_epochs(checkpoint), checkpoint["global_step"]

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -19,9 +19,14 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
-from cbam_pl.models import Architecture, Stem, build_network
+from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
+from cbam_pl.models.network import as_logits
+from cbam_pl.process import socket_timeout
 from cbam_pl.seeds import derive_seed, seed_device
+from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups
 from cbam_pl.training.metrics import LossAndAccuracy
+
+_UNUSED = {"stem": "cifar", "dropout": None, "width": 1.0}  # of the networks of this program alone
 
 
 class Classifier(LightningModule):
@@ -29,12 +34,19 @@ class Classifier(LightningModule):
 
     Args:
         num_classes: classes to tell apart.
-        arch: the network.
-        attention: the attention of each of its blocks.
+        arch: the network; None: cnn, or the one that `network` names.
+        network: a network of a library or of your own in its place: a class or function that makes it, such as
+            torchvision.models.resnet18 or timm.create_model, with its arguments, as an optimizer is given.
+        attention: the attention of each of its blocks, or of the modules that its `where` names.
         image_size: height and width of the images in pixels.
         stem: of resnet18 to 152: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
         dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
         width: factor on the channels of the network's convolutions, rounded to whole channels, at least 8.
+        weights: a file of weights to start from: a state dict (.pth, .safetensors) or a checkpoint of this program.
+        freeze: patterns of modules, as of attention.where, whose weights and batch norm statistics stay as they are;
+            attention in them is trained unless a pattern names it.
+        lr_factors: by pattern, what the learning rate is multiplied with for the modules' weights, those of attention
+            in them excepted unless the pattern names it; of several that match, the last counts.
         optimizer: any of torch.optim, without its parameters.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
             by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
@@ -56,12 +68,16 @@ class Classifier(LightningModule):
     def __init__(
         self,
         num_classes: int,
-        arch: Architecture = "cnn",
+        arch: Architecture | None = None,
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008 - frozen
         image_size: int = 32,
         stem: Stem = "cifar",
         dropout: float | None = None,
         width: float = 1.0,
+        network: dict[str, Any] | None = None,
+        weights: str | None = None,
+        freeze: tuple[str, ...] | str = (),
+        lr_factors: dict[str, float] | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -74,13 +90,33 @@ class Classifier(LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-        if isinstance(attention, dict):  # as load_from_checkpoint gives it
+        if isinstance(attention, dict):  # as load_from_checkpoint gives it, and below
             attention = AttentionConfig(**attention)
+        made_by = None if network is None else NetworkConfig(**network)
+        if attention.kind != "none" and attention.start is None:
+            is_trained = weights is not None or (made_by is not None and made_by.has_weights)
+            attention = replace(attention, start="identity" if is_trained else "paper")
+        own: dict[str, Any] = {"stem": stem, "dropout": dropout, "width": width}
+        self.replaced_layer = ""  # name of the linear layer that was replaced for the number of classes, if any
+        if made_by is None:
+            arch = arch or "cnn"
+            self.network = build_network(arch, num_classes, attention, image_size, stem, dropout, width)
+        else:
+            given = {name: value for name, value in own.items() if value != _UNUSED[name]}
+            for name, value in {"arch": arch, **given}.items():
+                if value is not None:
+                    raise ValueError(f"{name}={value} has no effect with network={made_by.name}; give one of the two")
+            with socket_timeout(60):
+                self.network, self.replaced_layer = make_network(made_by, num_classes, attention, image_size)
         # What rebuilds the network, as plain values, so that a checkpoint is loaded without running code.
-        network = {"num_classes": num_classes, "arch": arch, "image_size": image_size, "stem": stem, "dropout": dropout}
-        rest = {"width": width, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip}
-        self.save_hyperparameters({**network, **rest, "attention": asdict(attention)})
-        self.network = build_network(arch, num_classes, attention, image_size, stem, dropout, width)
+        saved: dict[str, Any] = {"num_classes": num_classes, "arch": arch, "image_size": image_size, **own}
+        saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
+        self.save_hyperparameters({**saved, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip})
+        self.weights = weights
+        self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
+        self.lr_factors = dict(lr_factors or {})
+        self._frozen_norms = freeze_modules(self.network, self.freeze_patterns)
+        self.parameter_groups()  # so that a mistake in a pattern is reported at once
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -136,7 +172,7 @@ class Classifier(LightningModule):
         self._compiled_size = self._compiled_size or len(images)
         if len(images) != self._compiled_size:
             return self(images)  # an epoch's last, smaller batch is not worth a compilation of its own
-        return self._compiled(images.to(memory_format=self._memory_format))
+        return as_logits(self._compiled(images.to(memory_format=self._memory_format)))
 
     def _evaluation_logits(self, images: Tensor) -> Tensor:
         return (self(images) + self(images.flip(3))) / 2 if self.test_time_flip else self(images)
@@ -146,6 +182,15 @@ class Classifier(LightningModule):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     # Training
+
+    def load_weights(self) -> str:
+        """Start from the file of weights that was given, if any. Returns what was loaded of it, and what was not."""
+        return "" if self.weights is None else load_weights(self.network, self.weights)
+
+    def on_train_start(self) -> None:
+        """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before."""
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def on_train_epoch_start(self) -> None:
         """Note the epoch's learning rate."""
@@ -210,6 +255,7 @@ class Classifier(LightningModule):
     def optimization(self) -> dict[str, Any]:
         """How the weights are updated, as plain values, such as {"optimizer": "Adam", "optimizer.lr": 0.001}."""
         settings: dict[str, Any] = {"lr_interval": self.lr_interval}
+        settings |= {"freeze": self.freeze_patterns, "lr_factors": self.lr_factors}
         for name, factory in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
             made, options = factory, {}
             if isinstance(factory, partial):
@@ -219,10 +265,16 @@ class Classifier(LightningModule):
             settings |= {f"{name}.{key}": value for key, value in options.items()}
         return settings
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters, by the factor of their learning rate."""
+        return parameter_groups(self.network, self.lr_factors)
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over all parameters, or a UserError with the setting that it rejects."""
         try:
-            optimizer = self.optimizer(self.parameters())
+            optimizer = self.optimizer(self.parameter_groups())
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("lr_factor", 1.0)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"model.optimizer: {error}") from error
         if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
@@ -244,6 +296,11 @@ class Classifier(LightningModule):
         try:
             if self.schedule_spans_training:
                 make = partial(make, total_steps=self._training_steps())
+            if self.lr_factors and isinstance(make, partial):  # rates that are given, not the optimizer's
+                given = {name: make.keywords[name] for name in ("max_lr", "base_lr") if name in make.keywords}
+                factors = [group["lr_factor"] for group in optimizer.param_groups]
+                rates = {n: [rate * f for f in factors] for n, rate in given.items() if not isinstance(rate, list)}
+                make = partial(make, **rates)
             scheduler = make(optimizer)
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (steps := self._training_steps()):
                 raise ValueError(

@@ -1,8 +1,10 @@
 """Log the network itself to TensorBoard: pictures, statistics of its gates, its graph and hyperparameters."""
 
 import warnings
+from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
+from io import StringIO
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
@@ -57,7 +60,11 @@ class NetworkMonitor(Callback):
         self._inputs = Normalise(data.mean, data.std, pixels.device)(pixels)
         self._classes = data.classes
         for writer in writers if trainer.global_step == 0 else []:
-            _add_graph(writer, pl_module.network, self._inputs[:1])  # type: ignore[arg-type]
+            try:
+                _add_graph(writer, pl_module.network, self._inputs[:1])  # type: ignore[arg-type]
+            except Exception as error:  # whatever tracing raises at a network of the user's, which trains all the same
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._warn_once("graph", f"no graph in TensorBoard, since the network cannot be traced ({reason})")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the predictions of the last validation."""
@@ -96,6 +103,10 @@ class NetworkMonitor(Callback):
     def _log_health(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probed is None:
             return
+        for path, module in pl_module.network.named_modules():  # type: ignore[union-attr]
+            if isinstance(module, IdentityStart):
+                for writer in _writers(trainer):
+                    writer.add_scalar(f"{_GATES}/{path.removesuffix('.attention')}/factor", module.factor, self._epoch)
         for block, maps in gates.attention_maps(pl_module.network, self._inputs).items():  # type: ignore[arg-type]
             for name, value in gates.gate_health(maps).items():
                 for writer in _writers(trainer):
@@ -160,10 +171,11 @@ def _writers(trainer: Trainer) -> list[SummaryWriter]:
 def _add_graph(writer: SummaryWriter, network: nn.Module, image: Tensor) -> None:
     plain = deepcopy(gates.unwrap(network)).float().cpu().eval()  # evaluation mode is deterministic
     # no_grad, since the tracer's check runs the network with and without gradients, and fails on the difference.
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):  # add_graph prints its errors
         # add_graph has no way but torch.jit.trace, which is deprecated. The filters hold for this call alone.
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", ".*torch.jit", category)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of checks of shapes
         writer.add_graph(plain, image.float().cpu())
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 # Raise it when a key changes its meaning, and teach checkpoint.py the old one.
 FORMAT = 2
@@ -18,7 +18,7 @@ _PATTERN: dict[Any, Any] = {
     "callbacks": {str: dict},
     "optimizer_states": list,
     "lr_schedulers": list,
-    "hyper_parameters": {"arch": str, "num_classes": int, "image_size": int, "attention": {"kind": str}},
+    "hyper_parameters": {"arch": object, "num_classes": int, "image_size": int, "attention": {"kind": str}},
     "datamodule_hyper_parameters": dict,
     "ImageDataModule": {"classes": [str], "mean": [float], "std": [float]},
     "figures": {str: float},
@@ -42,6 +42,8 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
     if not isinstance(version, int) or version > FORMAT:
         raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
     _match(checkpoint, _PATTERN)
+    if (network := checkpoint["hyper_parameters"].get("network")) is not None:
+        _match(network, {"class_path": str, "init_args": {str: object}}, "hyper_parameters.network")
     if checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0:
         raise SchemaError(f"has epoch={checkpoint['epoch']} and global_step={checkpoint['global_step']}, below 0")
     data, num_classes = checkpoint["ImageDataModule"], checkpoint["hyper_parameters"]["num_classes"]
@@ -52,10 +54,10 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
             raise SchemaError(f"has ImageDataModule.{key} other than an int64 tensor")
 
 
-def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Module) -> None:
+def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, groups: list[dict[str, Any]]) -> None:
     """Check what `fit` restores besides: the loops' counters, callbacks, optimizer and schedule.
 
-    The trainer's own states are the pattern; the network's parameters are those that the optimizer must have.
+    The trainer's own states are the pattern; the optimizer must have the parameters of `groups`.
     """
     _match(checkpoint, _RESUMED)
     if len(checkpoint["interrupted_epoch"]["sums"]) != 3:
@@ -65,9 +67,11 @@ def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, network: nn.Mo
         if callback.state_key in checkpoint["callbacks"]:
             pattern = dict.fromkeys(callback.state_dict(), object)
             _match(checkpoint["callbacks"][callback.state_key], pattern, f"callbacks.{callback.state_key}")
-    shapes = [parameter.shape for parameter in network.parameters()]
+    shapes = [parameter.shape for group in groups for parameter in group["params"]]
     optimizer = [*checkpoint["optimizer_states"], {"state": {}, "param_groups": []}][0]
-    if [group["params"] for group in optimizer["param_groups"]] != [list(range(len(shapes)))]:
+    places = iter(range(len(shapes)))
+    expected = [[next(places) for _ in group["params"]] for group in groups]
+    if [group["params"] for group in optimizer["param_groups"]] != expected:
         raise SchemaError(f"has optimizer_states.param_groups for other than the network's {len(shapes)} parameters")
     for index, values in optimizer["state"].items():
         if not 0 <= index < len(shapes):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -236,10 +237,8 @@ def test_bad_input():
     shared = SpatialAttention(3)
     with pytest.raises(ValueError, match="the attention of 0 runs twice in one forward pass"):
         attention_maps(nn.Sequential(shared, shared), images_of())
-    with pytest.raises(
-        ValueError, match=r"network is a Sequential; only a CNN or ResNet of cbam_pl\.models is supported"
-    ):
-        feature_maps(nn.Sequential(shared), images_of())
+    with pytest.raises(ValueError, match=r"no module of Sequential gives \(B, C, H, W\), so there are no maps to draw"):
+        feature_maps(nn.Sequential(nn.Flatten()), images_of())
 
 
 def test_features_are_the_blocks_outputs_and_the_activations_before_the_last_pool():
@@ -263,7 +262,39 @@ def test_features_of_a_resnet_are_its_stem_and_every_residual_block(arch, stages
     assert list(features.blocks) == ["stem", *names]
     with torch.no_grad():
         torch.testing.assert_close(features.blocks[names[-1]], network.stages(network.stem(images_of(1))))
-    assert features.last is features.blocks[names[-1]]
+    assert torch.equal(features.last, features.blocks[names[-1]])
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [
+        ("resnet18", ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]),
+        ("mobilenet_v3_small", [f"features.{index}" for index in range(13)]),
+    ],
+)
+def test_features_of_another_network_are_its_top_level_modules_with_maps(arch, names):
+    torch.manual_seed(0)
+    network, x = torchvision.models.get_model(arch, num_classes=5).eval(), torch.randn(2, 3, 64, 64)
+    features = feature_maps(network, x)
+    assert list(features.blocks) == names  # not the average pool's 1×1
+    with torch.no_grad():
+        assert torch.equal(features.logits, network(x))
+        first = network.conv1(x) if arch == "resnet18" else network.features[0](x)
+        assert torch.equal(features.blocks[names[0]], first)
+        if arch == "resnet18":  # before the ReLU in place
+            assert torch.equal(features.blocks["bn1"], network.bn1(first))
+    assert torch.equal(features.last, features.blocks[names[-1]])
+
+
+def test_maps_of_attention_that_starts_as_the_identity_are_its_gates():
+    for kind in ("cbam", "bam"):
+        network = network_of(kind, start="identity")
+        maps = attention_maps(network, images_of())
+        assert list(maps) == ["blocks.0", "blocks.1", "blocks.2"]
+        x = network.blocks[0].relu(network.blocks[0].pool(network.blocks[0].norm(network.blocks[0].conv(images_of()))))
+        gates = network.blocks[0].attention.attention.gates(x)
+        expected = gates["spatial"][:, 0] if kind == "cbam" else gates["joint"].mean(1) - 1
+        torch.testing.assert_close(maps["blocks.0"].spatial, expected.detach())
 
 
 def test_health_counts_what_is_closed_open_and_uneven():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 
 from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
@@ -36,6 +37,34 @@ def test_grad_cam_is_the_papers_equations():
     expected = F.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close(maps, expected.detach())
     assert maps.max() > 0
+
+
+@pytest.mark.parametrize(("layer", "shown"), [(None, "features"), ("features.transition2", "features.transition2")])
+def test_grad_cam_of_a_layer_of_any_network(layer, shown):
+    torch.manual_seed(1)
+    network, x = torchvision.models.densenet121(num_classes=5).eval(), torch.randn(2, 3, 64, 64)
+    classes = torch.tensor([3, 0])
+    maps = grad_cam(network, x, classes, layer)
+    seen = []
+
+    def keep(module, arguments, output):
+        seen.append(output)
+        return output.clone()  # a ReLU in place follows
+
+    hook = network.get_submodule(shown).register_forward_hook(keep)
+    logits = network(x)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[range(2), classes].sum(), seen)
+    coarse = F.relu((gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True))
+    expected = F.interpolate(coarse, size=(64, 64), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(maps, expected.detach())
+
+
+def test_a_layer_without_maps_is_named():
+    network = torchvision.models.resnet18().eval()
+    for name, near in (("fc", "layer4, avgpool"), ("layr3", "layer3")):
+        with pytest.raises(ValueError, match=rf"^--layer {name} is not a module that gives \(B, C, H, W\); .*{near}"):
+            grad_cam(network, torch.randn(1, 3, 64, 64), torch.tensor([0]), name)
 
 
 def test_energy_inside_is_above_the_maps_minimum():

@@ -136,7 +136,7 @@ def _changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]
 def _same_time(plan: Plan, name: str) -> list[Control]:
     baseline, settings = next(iter(plan.configs.items()))
     print(f"timing training steps of {name} and of {baseline} at several widths", flush=True)
-    finest = max(stage_channels(settings["model.arch"]))
+    finest = max(stage_channels(settings.get("model.arch", "cnn")))
     threads = threads_per_job()
     found = in_new_process(threads, match_width, settings, plan.configs[name], finest, _ROUNDS, _SECONDS)
     if found is None:
@@ -270,7 +270,7 @@ def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:
 
 def _same_parameters(plan: Plan, name: str) -> Control:
     baseline, settings = next(iter(plan.configs.items()))
-    start, finest = settings["model.width"], max(stage_channels(settings["model.arch"]))
+    start, finest = settings["model.width"], max(stage_channels(settings.get("model.arch", "cnn")))
     wanted = _count(plan.configs[name])
 
     def count(number: int) -> int:

@@ -40,7 +40,7 @@ class TimedRecipe:
         self._convert = self._fabric.strategy.precision.convert_input
         self.device = self._fabric.device
         self.classifier = classifier
-        _, self._optimizer = self._fabric.setup(classifier, classifier.optimizer(classifier.parameters()))
+        _, self._optimizer = self._fabric.setup(classifier, classifier.make_optimizer())
         classifier.configure_memory_format_and_compile(self.device, training=True)
         self.batch_size = data.batch_size
         count = 4 * data.batch_size

@@ -70,7 +70,9 @@ class Job:
     def test_options(self) -> list[str]:
         """Options of `test`, besides the checkpoint."""
         given = {key: self.settings.get(f"trainer.{key}") for key in ("accelerator", "precision")}
-        return [word for key, value in given.items() if value for word in (f"--trainer.{key}", str(value))]
+        words = [word for key, value in given.items() if value for word in (f"--trainer.{key}", str(value))]
+        network = self.settings.get("model.network.class_path")  # which the user has named
+        return words + ([] if network is None else ["--trust", network])
 
 
 def jobs_of(plan: Plan) -> list[Job]:

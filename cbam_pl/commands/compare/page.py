@@ -71,7 +71,8 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
     seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
     path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
     title = f"{plan.labels[name]}, seed {seed}, epoch {runs[name, seed]['epoch']}"
-    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data), title)
+    trust = [plan.configs[name].get("model.network.class_path", name)]  # which the user has named
+    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data, trust), title)
     pictures = []
     for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
         try:

@@ -163,6 +163,8 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
             name = "-".join([Path(file).stem, *words])
             values = {key: v if isinstance(v, str) else json.dumps(v) for key, v in variation.items()}
             parsed = parse(parser, [*settings, *(f"--{key}={value}" for key, value in values.items())], recipe)
+            for option in _unused_options(variation):
+                parsed[f"model.attention.{option}"] = parser.get_defaults()[f"model.attention.{option}"]
             _check(name, parser, parsed)
             if name in configs:
                 raise UserError(f"two recipes are called {name}; rename a file, since runs are stored by that name")
@@ -191,7 +193,9 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        # Patterns of modules have dots of their own.
+        is_group = isinstance(value, dict) and f"{prefix}{name}" != "model.lr_factors"
+        flat |= flatten(value, f"{prefix}{name}.") if is_group else {f"{prefix}{name}": value}
     return flat
 
 
@@ -265,7 +269,7 @@ def _full_key(key: str, parser: Any) -> str:
     known = [name for name in setting_names(parser) if name.startswith(groups)]
     for candidate in (key, *(group + key for group in groups)):
         # Arguments of a class, such as model.optimizer.lr, are known only once the class is.
-        if candidate in known or candidate.startswith(("model.optimizer.", "model.lr_scheduler.")):
+        if candidate in known or candidate.startswith(("model.optimizer.", "model.lr_scheduler.", "model.network.")):
             return candidate
     raise UserError(f"grid: {key} is not a setting of model, data or trainer{closest(key, known)}")
 
@@ -275,13 +279,17 @@ def _variations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
     variations: list[dict[str, Any]] = []
     for values in itertools.product(*grid.values()):
         variation = dict(zip(grid, values, strict=True))
-        kind = variation.get("model.attention.kind")
-        if kind is not None:
-            for name in {field.name for field in fields(AttentionConfig)} - {"kind", *options_of(kind)}:
-                variation.pop(f"model.attention.{name}", None)
+        for name in _unused_options(variation):
+            variation.pop(f"model.attention.{name}", None)
         if variation not in variations:
             variations.append(variation)
     return variations
+
+
+def _unused_options(variation: dict[str, Any]) -> set[str]:
+    """Options of the attention that its kind in a grid does not use, wherever they are given."""
+    kind = variation.get("model.attention.kind")
+    return set() if kind is None else {field.name for field in fields(AttentionConfig)} - {"kind", *options_of(kind)}
 
 
 def labels_of(variation: dict[str, Any]) -> list[str]:
@@ -317,4 +325,4 @@ def _check(name: str, parser: Any, settings: Any) -> None:
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)
-        Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model).load_weights()

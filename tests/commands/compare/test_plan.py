@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from cbam_pl.commands.compare.jobs import jobs_of
 from cbam_pl.commands.compare.plan import (
     _full_key,
     _read_grid,
@@ -182,3 +183,36 @@ def test_an_output_with_other_settings_is_rejected(recipes, command, tmp_path):
 def test_unequal_recipes_may_be_allowed(recipes, tmp_path):
     plan = plan_of("--configs", recipes["se"], "--grid", "max_epochs=1,2", "--unequal", "--output", tmp_path)
     assert plan.unequal == ["trainer.max_epochs is 1 in se-max_epochs=1, 2 in se-max_epochs=2"]
+
+
+def test_a_network_by_its_path_is_compared_with_and_without_attention(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        """
+model:
+  network: {class_path: torchvision.models.resnet18, init_args: {zero_init_residual: true}}
+  attention: {kind: cbam, where: layer?.*.bn2, start: identity, reduction: 8}
+  lr_factors: {layer1.0: 0.1}
+data: {dataset: shapes}
+"""
+    )
+    words = ("--seeds", 0, "--output", tmp_path / "report")
+    plan = plan_of("--configs", recipe, "--grid", "attention.kind=none,se", *words)
+    plan.claim_output()
+    baseline, with_se = plan.configs.values()
+    names = ("where", "start", "reduction")
+    assert [with_se.get(f"model.attention.{name}") for name in names] == ["layer?.*.bn2", "identity", 8]
+    assert [baseline.get(f"model.attention.{name}") for name in names] == [None] * 3
+    assert baseline["model.network.init_args.zero_init_residual"] is True
+    assert baseline["model.lr_factors"] == {"layer1.0": 0.1}  # a name, not a key in a key
+    again = plan_of("--configs", *(plan.config_file(name) for name in plan.configs), *words[:2], "--output", tmp_path)
+    assert again.configs == plan.configs
+    for job in jobs_of(plan):
+        assert job.test_options == ["--trainer.accelerator", "auto", "--trust", "torchvision.models.resnet18"]
+
+
+def test_networks_are_compared_by_a_grid(recipes, tmp_path):
+    grid = ["model.network=torchvision.models.resnet18,torchvision.models.resnet34", "attention.kind=none"]
+    plan = plan_of("--configs", recipes["cbam"], "--grid", *grid, "--output", tmp_path)
+    assert [one["model.network.class_path"][-8:] for one in plan.configs.values()] == ["resnet18", "resnet34"]
+    assert {one.get("model.arch") for one in plan.configs.values()} == {None}

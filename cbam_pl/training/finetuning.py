@@ -1,0 +1,151 @@
+"""Fine-tuning: weights from a file, modules that stay as they are, and learning rates by module."""
+
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbam_pl.attention import is_attention
+from cbam_pl.models.insertion import matching_modules
+
+
+def load_weights(network: nn.Module, path: str) -> str:
+    """Load what fits of a file of weights into `network`, and say what does not.
+
+    A classifier for another number of classes is left at its start; so is what the file lacks, such as attention.
+
+    Args:
+        network: the network, attention included.
+        path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, or a checkpoint of this
+            program. No code in it is run.
+
+    Raises:
+        ValueError: the file cannot be read, holds no weights, or those of another network, with their shapes.
+    """
+    saved, ours = _read(Path(path)), network.state_dict()
+    heads, differing = [], []
+    for name in ours.keys() & saved.keys():
+        there, here = tuple(saved[name].shape), tuple(ours[name].shape)
+        if there != here and there[1:] == here[1:] and name.rpartition(".")[0] == _last_linear(network):
+            heads.append(f"{name} ({there[0]} classes there, {here[0]} here)")
+        elif there != here:
+            differing.append(f"{name} is {there} there and {here} here")
+        if there != here:
+            del saved[name]
+    loaded = saved.keys() & ours.keys()
+    if differing or not loaded:
+        found = "; ".join(sorted(differing)[:5]) or f"it has {_few(saved)}; the network has {_few(ours)}"
+        raise ValueError(f"weights={path} are those of another network: {found}")
+    network.load_state_dict(saved, strict=False)
+    attention = {f"{name}." for name, module in network.named_modules() if is_attention(module)}
+    missing = [name for name in ours if name not in saved and not name.endswith("num_batches_tracked")]
+    new = [name for name in missing if name.startswith(tuple(attention))]
+    others = [name for name in missing if name not in new and not any(name in head for head in heads)]
+    parts = [f"{len(loaded)} of {len(ours)} tensors from {path}"]
+    parts += [f"at their start: {', '.join(sorted(heads))}"] if heads else []
+    parts += [f"attention at its start: {len(new)} tensors"] if new else []
+    parts += [f"not in the file, at their start: {_few(others)}"] if others else []
+    unused = [name for name in saved if name not in ours]
+    parts += [f"in the file, not in the network: {_few(unused)}"] if unused else []
+    return "; ".join(parts)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = import_module("safetensors.torch").load_file(path)  # optional
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ValueError(f"weights={path} needs safetensors: pip install 'cbam_pl[safetensors]'") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights={path} holds more than tensors and plain values and is not loaded, since that could run code"
+        ) from error
+    except Exception as error:  # whatever the readers of archives and of their contents may raise
+        reason = getattr(error, "strerror", None) or "it is incomplete, damaged, or not a file of weights"
+        raise ValueError(f"weights={path} cannot be read ({reason})") from error
+    for key in ("state_dict", "model"):  # as most training programs wrap it
+        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
+        raise ValueError(f"weights={path} is not a state dict, which maps names to tensors")
+    weights = dict(content)
+    for prefix in ("module.", "network."):  # of DistributedDataParallel, and of this program's checkpoints
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _few(names: Any, count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _last_linear(network: nn.Module) -> str:
+    """Name of the last linear layer or convolution outside attention: the classifier."""
+    last, inside = "", list[str]()
+    for name, module in network.named_modules():
+        if is_attention(module):
+            inside.append(f"{name}.")
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(tuple(inside)):
+            last = name
+    return last
+
+
+def freeze_modules(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    """Freeze the weights of modules by their names. Returns those with running statistics, to keep in evaluation mode.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left to train.
+    """
+    norms: list[nn.Module] = []
+    for pattern in patterns:
+        for module in _parts(network, pattern, "freeze"):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            norms += [module] if isinstance(getattr(module, "running_mean", None), Tensor) else []
+    if patterns and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"freeze={list(patterns)} leaves nothing to train; leave a module out of it")
+    return norms
+
+
+def parameter_groups(network: nn.Module, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The optimizer's groups: what no pattern matches, and the weights of each pattern, with its factor `lr_factor`.
+
+    Raises:
+        ValueError: a pattern matches no module or no weights, or a factor is not above 0.
+    """
+    if not factors:
+        return [{"params": list(network.parameters())}]
+    owners = dict.fromkeys(network.parameters(), "")
+    for pattern, factor in factors.items():
+        if not 0 < factor < math.inf:
+            raise ValueError(f"lr_factors: {pattern}={factor} must be above 0 and finite; to keep weights, use freeze")
+        for module in _parts(network, pattern, "lr_factors"):
+            owners |= dict.fromkeys(module.parameters(recurse=False), pattern)
+    groups = []
+    for pattern, factor in {"": 1.0, **factors}.items():
+        parameters = [one for one, owner in owners.items() if owner == pattern]
+        if parameters:
+            groups.append({"params": parameters, "name": pattern or "the rest", "lr_factor": factor})
+        elif pattern:
+            raise ValueError(f"lr_factors: {pattern} has no weights that no later pattern matches; leave it out")
+    return groups
+
+
+def _parts(network: nn.Module, pattern: str, setting: str) -> list[nn.Module]:
+    """The modules that match, with all in them but attention, unless the pattern names that itself."""
+    parts: list[nn.Module] = []
+    for module in matching_modules(network, pattern, setting).values():
+        waiting = [module]
+        while waiting:
+            part = waiting.pop()
+            parts.append(part)
+            waiting += [child for child in part.children() if is_attention(part) or not is_attention(child)]
+    return parts

@@ -1,0 +1,206 @@
+"""Weights from a file, frozen modules, and learning rates by module."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer
+from safetensors.torch import save_file
+
+from cbam_pl.attention import AttentionConfig
+from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.training.classifier import Classifier
+from tests.helpers import assert_equal, checkpoint, one_line
+
+RESNET = {"class_path": "torchvision.models.resnet18", "init_args": {}}
+CBAM = AttentionConfig("cbam", where="layer?.*.bn2")
+NONE = AttentionConfig("none")
+
+
+def classifier(num_classes=3, attention=CBAM, network=RESNET, seed=0, **options):
+    torch.manual_seed(seed)
+    return Classifier(num_classes, network=network, attention=attention, image_size=64, **options)
+
+
+@pytest.fixture(scope="module")
+def trained_elsewhere():
+    """A state dict of the network without attention, for seven classes."""
+    return classifier(7, NONE, seed=1).network.state_dict()
+
+
+def save(weights, folder, form):
+    path = folder / f"weights.{'safetensors' if form == 'safetensors' else 'pth'}"
+    if form == "safetensors":
+        save_file(weights, path)
+    else:
+        wrap = {"module": lambda w: {f"module.{name}": tensor for name, tensor in w.items()}}.get(form)
+        torch.save(
+            {"state_dict": weights, "epoch": 3} if form == "wrapped" else wrap(weights) if wrap else weights, path
+        )
+    return path
+
+
+@pytest.mark.parametrize("form", ["plain", "wrapped", "module", "safetensors"])
+def test_weights_are_loaded_and_what_is_not_is_said(form, trained_elsewhere, tmp_path):
+    path = save(trained_elsewhere, tmp_path, form)
+    model = classifier(weights=str(path))
+    start = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    assert model.load_weights() == (
+        f"120 of 154 tensors from {path}; at their start: fc.bias (7 classes there, 3 here), fc.weight (7 classes "
+        "there, 3 here); attention at its start: 32 tensors"
+    )
+    for name, tensor in model.network.state_dict().items():
+        from_file = name in trained_elsewhere and not name.startswith("fc.")
+        assert torch.equal(tensor, trained_elsewhere[name] if from_file else start[name]), name
+
+
+def test_the_network_with_weights_begins_as_it_was_without_attention(trained_elsewhere, tmp_path):
+    path = save(trained_elsewhere, tmp_path, "plain")
+    model = classifier(7, weights=str(path))
+    assert model.hparams["attention"]["start"] == "identity"
+    model.load_weights()
+    plain = classifier(7, NONE)
+    plain.network.load_state_dict(trained_elsewhere)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+
+
+def test_the_start_is_the_papers_unless_there_are_weights():
+    assert classifier().hparams["attention"]["start"] == "paper"
+    assert Classifier(3).hparams["attention"]["start"] == "paper"
+    assert classifier(attention=NONE).hparams["attention"]["start"] is None
+    assert Classifier(3, weights="x.pth").hparams["attention"]["start"] == "identity"
+    chosen = AttentionConfig("cbam", start="paper")
+    assert Classifier(3, attention=chosen, weights="x.pth").hparams["attention"]["start"] == "paper"
+
+
+def test_missing_and_unknown_weights_are_summarised(trained_elsewhere, tmp_path):
+    part = {name: tensor for name, tensor in trained_elsewhere.items() if not name.startswith("layer4.1.bn")}
+    path = save({**part, "ema": torch.zeros(1)}, tmp_path, "plain")
+    text = classifier(7, NONE, weights=str(path)).load_weights()
+    assert text == (
+        f"112 of 122 tensors from {path}; not in the file, at their start: layer4.1.bn1.weight, layer4.1.bn1.bias, "
+        "layer4.1.bn1.running_mean and 5 more; in the file, not in the network: ema"
+    )
+
+
+class Payload:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+def test_files_that_are_not_weights_of_the_network_are_named(trained_elsewhere, tmp_path):
+    (tmp_path / "text.pth").write_text("weights")
+    (tmp_path / "text.safetensors").write_text("weights")
+    torch.save({"a": Payload(tmp_path / "witness")}, tmp_path / "code.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save(Classifier(3).network.state_dict(), tmp_path / "cnn.pth")
+    torch.save({**trained_elsewhere, "conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "stem.pth")
+    for name, message in {
+        "nowhere.pth": r"cannot be read \(No such file or directory\)",
+        "text.pth": "is not loaded, since that could run code|cannot be read",
+        "text.safetensors": "cannot be read",
+        "code.pth": "holds more than tensors and plain values and is not loaded, since that could run code",
+        "list.pth": "is not a state dict, which maps names to tensors",
+        "cnn.pth": r"another network: it has blocks.0.conv.weight, .* and \d+ more; the network has conv1.weight, bn1",
+        "stem.pth": r"another network: conv1.weight is \(64, 3, 3, 3\) there and \(64, 3, 7, 7\) here",
+    }.items():
+        model = classifier(weights=str(tmp_path / name))
+        before = {key: tensor.clone() for key, tensor in model.network.state_dict().items()}
+        with pytest.raises(ValueError, match=f"^weights=.*{name} .*({message})") as caught:
+            model.load_weights()
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.network.state_dict().items())
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.fixture
+def data(image_folder):
+    return ImageDataModule("folder", str(image_folder), image_size=64, batch_size=24)
+
+
+def fit(model, data, tmp_path, epochs=1):
+    Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=epochs,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path, limit_train_batches=2,
+    ).fit(model, data)  # fmt: skip
+
+
+def test_frozen_modules_keep_weights_and_statistics_and_train_their_attention(data, tmp_path):
+    model = classifier(freeze=("conv1", "bn1", "layer[123]"), optimizer=partial(torch.optim.SGD, lr=0.1))
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    fit(model, data, tmp_path, epochs=2)  # the second follows a validation
+    for name, after in model.network.state_dict().items():
+        frozen = name.startswith(("conv1", "bn1", "layer1", "layer2", "layer3")) and ".attention." not in name
+        assert torch.equal(after, before[name]) == frozen, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": "layr1"}, "^freeze='layr1' matches no module of the network; it has layer1"),
+        ({"freeze": ("*",), "attention": NONE}, r"^freeze=\['\*'\] leaves nothing to train; leave a module out of it$"),
+        ({"lr_factors": {"layer9": 0.1}}, "^lr_factors='layer9' matches no module"),
+        ({"lr_factors": {"fc": 0.0}}, "^lr_factors: fc=0.0 must be above 0 and finite; to keep weights, use freeze$"),
+        ({"lr_factors": {"fc": 0.1, "f?": 0.2}}, "^lr_factors: fc has no weights that no later pattern matches"),
+        ({"lr_factors": {"relu": 0.1}}, "^lr_factors: relu has no weights"),
+    ],
+)
+def test_patterns_without_effect_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(**options)
+
+
+def test_rates_are_multiplied_by_module():
+    factors = {"layer?": 0.1, "layer4": 0.5, "fc": 10.0, "layer4.*.bn2.attention": 3.0}
+    model = classifier(lr_factors=factors, optimizer=partial(torch.optim.SGD, lr=0.01))
+    optimizer = model.make_optimizer()
+    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    for name, parameter in model.network.named_parameters():
+        expected = 1.0
+        if ".attention." in name:
+            expected = 3.0 if name.startswith("layer4") else 1.0
+        elif name.startswith("layer"):
+            expected = 0.5 if name.startswith("layer4") else 0.1
+        elif name.startswith("fc"):
+            expected = 10.0
+        assert rates[id(parameter)] == pytest.approx(0.01 * expected), name
+    assert optimizer.param_groups[0]["lr"] == 0.01  # the one that is logged
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CosineAnnealingLR"])
+def test_schedules_keep_the_factors(name, data, tmp_path):
+    options = {"OneCycleLR": {"max_lr": 0.1, "total_steps": None}, "CosineAnnealingLR": {"T_max": 3}}[name]
+    schedule = partial(getattr(torch.optim.lr_scheduler, name), **options)
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    model = classifier(attention=NONE, lr_factors={"fc": 4.0}, optimizer=optimizer, lr_scheduler=schedule)
+    model.lr_interval = "step"
+    fit(model, data, tmp_path, epochs=2)
+    (rest, fc), base = model.trainer.optimizers[0].param_groups, model.trainer.optimizers[0].defaults["lr"]
+    assert fc["lr"] == pytest.approx(4 * rest["lr"])
+    assert rest["lr"] != base
+
+
+def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_path):
+    options = ["--config", recipe, "--model.freeze", "blocks.1", "--model.lr_factors", "{blocks.0: 0.1, classifier: 2}"]
+    options += ["--pictures_every", 0, "--trainer.default_root_dir"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for root, *more in ((whole, 2), (parts, 1), (parts, 2, "--ckpt_path", "last")):
+        outcome = command("fit", *options, root, "--trainer.max_epochs", *more)
+        assert outcome.status == 0, outcome.err
+    ours, theirs = checkpoint(whole), checkpoint(parts)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal(ours[key], theirs[key])
+    groups = ours["optimizer_states"][0]["param_groups"]
+    assert [(group["name"], group["lr_factor"]) for group in groups] == [
+        ("the rest", 1.0),
+        ("blocks.0", 0.1),
+        ("classifier", 2.0),
+    ]
+    changed = [word for word in options if word != "--model.freeze" and word != "blocks.1"]
+    error = one_line(command("fit", *changed, parts, "--trainer.max_epochs", 3, "--ckpt_path", "last"))
+    assert "was trained with other settings: model.freeze (['blocks.1'] there, [] here)" in error
