@@ -73,6 +73,7 @@ COMMANDS = {  # options, the beginning of a row, rows of the longest table
     "attention": ([*EAGER, "--kinds", "cbam", "se"], "cnn 32×16×16, se eager", 12),
     "attention networks": ([*EAGER, "--part", "networks"], "cnn cbam, eager", 2),
     "scaling": (["--processes", "1"], "512", 3),
+    "images": (["--images", "80", "--size", "32", "--batch_size", "8"], "this program, first decoding", 3),
     "startup": ([], "train.py fit, first step done", 4),
 }
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cbam_pl.data.datamodule import in_proportion
 from cbam_pl.data.folder import decode, find_images, show
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard
@@ -31,7 +32,9 @@ def predict(options: list[str]) -> None:
 
     files = find_images(settings.images)
     print(f"decoding {len(files):,} images")
-    pixels = torch.stack([decode(file, checkpoint["hyper_parameters"]["image_size"]) for file in files])
+    size = checkpoint["hyper_parameters"]["image_size"]
+    proportional = in_proportion(checkpoint["datamodule_hyper_parameters"])
+    pixels = torch.stack([decode(file, size, proportional) for file in files])
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     data, device = checkpoint["ImageDataModule"], trainer.strategy.root_device
     loader = EvaluationLoader(images, _BATCH_SIZE, Normalise(data["mean"], data["std"], device), device, Shard())

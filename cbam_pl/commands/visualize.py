@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.data.datamodule import ImageDataModule, in_proportion
 from cbam_pl.data.folder import decode, find_images
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
@@ -168,7 +168,9 @@ def pictures_of(
     classes = loaded.content["ImageDataModule"]["classes"]
     if images is not None:
         files = find_images(images)
-        pixels = torch.stack([decode(file, loaded.content["hyper_parameters"]["image_size"]) for file in files])
+        size = loaded.content["hyper_parameters"]["image_size"]
+        proportional = in_proportion(loaded.content["datamodule_hyper_parameters"])
+        pixels = torch.stack([decode(file, size, proportional) for file in files])
         headings = [file.name for file in files]
     else:
         test = loaded.test_images

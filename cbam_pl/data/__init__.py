@@ -1,1 +1,1 @@
-"""CIFAR-10, CIFAR-100, image folders and generated shapes, as uint8 tensors in memory."""
+"""CIFAR-10, CIFAR-100, image folders and generated shapes, as uint8 tensors in memory or mapped into it."""

@@ -15,15 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Augmentation = Literal["none", "basic", "alternating", "rich"]
+from cbam_pl.process import one_thread
+
+Augmentation = Literal["none", "basic", "alternating", "rich", "resized_crop"]
 
 PADDING = 4  # pixels on each side before the crop
 JITTER = 0.2  # brightness, contrast and saturation factors lie in 1 ± JITTER
 HUE = 0.1  # largest hue shift, in turns of the colour circle
 DEGREES = 15.0  # largest rotation, either way
+CROP_SCALE = 0.08  # smallest part of an image's area that a resized crop takes
+CROP_ASPECTS = (3 / 4, 4 / 3)  # width over height of a resized crop
+CROP_ATTEMPTS = 10  # to find a resized crop inside the image, before it is the whole image
 GREY = (0.2989, 0.587, 0.114)  # torchvision's luma weights, which sum to 0.9999
 
-_NUM_DRAWS = {"none": 0, "basic": 3, "alternating": 3, "rich": 12}
+_NUM_DRAWS = {"none": 0, "basic": 3, "alternating": 3, "rich": 12, "resized_crop": 2 * CROP_ATTEMPTS + 3}
 
 
 class CropFlip(NamedTuple):
@@ -31,6 +36,16 @@ class CropFlip(NamedTuple):
 
     top: Tensor  # row, int64, 0 to 2 × PADDING
     left: Tensor  # column, int64, 0 to 2 × PADDING
+    flip: Tensor  # True flips left and right
+
+
+class ResizedCrop(NamedTuple):
+    """The part of each image that is resized, in whole pixels, and whether it is flipped; all (B,)."""
+
+    top: Tensor  # first row, float32, as all but `flip`
+    left: Tensor  # first column
+    height: Tensor  # at least 1
+    width: Tensor
     flip: Tensor  # True flips left and right
 
 
@@ -51,25 +66,45 @@ def num_draws(augmentation: Augmentation) -> int:
     return _NUM_DRAWS[augmentation]
 
 
-def augment(pixels: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
+def augment(
+    pixels: Tensor,
+    draws: Tensor,
+    augmentation: Augmentation,
+    image_size: int | None = None,
+    crop_scale: float = CROP_SCALE,
+) -> Tensor:
     """Augment each image by its own row of draws, independent uniform numbers in [0, 1).
 
     `none` only scales to [0, 1]; `basic` adds a zero-padded random crop and a horizontal flip; `rich` adds
     colour jitter in a random order per image, then a rotation. `alternating` is `basic` with reflected borders
-    instead of zeros; its draws flip each image in every other epoch (`alternate_flips`).
+    instead of zeros; its draws flip each image in every other epoch (`alternate_flips`). `resized_crop` resizes a
+    random part of the image, and flips it.
 
     Source: the distributions and the arithmetic are those of torchvision's RandomCrop(size, padding=4),
     RandomHorizontalFlip(), ColorJitter(0.2, 0.2, 0.2, 0.1) and RandomRotation(15) on float images. A rotated
     pixel whose source is exactly halfway between two pixels may get the other one. The border of `alternating` is
-    that of padding_mode="symmetric".
+    that of padding_mode="symmetric". `resized_crop` is RandomResizedCrop(image_size, (crop_scale, 1)) and
+    RandomHorizontalFlip(), on a CPU to the pixel; elsewhere without antialiasing and without rounding to 8 bits.
+
+    Args:
+        pixels: the images.
+        draws: a row for each image.
+        augmentation: what is done.
+        image_size: height and width of the output of resized_crop, in pixels; by default the images' height.
+        crop_scale: smallest part of the area that resized_crop takes, above 0 and at most 1.
 
     Shape:
         pixels (B, 3, H, W) uint8 in any memory format, draws (B, num_draws(augmentation)) float32 on the same
-        device; output (B, 3, H, W) float32 in [0, 1], contiguous.
+        device; output (B, 3, H, W), of resized_crop (B, 3, image_size, image_size), float32 in [0, 1], contiguous.
     """
     shape, needed = tuple(draws.shape), (len(pixels), num_draws(augmentation))
     if shape != needed:
         raise ValueError(f"draws has shape {shape}; augmentation={augmentation!r} needs {needed}")
+    if augmentation == "resized_crop":
+        height, width = pixels.shape[-2:]
+        crops = resized_crop_parameters(draws, height, width, crop_scale)
+        resize = resize_crops_on_cpu if pixels.device.type == "cpu" else resize_crops
+        return resize(pixels, crops, image_size or height)
     images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if augmentation == "none":
         return images
@@ -95,6 +130,28 @@ def alternate_flips(draws: Tensor, first: Tensor, epoch: int) -> None:
     draws[:, 2] = ((first < 0.5).long() + epoch) % 2
 
 
+def resized_crop_parameters(draws: Tensor, height: int, width: int, scale: float = CROP_SCALE) -> ResizedCrop:
+    """Convert draws (B, 23) to parts of images of height × width, of at least `scale` of the area.
+
+    Source: RandomResizedCrop.get_params: area and logarithm of the aspect ratio are uniform; of CROP_ATTEMPTS pairs
+    the first that fits is taken. Where none fits, this takes the whole image, as torchvision does of a square one.
+    """
+    areas, aspects = draws[:, : 2 * CROP_ATTEMPTS].chunk(2, 1)  # (B, CROP_ATTEMPTS) each
+    areas = (areas * (1 - scale) + scale) * (height * width)
+    low, high = (math.log(aspect) for aspect in CROP_ASPECTS)
+    aspects = (aspects * (high - low) + low).exp()
+    widths, heights = (areas * aspects).sqrt().round(), (areas / aspects).sqrt().round()
+    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    first = fits.byte().argmax(1, keepdim=True)  # (B, 1): argmax gives the first of equal ones
+    found = fits.gather(1, first)
+    crop_height = heights.gather(1, first).where(found, height).squeeze(1)
+    crop_width = widths.gather(1, first).where(found, width).squeeze(1)
+    down, across, flip = draws[:, 2 * CROP_ATTEMPTS :].unbind(1)
+    # in float32 the products stay below the integer
+    top, left = (down * (height - crop_height + 1)).floor(), (across * (width - crop_width + 1)).floor()
+    return ResizedCrop(top, left, crop_height, crop_width, flip < 0.5)
+
+
 def jitter_parameters(draws: Tensor) -> Jitter:
     """Convert draws (B, 8) to colour changes: four for the order, and one value for each change."""
     # sorting independent uniform numbers gives each of the 24 orders the same chance
@@ -110,6 +167,43 @@ def crop_and_flip(images: Tensor, parameters: CropFlip, border: str = "zeros") -
     across = torch.stack((1 - 2 * flip.long(), zero, left - PADDING), 1)
     down = torch.stack((zero, zero + 1, top - PADDING), 1)
     return _sample(images, torch.stack((across, down)).to(images.dtype), border)
+
+
+def resize_crops_on_cpu(pixels: Tensor, parameters: ResizedCrop, size: int) -> Tensor:
+    """Parts of (B, 3, H, W) uint8, resized to (B, 3, size, size) float32 in [0, 1], with antialiasing.
+
+    One by one: on 8 bits torch has Pillow's algorithm in vector instructions, which at 224 pixels takes a fifteenth of
+    the time of `resize_crops`, most of all where a pixel's channels are neighbours in memory.
+    """
+    resized = []
+    with one_thread():  # on a busy machine threads would mostly wait for one another, twice for each image
+        for i, (top, left, height, width, flip) in enumerate(torch.stack(parameters, 1).int().tolist()):
+            part = pixels[i : i + 1, :, top : top + height, left : left + width]
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+            resized.append(part.flip(3) if flip else part)
+    return torch.cat(resized).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def resize_crops(pixels: Tensor, parameters: ResizedCrop, size: int) -> Tensor:
+    """Parts of (B, 3, H, W) uint8, resized to (B, 3, size, size) float32 in [0, 1], all at once.
+
+    Without antialiasing, which hardly matters where the images are only a little larger than `size`.
+    """
+    top, left, height, width, flip = parameters
+    images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    position = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size  # (size,)
+    mirrored = torch.where(flip.unsqueeze(1), 1 - position, position)  # (B, size)
+    rows = _within(position, top, height) * (2 / images.shape[-2]) - 1  # (B, size), in grid_sample's unit
+    columns = _within(mirrored, left, width) * (2 / images.shape[-1]) - 1
+    shape = (len(images), size, size)
+    grid = torch.stack((columns.unsqueeze(1).expand(shape), rows.unsqueeze(2).expand(shape)))
+    return F.grid_sample(images, grid.permute(1, 2, 3, 0), "bilinear", align_corners=False)
+
+
+def _within(position: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """Positions (B or 1, size) in 0..1 of parts, in pixels; half a pixel inside, so that no neighbour is blended in."""
+    start, length = start.unsqueeze(1), length.unsqueeze(1)
+    return start + torch.minimum(torch.clamp(position * length, min=0.5), length - 0.5)
 
 
 def rotate(images: Tensor, angle: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The LightningDataModule: a data source, its validation split and normalisation, and batches for every stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,7 +8,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cbam_pl.data.augmentation import Augmentation, num_draws
+from cbam_pl.data.augmentation import CROP_SCALE, Augmentation, num_draws
 from cbam_pl.data.cifar import load_cifar
 from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
@@ -18,26 +18,32 @@ from cbam_pl.data.shapes import load_shapes
 from cbam_pl.errors import UserError
 from cbam_pl.seeds import derive_seed
 
+_CHUNK = 256  # images whose pixels are counted at once
 _MAX_BATCH_SIZE = 1_000_000
 _MAX_IMAGE_SIZE = 512  # the linear layer of the cnn has then 268 million weights
 
 Dataset = Literal["cifar10", "cifar100", "folder", "shapes"]
+Normalisation = Literal["data", "imagenet"]
 
 # Of the 50,000 training images. The widely copied std 0.2023 0.1994 0.2010 is wrong: it averages each image's own.
 _STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "cifar100": ([0.5074, 0.4867, 0.4411], [0.2675, 0.2565, 0.2761]),
 }
+_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # what torchvision's weights were trained with
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": len(SHAPES)}
 
 
-def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel. Pixels (N, 3, H, W) uint8 → two lists of 3, for images in [0, 1]."""
-    # From the counts of the 256 values: exact, and without a float copy of the images.
+def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of all images in [0, 1], two lists of 3."""
+    # From the counts of the 256 values: exact, and without a copy of all images, or of any as floats.
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for indices in torch.arange(len(images)).split(_CHUNK):
+        for channel, values in enumerate(images.take(indices).unbind(1)):
+            counts[channel] += torch.bincount(values.flatten(), minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
-    for channel in range(3):
-        weights = torch.bincount(pixels[:, channel].flatten(), minlength=256).double()
+    for weights in counts.double():
         weights /= weights.sum()
         mean.append(float((weights * values).sum()))
         std.append(float((weights * (values - mean[-1]) ** 2).sum().sqrt()))
@@ -68,8 +74,13 @@ def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
+def in_proportion(settings: Mapping[str, Any]) -> bool:
+    """Whether images keep their proportions, by the arguments of the ImageDataModule that a network is trained with."""
+    return settings.get("augmentation") == "resized_crop"
+
+
 class ImageDataModule(LightningDataModule):
-    """Images of one source, all in memory, as augmented and normalised batches.
+    """Images of one source, in memory or mapped from a folder's cache, as augmented and normalised batches.
 
     Args:
         dataset: cifar10 or cifar100 (downloaded on first use), folder (images of your own: root/train/CLASS/* and
@@ -79,7 +90,12 @@ class ImageDataModule(LightningDataModule):
         val_size: images held out of training for validation, the same fraction of every class; by default a tenth of
             them, or the folder's own val; 0 validates on the test split, so that the best epoch is chosen on it.
         augmentation: none, basic (crop, flip), alternating (the same, but a mirrored border around the crop, and a flip
-            in every other epoch) or rich (crop, flip, colour jitter, rotation).
+            in every other epoch), rich (crop, flip, colour jitter, rotation) or resized_crop (a part of random area and
+            aspect ratio, resized, and a flip; a folder's images then keep their proportions, and are evaluated on their
+            middle).
+        crop_scale: smallest part of an image's area that resized_crop takes, 0.08 by default; the largest is all of it.
+        normalisation: mean and standard deviation that the images are normalised by: data, those of the training
+            images, or imagenet, what pretrained networks expect.
         image_size: height and width of the images in pixels; folder resizes to it, shapes draws at it.
         seed: decides the validation split, the order and the augmentation.
     """
@@ -93,6 +109,8 @@ class ImageDataModule(LightningDataModule):
         augmentation: Augmentation = "basic",
         image_size: int = 32,
         seed: int = 0,
+        crop_scale: float | None = None,
+        normalisation: Normalisation = "data",
     ) -> None:
         super().__init__()
         if dataset not in get_args(Dataset):
@@ -106,6 +124,13 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"image_size={image_size} must be at least 8 and at most {_MAX_IMAGE_SIZE}")
         if dataset.startswith("cifar") and image_size != 32:
             raise ValueError(f"image_size={image_size} does not fit dataset={dataset}, whose images are 32×32")
+        if crop_scale is not None and augmentation != "resized_crop":
+            raise ValueError(f"crop_scale={crop_scale} needs augmentation=resized_crop, not {augmentation}")
+        if crop_scale is not None and not 0 < crop_scale <= 1:
+            raise ValueError(f"crop_scale={crop_scale} must be greater than 0 and at most 1")
+        if normalisation not in get_args(Normalisation):
+            known = ", ".join(get_args(Normalisation))
+            raise ValueError(f"normalisation={normalisation!r} is unknown; use one of {known}")
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
@@ -114,8 +139,9 @@ class ImageDataModule(LightningDataModule):
         self.augmentation = augmentation
         self.image_size = image_size
         self.seed = seed
+        self.crop_scale = CROP_SCALE if crop_scale is None else crop_scale
         self.classes: list[str] = []
-        self.mean, self.std = _STATISTICS.get(dataset, ([], []))
+        self.mean, self.std = _IMAGENET if normalisation == "imagenet" else _STATISTICS.get(dataset, ([], []))
         self._source: Source | None = None  # between prepare_data and setup
         self._images: dict[str, Images] = {}  # split → images
         self._val_is_drawn = False  # from the training images, by stratified_split
@@ -133,7 +159,7 @@ class ImageDataModule(LightningDataModule):
 
     def _load(self) -> Source:
         if self.dataset == "folder":
-            return load_folder(self.root, self.image_size)
+            return load_folder(self.root, self.image_size, in_proportion(self.hparams))
         if self.dataset == "shapes":
             return load_shapes(0, image_size=self.image_size)  # the same for every seed
         return load_cifar(self.dataset, self.root)
@@ -164,13 +190,13 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"data.val_size={self.val_size}, but {self.root} has its own val folder; leave it out")
         self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:
-            self.mean, self.std = channel_statistics(train.pixels)
+            self.mean, self.std = channel_statistics(train)
         self._images = {"train": train, "val": val, "test": source.test}
         self._restore_split(resuming=stage == "fit")
 
     def images(self, split: Literal["train", "val", "test"]) -> Images:
-        """The images of a split, once `setup` has run."""
-        return self._images[split]
+        """The images of a split, once `setup` has run: of train before any crop, of the others at `image_size`."""
+        return self._images[split] if split == "train" else self._images[split].centre(self.image_size)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be used without the training images, and the ids of a folder's images."""
@@ -213,7 +239,8 @@ class ImageDataModule(LightningDataModule):
             held_out = torch.isin(ids, trained["val"])
             if not held_out.any():
                 raise UserError(f"{problem}, and none of those that were held out for validation is left")
-            images = Images(torch.cat([train.pixels, val.pixels]), torch.cat([train.labels, val.labels]), ids=ids)
+            rows = torch.cat([train.rows, val.rows])  # type: ignore[list-item]  # both are parts of one store
+            images = Images(train.store, torch.cat([train.labels, val.labels]), ids=ids, rows=rows)
             train, val = images.subset((~held_out).nonzero()[:, 0]), images.subset(held_out.nonzero()[:, 0])
             self._images |= {"train": train, "val": val}
             problem += (
@@ -245,17 +272,26 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled, augmented batches of `batch_size`."""
         normalise, device, shard = self._placement()
-        images = self._images["train"]
+        images = self.images("train")
         if len(images) < shard.world_size:
             raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
         return TrainingLoader(
-            images, self.batch_size, self.augmentation, normalise, device, self.seed, self._epoch, shard
+            images,
+            self.batch_size,
+            self.augmentation,
+            normalise,
+            device,
+            self.seed,
+            self._epoch,
+            shard,
+            self.image_size,
+            self.crop_scale,
         )
 
-    def _evaluation_loader(self, split: str) -> EvaluationLoader:
+    def _evaluation_loader(self, split: Literal["val", "test"]) -> EvaluationLoader:
         normalise, device, shard = self._placement()
         # Without gradients four times as many images need less memory than a training step.
-        return EvaluationLoader(self._images[split], 4 * self.batch_size, normalise, device, shard, shuffle=True)
+        return EvaluationLoader(self.images(split), 4 * self.batch_size, normalise, device, shard, shuffle=True)
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation image once, in a fixed random order."""
@@ -270,7 +306,7 @@ class ImageDataModule(LightningDataModule):
         normalise, device, shard = self._placement()
         # Activations of more images would leave the CPU's cache and the allocator's: 256 take 1.5 times as long each.
         batch_size = min(4 * self.batch_size, 128) if device.type == "cpu" else 4 * self.batch_size
-        return EvaluationLoader(self._images["test"], batch_size, normalise, device, shard, shuffle=True, change=change)
+        return EvaluationLoader(self.images("test"), batch_size, normalise, device, shard, shuffle=True, change=change)
 
 
 def _short(names: list[str]) -> str:

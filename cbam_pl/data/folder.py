@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import sys
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from cbam_pl.data.images import Images, Source
 from cbam_pl.environment import num_cores
@@ -31,26 +33,39 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _DECODER_VERSION = 2  # raise it when decode() gives other pixels, or load_folder other tensors
 _MAX_WORKERS = 8
 _CHUNK = 64  # images; fewer are decoded sooner than a worker process starts
+_CHUNK_BYTES = 4 << 20  # at most, as all chunks under way must fit into the 64 MB of shared memory that Docker gives
+_MEMORY_BYTES = 1 << 30  # more pixels than this are decoded into a file
+_DRAFT = 2  # a JPEG is decoded at a smaller scale where it is still this many times as large as what it is resized to
 
 
-def load_folder(root: str, image_size: int = 32) -> Source:
+def stored_size(image_size: int) -> int:
+    """Height and width in which images that keep their proportions are stored, to cut image_size × image_size from."""
+    return round(image_size * 256 / 224)  # the sizes of torchvision's references
+
+
+def load_folder(root: str, image_size: int = 32, in_proportion: bool = False) -> Source:
     """The images in <root>/train/<class>/, <root>/test/<class>/ and, if it exists, <root>/val/<class>/.
 
     Files with the suffix of a JPEG, PNG, BMP or WebP image are read and resized to image_size × image_size pixels;
     hidden files and all others are ignored. The decoded images are cached in <root>/.cbam_pl_<image_size>.pt, which is
-    rebuilt when a file is added, removed, replaced or changed.
+    rebuilt when a file is added, removed, replaced or changed, and mapped into memory.
+
+    With `in_proportion` an image's shorter side becomes stored_size(image_size) pixels, the longer one is cut to that
+    in the middle, and the cache is another file. What is cut off, a quarter of a photo of 4:3, is not used.
     """
     folder = Path(os.path.expanduser(root))
     classes = list_classes(root)
     names = ["train", "test"] + (["val"] if (folder / "val").is_dir() else [])
     splits = {name: _list_split(folder, name, classes) for name in names}
-    cache = folder / f".cbam_pl_{image_size}.pt"
-    fingerprint = _fingerprint(folder, splits, image_size)
+    size = stored_size(image_size) if in_proportion else image_size
+    cache = folder / (f".cbam_pl_{image_size}_in_proportion.pt" if in_proportion else f".cbam_pl_{image_size}.pt")
+    fingerprint = _fingerprint(folder, splits, f"{size} in proportion" if in_proportion else f"{size}")
     content = _read_cache(cache, fingerprint)
     if content is None:
-        content = {name: _decode_split(files, image_size) for name, files in splits.items()}
+        content = {name: _decode_split(files, size, in_proportion, folder) for name, files in splits.items()}
         _write_cache(cache, fingerprint, content)
-    images = {name: Images(**tensors) for name, tensors in content.items()}
+        content = _read_cache(cache, fingerprint) or content
+    images = {name: Images(part["pixels"], part["labels"], ids=part["ids"]) for name, part in content.items()}
     return Source(classes, images["train"], images["test"], images.get("val"))
 
 
@@ -84,9 +99,14 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-def decode(path: str | Path, image_size: int) -> Tensor:
-    """One image file's first frame, upright, RGB, on white, resized with antialiasing, (3, H, W) uint8."""
-    return torch.from_numpy(_decode(path, image_size)[0]).permute(2, 0, 1).contiguous()
+def decode(path: str | Path, image_size: int, in_proportion: bool = False) -> Tensor:
+    """One image file's first frame, upright, RGB, on white, resized with antialiasing, (3, H, W) uint8.
+
+    With `in_proportion` as `load_folder` reads it, cut to its middle image_size × image_size pixels.
+    """
+    size = stored_size(image_size) if in_proportion else image_size
+    pixels = torch.from_numpy(_decode(path, size, in_proportion)[0]).permute(2, 0, 1)
+    return center_crop(pixels, [image_size, image_size]).contiguous()
 
 
 def show(path: str | Path) -> str:
@@ -95,18 +115,22 @@ def show(path: str | Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
-    """Pixels (image_size, image_size, 3) uint8, and the file's content."""
+def _decode(path: str | Path, size: int, in_proportion: bool) -> tuple[np.ndarray, bytes]:
+    """Pixels (size, size, 3) uint8, and the file's content."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
             raise OSError("not a regular file")
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
+            if in_proportion:
+                file.draft(None, (_DRAFT * size, _DRAFT * size))
             ImageOps.exif_transpose(file, in_place=True)
             image = _to_rgb(file)
-        if image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        if in_proportion:
+            return _cut(np.array(image), size), content
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
     # decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         # Pillow's text for an unknown format names a buffer in memory
@@ -114,6 +138,16 @@ def _decode(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
         reason = "not a JPEG, PNG, BMP or WebP image" if unknown else _failure_reason(error)
         raise UserError(f"{show(path)} cannot be decoded ({reason}); replace or remove it") from error
     return np.array(image), content
+
+
+def _cut(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize the shorter side of (H, W, 3) uint8 to `size`, and cut the middle of the longer one to it."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    height, width = pixels.shape[1:]
+    # a strip of few pixels, in proportion, could exceed memory
+    pixels = center_crop(pixels, [min(height, 8 * width), min(width, 8 * height)])
+    # of tensors, as this takes a third of Pillow's time for the same pixels
+    return center_crop(resize(pixels, [size], antialias=True), [size, size]).permute(1, 2, 0).numpy()
 
 
 def _failure_reason(error: Exception) -> str:
@@ -171,36 +205,39 @@ def _list_split(root: Path, split: str, classes: list[str]) -> list[_File]:
     return files
 
 
-def _decode_chunk(files: list[_File], image_size: int) -> tuple[Tensor, Tensor, list[str]]:
+def _decode_chunk(files: list[_File], size: int, in_proportion: bool) -> tuple[Tensor, Tensor, list[str]]:
     """Pixels and ids of many images, as an exchange per image costs more than its decoding, and their failures."""
-    pixels = np.zeros((len(files), image_size, image_size, 3), np.uint8)
+    pixels = np.zeros((len(files), size, size, 3), np.uint8)
     ids = np.zeros(len(files), np.int64)
     failures = []
     for i, (path, label, _) in enumerate(files):
         try:
-            pixels[i], content = _decode(path, image_size)
+            pixels[i], content = _decode(path, size, in_proportion)
         except UserError as error:  # gathered, so that one message can count them all
             failures.append(str(error))
         else:
             digest = hashlib.blake2b(content, digest_size=8, salt=label.to_bytes(8, "big")).digest()
             ids[i] = int.from_bytes(digest, "big", signed=True)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(ids), failures
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(ids), failures
 
 
-def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
+def _decode_split(files: list[_File], size: int, in_proportion: bool, folder: Path) -> dict[str, Tensor]:
+    chunk = max(1, min(_CHUNK, _CHUNK_BYTES // (3 * size**2)))
     chunks: DataLoader[Any] = DataLoader(
         files,  # type: ignore[arg-type]  # a list has all that DataLoader asks of a Dataset
-        batch_size=_CHUNK,
-        collate_fn=partial(_decode_chunk, image_size=image_size),
+        batch_size=chunk,
+        collate_fn=partial(_decode_chunk, size=size, in_proportion=in_proportion),
         # processes, because PIL holds the interpreter lock over small files: threads were slower than none
         num_workers=min(num_cores(), _MAX_WORKERS, len(files) // _CHUNK),
         generator=torch.Generator(),  # so that decoding leaves the global random state as it was
     )
-    pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    pixels = _allocate(3 * size**2 * len(files), folder)
+    # the channels of a pixel side by side, where images are resized again
+    pixels = pixels.view(-1, size, size, 3).permute(0, 3, 1, 2) if in_proportion else pixels.view(-1, 3, size, size)
     ids = torch.empty(len(files), dtype=torch.int64)
     failures: list[str] = []
     bar = track(chunks, "Decoding images", len(chunks), console=Console(stderr=True), disable=not sys.stderr.isatty())
-    for part, part_ids, decoded in zip(pixels.split(_CHUNK), ids.split(_CHUNK), bar, strict=True):
+    for part, part_ids, decoded in zip(pixels.split(chunk), ids.split(chunk), bar, strict=True):
         part.copy_(decoded[0])
         part_ids.copy_(decoded[1])
         failures += decoded[2]
@@ -210,7 +247,17 @@ def _decode_split(files: list[_File], image_size: int) -> dict[str, Tensor]:
     return {"pixels": pixels, "labels": torch.tensor([label for _, label, _ in files]), "ids": ids}
 
 
-def _fingerprint(root: Path, splits: dict[str, list[_File]], image_size: int) -> str:
+def _allocate(num_bytes: int, folder: Path) -> Tensor:
+    """A uint8 tensor; a large one in an unnamed file of the folder, if that has space, as it may exceed memory."""
+    if num_bytes > _MEMORY_BYTES:
+        unavailable = contextlib.suppress(OSError, AttributeError)  # macOS has no posix_fallocate
+        with unavailable, tempfile.NamedTemporaryFile(dir=folder, prefix=".cbam_pl_") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a mapping cannot report that the disk is full
+            return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _fingerprint(root: Path, splits: dict[str, list[_File]], size: str) -> str:
     """A digest of the decoder and of every file's name below root, which may move with its cache, label and status."""
     # Size and mtime alone miss files that swap places; no program can set ctime, and another file has another inode.
     start = len(str(root))
@@ -219,7 +266,7 @@ def _fingerprint(root: Path, splits: dict[str, list[_File]], image_size: int) ->
         for split, members in splits.items()
         for path, label, status in members
     ]
-    decoder = f"decoded by {_DECODER_VERSION} at {image_size}"
+    decoder = f"decoded by {_DECODER_VERSION} at {size}"
     return hashlib.sha256(repr((decoder, files)).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Batches from images in memory: order and augmentation are functions of (seed, epoch, index), so any run can resume.
+"""Batches of images: order and augmentation are functions of (seed, epoch, index), so any run can resume.
 
 torch's DataLoader works image by image in Python; here a batch is one gather, on the device that holds the images.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbam_pl.data.augmentation import Augmentation, alternate_flips, augment, num_draws
+from cbam_pl.data.augmentation import CROP_SCALE, Augmentation, alternate_flips, augment, num_draws
 from cbam_pl.data.images import Images
 from cbam_pl.seeds import derive_seed
 
@@ -38,20 +38,19 @@ class Normalise:
 
 
 def _place(images: Images, device: torch.device) -> Images:
-    """The images on the device where they fit into half of its free memory, else pinned for asynchronous copies."""
-    if device.type != "cuda":
+    """The images, on the device where they fit into half of its free memory."""
+    if device.type != "cuda" or images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
         return images
-    free, _ = torch.cuda.mem_get_info(device)
-    if images.pixels.nbytes < free // 2:
-        return Images(images.pixels.to(device), images.labels.to(device))
-    return Images(images.pixels.pin_memory(), images.labels.pin_memory())
+    return Images(images.pixels.to(device), images.labels.to(device))
 
 
 def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:
     """Pixels (B, 3, H, W) uint8 and labels (B,) at `indices`, on the device, without waiting for it."""
     indices = indices.to(images.labels.device, non_blocking=True)
-    pixels, labels = images.pixels[indices], images.labels[indices]
-    return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    batch = images.take(indices), images.labels[indices]
+    if device.type == "cuda" and images.labels.device.type == "cpu":  # an asynchronous copy starts in pinned memory
+        batch = batch[0].pin_memory(), batch[1].pin_memory()
+    return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
 
 @dataclass(eq=False)
@@ -71,6 +70,8 @@ class TrainingLoader:
     seed: int  # decides the order and the draws, together with the epoch
     current_epoch: Callable[[], int]  # from 0; called when an iteration starts
     shard: Shard
+    image_size: int | None = None  # of resized_crop: height and width of the batches; by default the images' own
+    crop_scale: float = CROP_SCALE  # of resized_crop: smallest part of the area
 
     def __post_init__(self) -> None:
         self.images = _place(self.images, self.device)
@@ -114,7 +115,8 @@ class TrainingLoader:
             self._batches_done = index + 1
             indices, batch_draws = batches[index]
             pixels, labels = _gather(self.images, indices, self.device)
-            yield self.normalise(augment(pixels, batch_draws, self.augmentation)), labels
+            augmented = augment(pixels, batch_draws, self.augmentation, self.image_size, self.crop_scale)
+            yield self.normalise(augmented), labels
 
 
 @dataclass(eq=False)

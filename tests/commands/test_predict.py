@@ -5,7 +5,14 @@ import os
 import subprocess
 import sys
 
-from tests.helpers import COLOURS, REPOSITORY, TEST_PER_CLASS, one_line, png_bomb
+import pytest
+import torch
+from PIL import Image
+
+from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
+from cbam_pl.data.folder import decode
+from cbam_pl.training.classifier import Classifier
+from tests.helpers import COLOURS, REPOSITORY, TEST_PER_CLASS, checkpoint, one_line, png_bomb
 
 
 def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder, tmp_path):
@@ -25,6 +32,34 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
         assert 1 > float(row["probability_1"]) >= float(row["probability_2"]) > 0
         assert {row["class_1"], row["class_2"]} < set(COLOURS)
     assert rows[0]["class_1"] in outcome.out
+
+
+def test_images_keep_their_proportions_where_the_network_was_trained_on_resized_crops(trained, command, tmp_path):
+    image = tmp_path / "wide.png"
+    colours = Image.new("RGB", (110, 60), (40, 60, 200))
+    colours.paste((220, 40, 40), (0, 0, 40, 60))  # mostly beside the middle
+    colours.save(image)
+    content = checkpoint(trained[0], "best")
+    model = Classifier.load_from_checkpoint(trained[0] / "checkpoints/tiny/version_0/best.ckpt").eval()
+    mean, std = (torch.tensor(content["ImageDataModule"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    found = []
+    for augmentation in ("rich", "resized_crop"):
+        content["datamodule_hyper_parameters"]["augmentation"] = augmentation
+        torch.save(content, tmp_path / "a.ckpt")
+        output = tmp_path / "out.csv"
+        files = ("--images", image, "--output", output, "--top", 1)
+        outcome = command("predict", "--ckpt_path", tmp_path / "a.ckpt", *files)
+        assert outcome.status == 0, outcome.err
+        pixels = decode(image, 32, in_proportion=augmentation == "resized_crop")
+        with torch.no_grad():
+            expected = model(((pixels / 255 - mean) / std).unsqueeze(0)).softmax(1).max()
+        with output.open() as stream:
+            found.append(float(next(csv.DictReader(stream))["probability_1"]))
+        assert found[-1] == pytest.approx(float(expected), abs=1e-4)
+        loaded = LoadedCheckpoint(tmp_path / "a.ckpt", content, {})
+        shown = pictures_of(loaded, "", images=[str(image)])["features"].args[0]
+        assert torch.equal(shown.pixels[0], pixels)
+    assert abs(found[0] - found[1]) > 0.01
 
 
 def test_predict_takes_names_that_look_like_markup_or_no_text(trained, command, image_folder, tmp_path, monkeypatch):

@@ -6,14 +6,16 @@ from typing import get_args
 
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from cbam_pl.data.augmentation import (
     Augmentation,
     CropFlip,
     Jitter,
+    ResizedCrop,
     alternate_flips,
     augment,
     color_jitter_,
@@ -21,6 +23,9 @@ from cbam_pl.data.augmentation import (
     crop_and_flip_parameters,
     jitter_parameters,
     num_draws,
+    resize_crops,
+    resize_crops_on_cpu,
+    resized_crop_parameters,
     rotate,
 )
 
@@ -160,6 +165,70 @@ def test_crop_and_flip_alone_equal_torchvision_composition(augmentation, border)
     assert torch.equal(augment(pixels, draws, augmentation), torch.stack(expected) / 255)
 
 
+def resized_crop_one(pixels: Tensor, crop: ResizedCrop, i: int, size: int, antialias: bool) -> Tensor:
+    top, left, height, width = (int(value[i]) for value in crop[:4])
+    result = tv.resized_crop(pixels[i], top, left, height, width, [size, size], antialias=antialias)
+    return tv.horizontal_flip(result) if crop.flip[i] else result
+
+
+def some_crops() -> ResizedCrop:
+    """Of images of 40 × 30: all of one, single pixels in two corners, strips, and others, every second one flipped."""
+    boxes = [(0, 0, 40, 30), (0, 0, 1, 1), (39, 29, 1, 1), (3, 0, 2, 30), (0, 28, 40, 2), (7, 5, 20, 18)]
+    boxes = torch.tensor(boxes * 2).float()
+    return ResizedCrop(*boxes.unbind(1), torch.arange(len(boxes)) < len(boxes) // 2)
+
+
+@pytest.mark.parametrize("size", [24, 33, 8])
+def test_resized_crops_equal_torchvision(size):
+    crops = some_crops()
+    pixels = random_pixels(len(crops.top), 40, 30)
+    expected = [resized_crop_one(pixels, crops, i, size, antialias=True) for i in range(len(pixels))]
+    assert torch.equal(resize_crops_on_cpu(pixels, crops, size), torch.stack(expected) / 255)
+    expected = [resized_crop_one(pixels / 255, crops, i, size, antialias=False) for i in range(len(pixels))]
+    torch.testing.assert_close(resize_crops(pixels, crops, size), torch.stack(expected), rtol=0, atol=2e-5)
+
+
+def test_resized_crops_of_a_cpu_and_of_other_devices_hardly_differ():
+    photo = tv.resize(random_pixels(64, 8), [73, 73])  # smooth, as photos are, and 8 / 7 of the crop's size
+    crops = resized_crop_parameters(random_draws(64, "resized_crop"), 73, 73)
+    difference = (resize_crops_on_cpu(photo, crops, 64) - resize_crops(photo, crops, 64)).abs() * 255
+    assert difference.mean() < 0.5
+    assert difference.max() < 4
+
+
+@pytest.mark.parametrize("scale", [0.08, 0.9, 1.0])
+def test_resized_crops_are_distributed_as_torchvisions(scale):
+    torch.manual_seed(5)
+    image = torch.empty(3, 60, 60)
+    boxes = [RandomResizedCrop.get_params(image, (scale, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
+    theirs = torch.tensor(boxes).double().T
+    crops = resized_crop_parameters(random_draws(20_000, "resized_crop", seed=3), 60, 60, scale)
+    ours = torch.stack(crops[:4]).double()
+    assert (ours[:2] >= 0).all()
+    assert (ours[:2] + ours[2:] <= 60).all()
+    for name, mine, other in zip(crops._fields, ours, theirs, strict=False):
+        assert ks_2samp(mine, other).pvalue > 1e-3, name
+    for mine, other in ((ours[2] * ours[3], theirs[2] * theirs[3]), (ours[3] / ours[2], theirs[3] / theirs[2])):
+        assert ks_2samp(mine, other).pvalue > 1e-3  # area and aspect
+    assert torch.allclose(torch.corrcoef(ours)[0, 1], torch.corrcoef(theirs)[0, 1], atol=0.06, equal_nan=True)
+    assert abs(crops.flip.double().mean() - 0.5) < 0.02
+
+
+def test_the_first_pair_that_fits_is_taken_and_the_whole_image_where_none_does():
+    draws = torch.full((2, num_draws("resized_crop")), 1 - 2**-24)  # all of the area at 4:3 does not fit a square
+    draws[0, 3], draws[0, 13] = 0.0, 0.5  # the fourth pair is 8 % of the area, as a square: 17 × 17 of 60 × 60
+    crops = resized_crop_parameters(draws, 60, 60)
+    assert [values.tolist() for values in crops] == [[43, 0], [43, 0], [17, 60], [17, 60], [False, False]]
+
+
+def test_a_resized_crop_has_the_size_that_is_asked_for():
+    pixels, draws = random_pixels(6, 40), random_draws(6, "resized_crop")
+    crops = resized_crop_parameters(draws, 40, 40, 0.5)
+    assert (crops.height * crops.width).min() > 0.47 * 40 * 40
+    expected = resize_crops_on_cpu(pixels, crops, 35)
+    assert torch.equal(augment(pixels, draws, "resized_crop", 35, 0.5), expected)
+
+
 def test_alternate_flips_mirror_each_image_in_every_other_epoch():
     draws, first = random_draws(1000, "alternating"), torch.rand(1000, generator=torch.Generator().manual_seed(1))
     offsets = draws[:, :2].clone()
@@ -263,9 +332,9 @@ def test_the_largest_draw_stays_in_range():
 
 
 def test_unknown_name_is_rejected():
-    with pytest.raises(ValueError, match=r"augmentation='heavy'.*none, basic, alternating, rich"):
+    with pytest.raises(ValueError, match=r"augmentation='heavy'.*none, basic, alternating, rich, resized_crop"):
         num_draws("heavy")
-    with pytest.raises(ValueError, match=r"augmentation='heavy'.*none, basic, alternating, rich"):
+    with pytest.raises(ValueError, match=r"augmentation='heavy'.*none, basic, alternating, rich, resized_crop"):
         augment(random_pixels(1, 32), torch.rand(1, 0), "heavy")
 
 

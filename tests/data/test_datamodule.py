@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, stratified_split
 from cbam_pl.data.folder import decode
+from cbam_pl.data.images import Images
 from cbam_pl.errors import UserError
 
 CLASSES = ["cat", "dog", "emu"]
@@ -15,7 +16,7 @@ CLASSES = ["cat", "dog", "emu"]
 
 def test_statistics_are_those_of_all_pixels():
     pixels = torch.randint(0, 256, (7, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = channel_statistics(pixels)
+    mean, std = channel_statistics(Images(pixels, torch.zeros(7, dtype=torch.int64)))
     values = pixels.numpy().astype(np.float64) / 255
     assert mean == pytest.approx(values.mean((0, 2, 3)).tolist())
     assert std == pytest.approx(values.std((0, 2, 3)).tolist())
@@ -65,7 +66,7 @@ def test_a_folder_is_split_and_normalised_by_its_training_images(image_folder):
     expected = (pixels - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
     x, expected = (images[images.sum((1, 2, 3)).argsort()] for images in (x, expected))  # without their order
     assert torch.allclose(x, expected, atol=1e-5)
-    assert (data.mean, data.std) == channel_statistics(data.images("train").pixels)
+    assert (data.mean, data.std) == channel_statistics(data.images("train"))
 
 
 def test_cifar_has_its_published_statistics():
@@ -111,6 +112,11 @@ def test_a_checkpoint_brings_its_normalisation_and_rejects_other_classes(image_f
         ({"val_size": -1}, "val_size=-1 must be at least 0"),
         ({"dataset": "shapes", "image_size": 4}, "image_size=4 must be at least 8"),
         ({"image_size": 64}, "image_size=64 does not fit"),
+        ({"crop_scale": 0.5}, "crop_scale=0.5 needs augmentation=resized_crop, not basic"),
+        ({"augmentation": "resized_crop", "crop_scale": 0.0}, "crop_scale=0.0 must be greater than 0 and at most 1"),
+        ({"augmentation": "resized_crop", "crop_scale": 1.5}, "crop_scale=1.5 must be greater than 0 and at most 1"),
+        ({"augmentation": "resized_crop", "crop_scale": float("nan")}, "crop_scale=nan must be"),
+        ({"normalisation": "mnist"}, "normalisation='mnist' is unknown; use one of data, imagenet"),
     ],
 )
 def test_settings_out_of_range_are_rejected(options, message):
@@ -121,6 +127,49 @@ def test_settings_out_of_range_are_rejected(options, message):
 def test_too_large_a_val_size_is_rejected(image_folder):
     with pytest.raises(UserError, match="val_size=93 leaves nothing to train on; there are 93"):
         ImageDataModule("folder", str(image_folder), val_size=93).setup()
+
+
+# ------------------------------------------------------------------------------------------------ resized crops
+
+
+def test_resized_crop_trains_on_crops_and_evaluates_the_middle_of_a_folders_images(image_folder):
+    data = prepared(image_folder, augmentation="resized_crop", image_size=56, batch_size=50, crop_scale=0.3)
+    plain = prepared(image_folder, image_size=56)
+    assert data.images("train").store.shape[2:] == (64, 64)
+    assert (data.mean, data.std) == channel_statistics(data.images("train"))
+    for split in ("train", "val"):
+        assert torch.equal(data.images(split).ids, plain.images(split).ids)
+    val, test = data.images("val"), data.images("test")
+    assert val.pixels.shape == (9, 3, 56, 56)
+    paths = sorted(image_folder.glob("test/*/*.png"))
+    expected = torch.stack([decode(path, 56, in_proportion=True) for path in paths])
+    assert torch.equal(test.pixels, expected)
+    x = torch.cat([images for images, _ in data.test_dataloader()])
+    expected = (expected / 255 - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
+    x, expected = (images[images.sum((1, 2, 3)).argsort()] for images in (x, expected))  # without their order
+    assert torch.allclose(x, expected, atol=1e-5)
+    loader = data.train_dataloader()
+    assert (loader.image_size, loader.crop_scale) == (56, 0.3)
+    assert [len(images) for images, _ in loader] == [50, 34]
+    assert {images.shape[1:] for images, _ in loader} == {(3, 56, 56)}
+
+
+def test_resized_crop_cuts_other_data_from_the_image_itself():
+    data = ImageDataModule("shapes", augmentation="resized_crop", batch_size=4)
+    data.setup()
+    assert data.images("train").store.shape[2:] == (32, 32)
+    assert data.images("val").pixels.shape[2:] == (32, 32)
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape == (4, 3, 32, 32)
+
+
+def test_imagenets_normalisation_takes_the_place_of_any_other(image_folder):
+    expected = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    assert (ImageDataModule("cifar10", normalisation="imagenet").mean, expected[1]) == expected
+    data = prepared(image_folder, normalisation="imagenet")
+    assert (data.mean, data.std) == expected
+    state = data.state_dict()
+    assert (state["mean"], state["std"]) == expected
 
 
 # ------------------------------------------------------------------------------- a folder that changed since
@@ -206,18 +255,18 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def fit(root, ckpt_path=None, **options):
+def fit(root, ckpt_path=None, augmentation="rich", **options):
     """The batches of two epochs."""
     recorder = Recorder()
-    data = ImageDataModule("folder", str(root), batch_size=16, augmentation="rich")
+    data = ImageDataModule("folder", str(root), batch_size=16, augmentation=augmentation)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, **options}
     trainer = Trainer(max_epochs=2, accelerator="cpu", enable_checkpointing="callbacks" in options, **options)
     trainer.fit(recorder, data, ckpt_path=ckpt_path, weights_only=True)
     return list(recorder.seen.values())
 
 
-def batches_of_epoch(root, epoch):
-    data = ImageDataModule("folder", str(root), batch_size=16, augmentation="rich")
+def batches_of_epoch(root, epoch, augmentation="rich"):
+    data = ImageDataModule("folder", str(root), batch_size=16, augmentation=augmentation)
     data.setup()
     loader = data.train_dataloader()
     loader.current_epoch = lambda: epoch
@@ -237,14 +286,19 @@ def test_each_epoch_starts_at_its_first_batch(image_folder, option, epochs):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_resumes_at_the_next_batch_and_only_on_the_same_images(image_folder, tmp_path):
+@pytest.mark.parametrize("augmentation", ["rich", "resized_crop"])
+def test_training_resumes_at_the_next_batch_and_only_on_the_same_images(image_folder, tmp_path, augmentation):
     root = shutil.copytree(image_folder, tmp_path / "images", ignore=shutil.ignore_patterns(".*"))
-    fit(root, callbacks=ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1))
+    fit(
+        root,
+        augmentation=augmentation,
+        callbacks=ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1),
+    )
     for step in (2, 6, 8):  # in the first epoch, after it, in the second one
-        seen = fit(root, ckpt_path=tmp_path / f"step={step}.ckpt")
+        seen = fit(root, tmp_path / f"step={step}.ckpt", augmentation)
         resumed = [images for batches in seen for images in batches]
-        expected = [*batches_of_epoch(root, 0), *batches_of_epoch(root, 1)][step:]
+        expected = [images for epoch in (0, 1) for images in batches_of_epoch(root, epoch, augmentation)][step:]
         assert all(torch.equal(*pair) for pair in zip(resumed, expected, strict=True))
     (root / "train" / "red" / "0.png").unlink()
     with pytest.raises(UserError, match=r"are not those of the checkpoint \(0 added, 1 removed\), so training cannot"):
-        fit(root, ckpt_path=tmp_path / "step=2.ckpt")
+        fit(root, tmp_path / "step=2.ckpt", augmentation)

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision import transforms
 
 from cbam_pl.data import folder as folder_module
 from cbam_pl.data.folder import decode, find_images, list_classes, load_folder
@@ -45,9 +47,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     real = folder_module._decode
 
-    def record(path: str | Path, image_size: int) -> tuple[np.ndarray, bytes]:
+    def record(path: str | Path, *settings: Any) -> tuple[np.ndarray, bytes]:
         paths.append(str(path))
-        return real(path, image_size)
+        return real(path, *settings)
 
     monkeypatch.setattr(folder_module, "_decode", record)
     return paths
@@ -172,6 +174,88 @@ def test_shrinking_averages_instead_of_picking(tmp_path: Path) -> None:
 def test_other_aspect_ratio_and_enlarging(tmp_path: Path) -> None:
     Image.new("RGB", (3, 50), (9, 8, 7)).save(tmp_path / "a.png")
     assert (decode(tmp_path / "a.png", 8) == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
+
+
+# -------------------------------------------------------------------------------------- in proportion
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some grain."""
+    generator = np.random.default_rng(seed)
+    image = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    return Image.fromarray(
+        np.clip(np.asarray(image) + generator.normal(0, 4, (height, width, 3)), 0, 255).astype(np.uint8)
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (300, 300), (90, 61), (256, 400)])
+def test_in_proportion_is_what_torchvision_evaluates_on(tmp_path: Path, width: int, height: int) -> None:
+    image = photo(width, height)
+    image.save(tmp_path / "a.png")
+    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])(image)
+    difference = (decode(tmp_path / "a.png", 224, in_proportion=True).int() - theirs.int()).abs()
+    assert difference.max() <= 1  # rounding inside Pillow and torch
+    assert difference.float().mean() < 0.05
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (8, 8), (30, 77)])
+def test_out_of_proportion_is_what_pillow_resizes_to_a_square(tmp_path: Path, width: int, height: int) -> None:
+    image = photo(width, height)
+    image.save(tmp_path / "a.png")
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+    assert np.array_equal(decode(tmp_path / "a.png", 32).permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_strip_does_not_fill_the_memory(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 60_000), (9, 8, 7)).save(tmp_path / "a.png")  # 256 × 7,680,000 pixels in proportion
+    pixels = decode(tmp_path / "a.png", 224, in_proportion=True)
+    assert (pixels == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_decoded_at_a_smaller_scale_hardly_differs(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(1030, 800).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    full = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.PILToTensor()])(upright)
+    difference = (decode(tmp_path / "a.jpg", 28, in_proportion=True).int() - full.int()).abs()
+    assert 0 < difference.float().mean() < 1  # of 255, so the scale was another
+    assert difference.max() <= 6
+
+
+def test_images_in_proportion_are_stored_a_little_larger_in_a_cache_of_their_own(
+    root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_folder(str(root), 8)
+    photo(20, 12).save(root / "train" / "cat" / "0.png")
+    sources = [load_folder(str(root), 8, in_proportion=True) for _ in range(2)]
+    assert len(decoded) == 20  # once each
+    assert plain.train.ids is not None
+    for source in sources:
+        assert source.train.pixels.shape == (6, 3, 9, 9)  # 8 · 256 / 224 = 9.1
+        assert torch.equal(source.train.pixels[0, :, :8, :8], decode(root / "train" / "cat" / "0.png", 8, True))
+        assert source.train.ids is not None
+        assert torch.equal(source.train.ids[1:], plain.train.ids[1:])  # of the files' content
+    monkeypatch.setattr(folder_module, "_MEMORY_BYTES", 0)
+    (root / ".cbam_pl_8_in_proportion.pt").unlink()
+    large = load_folder(str(root), 8, in_proportion=True)  # decoded into a file
+    assert torch.equal(large.train.pixels, sources[0].train.pixels)
+    assert torch.equal(large.test.pixels, sources[0].test.pixels)
+    names = [".cbam_pl_8.pt", ".cbam_pl_8_in_proportion.pt", "test", "train"]
+    assert sorted(path.name for path in root.iterdir()) == names
+
+
+def test_pixels_are_mapped_from_the_cache_from_the_first_run_on(root: Path) -> None:
+    source = load_folder(str(root), 8)
+    address = source.train.store.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= address < end:
+            assert line.endswith(CACHE)
+            return
+    raise AssertionError("the pixels are nowhere")
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "gif", "truncated png", "truncated jpg", "bomb", "pipe", "dangling"])
