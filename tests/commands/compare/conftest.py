@@ -26,7 +26,7 @@ def recipes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return paths
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def quick() -> Any:
     """Commands of jobs run in this process, and costs are measured in a moment: a process of its own takes seconds."""
 
@@ -57,7 +57,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_call", _CALL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def compared(command: Any, recipes: Any, quick: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished comparison of three recipes and two seeds: the command's options and its outcome. Read only."""
     root = tmp_path_factory.mktemp("compared")
