@@ -218,6 +218,16 @@ class InterruptCheckpoint(Callback):
         self.on_train_end(trainer, pl_module)
 
 
+class EvaluationInterrupt(Callback):
+    """Ends validation, test and prediction at SIGTERM, which Lightning only notes while they run."""
+
+    def _end_at_sigterm(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.received_sigterm:
+            raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _end_at_sigterm  # type: ignore[assignment]
+
+
 class EvaluatedImages(Callback):
     """What the network said of each image in the last `validate` or `test`, of all processes, in the data's order."""
 

@@ -13,7 +13,13 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from cbam_pl.errors import UserError, as_user_error
-from cbam_pl.training.callbacks import InterruptCheckpoint, RunCheckpoint, StepLosses, TrainingProgress
+from cbam_pl.training.callbacks import (
+    EvaluationInterrupt,
+    InterruptCheckpoint,
+    RunCheckpoint,
+    StepLosses,
+    TrainingProgress,
+)
 from cbam_pl.training.checkpoint import AtomicCheckpointIO, TrainingState
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, disk_error
@@ -77,7 +83,7 @@ def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None, own
     The command's `own` callbacks come first.
     """
     options = {**dict(**settings), "enable_checkpointing": False}
-    return _trainer(options, [*own, *_listed(options["callbacks"])], TrainingProgress(), logger)
+    return _trainer(options, [*own, *_listed(options["callbacks"]), EvaluationInterrupt()], TrainingProgress(), logger)
 
 
 def _trainer(

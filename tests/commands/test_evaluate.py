@@ -1,16 +1,33 @@
 """`test` and `validate`: figures by hand, where they are written, and of how many images they are."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.data.folder import load_folder
 from cbam_pl.training.classifier import Classifier
 from tests.helpers import checkpoint, one_line, scalars
+
+
+class Terminate(Callback):
+    """Sends SIGTERM after the first batch."""
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_a_test(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    callbacks = ["--trainer.callbacks", "[{class_path: tests.commands.test_evaluate.Terminate}]"]
+    assert command("test", "--trainer.default_root_dir", root, *callbacks).status == 128 + signal.SIGTERM
+    assert not (root / "logs/tiny/version_0/test.json").exists()
 
 
 def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, command, tmp_path, image_folder):
