@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from scipy.special import log_softmax
 
-from cbam_pl.commands.robustness import choose_conditions, measure_robustness, without_conditions
+from cbam_pl.commands.robustness import CorrectPredictions, choose_conditions, measure_robustness, without_conditions
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
@@ -41,12 +41,13 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         run = None
     suffix = f".test-epoch{epoch}"
     earlier = [] if run is None else list(run.logs.glob(f"events*{suffix}"))
-    evaluated = EvaluatedImages()
+    evaluated, correct = EvaluatedImages(), CorrectPredictions()
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**saved | dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
-        trainer = evaluating_trainer(values.trainer, None if run is None else RunLogger(run.logs, suffix), [evaluated])
+        logger = None if run is None else RunLogger(run.logs, suffix)
+        trainer = evaluating_trainer(values.trainer, logger, [evaluated, correct])
         conditions = choose_conditions(settings, data.image_size)
     data.load_state_dict(checkpoint["ImageDataModule"])
 
@@ -74,7 +75,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     figures = measure(split)
     # What changes no other figure is left out.
     options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
-    measure_robustness(trainer, model, data, conditions, figures, run, options)
+    measure_robustness(trainer, model, data, conditions, correct, figures, run, options)
     if not trainer.is_global_zero:
         return
     count, total = model.num_evaluated, len(data.images(split))

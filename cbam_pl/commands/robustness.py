@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Column, Table
 from torch import Tensor
 
 from cbam_pl.data.corruptions import COMMON, CORRUPTIONS, EXTRA, SEVERITIES, check_size, corrupt
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
-from cbam_pl.inspect.drawing import COLOURS, DPI, NORMAL, SMALL
+from cbam_pl.inspect.charts import draw_robustness
+from cbam_pl.tables import print_table
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import Run, atomic_write
 from cbam_pl.training.trainer import running
@@ -87,7 +86,7 @@ def without_conditions(options: Sequence[str]) -> list[str]:
     return parser.parse_known_args(options)[1]
 
 
-class _CorrectPredictions(Callback):
+class CorrectPredictions(Callback):
     """Counts, over the batches of `trainer.predict`, images and those that are classified correctly."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,20 +112,20 @@ def measure_robustness(
     model: Classifier,
     data: ImageDataModule,
     conditions: Sequence[tuple[str, int]],
+    correct: CorrectPredictions,
     clean: dict[str, float],
     run: Run | None,
     options: Sequence[str],
 ) -> None:
     """Test a classifier on the corrupted test images; print a table and write robustness.json and .png of a run.
 
-    All processes take part. `clean` has the figures of the images as they are, which `trainer` has measured before.
+    All processes take part. `correct` is among the trainer's callbacks; `clean` has the figures of the images as they
+    are, which `trainer` has measured before.
     """
     if not conditions:
         return
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()  # a bar for all conditions instead of one for each
-    correct = _CorrectPredictions()
-    trainer.callbacks.append(correct)  # type: ignore[attr-defined]  # set by a connector
     accuracies: Accuracies = {}
     console = Console(stderr=True, quiet=not trainer.is_global_zero)
     begin = time.monotonic()
@@ -141,7 +140,6 @@ def measure_robustness(
             if number + 1 == len(conditions) or conditions[number + 1][0] != name:
                 text = " ".join(f"{100 * value:.2f}" for value in row.values())
                 progress.console.print(f"{name}: {text} %  ({time.monotonic() - begin:.0f} s)", highlight=False)
-    trainer.callbacks.remove(correct)  # type: ignore[attr-defined]
     if not trainer.is_global_zero:
         return
     record = {
@@ -158,13 +156,14 @@ def measure_robustness(
             "libraries": ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow")),
         },
     }
-    _print(record)
     if run is not None:
-        title = f"{run.recipe} version {run.version}, epoch {record['epoch']}"
+        title = f"{run.recipe} version {run.version}, epoch {record['epoch']}\n"
+        title += f"{100 * clean['test/acc']:.1f} % without corruption"
         with atomic_write(run.logs / "robustness.png") as stream:
-            draw_robustness(record, title).savefig(stream, format="png")
+            draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
         with atomic_write(run.logs / "robustness.json") as stream:
             stream.write(f"{json.dumps(record)}\n".encode())
+    _print(record)
 
 
 def _corrupt(name: str, severity: int, pixels: Tensor, indices: Tensor) -> Tensor:
@@ -196,31 +195,6 @@ def _columns(record: dict[str, Any]) -> list[str]:
 
 
 def _print(record: dict[str, Any]) -> None:
-    table = Table("severity", *(Column(heading, justify="right") for heading in _columns(record)))
-    for label, values in _rows(record):
-        table.add_row(label, *(f"{value:.2f}" for value in values), end_section=label.startswith("mean"))
     print(f"accuracy on corrupted test images, %; without corruption {100 * record['test/acc']:.2f}:")
-    Console(width=160).print(table)
-
-
-def draw_robustness(record: dict[str, Any], title: str) -> Figure:
-    """A heat map of the accuracy by corruption and severity, of what robustness.json holds."""
-    rows, columns = _rows(record), _columns(record)
-    values = np.array([row for _, row in rows])
-    figure = Figure((2.6 + 0.62 * len(columns), 1.1 + 0.26 * len(rows)), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(values, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, fontsize=SMALL)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=SMALL)
-    axes.set_xlabel("severity", fontsize=NORMAL)
-    axes.tick_params(length=0)
-    axes.set_title(f"{title}\n{100 * record['test/acc']:.1f} % without corruption", fontsize=NORMAL, parse_math=False)
-    for (row, column), value in np.ndenumerate(values):
-        weight = "bold" if "mean" in (columns[column], rows[row][0].split()[0]) else "normal"
-        colour = "black" if value > 60 else "white"  # readable on the colour below it
-        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "weight": weight}
-        axes.text(column, row, f"{value:.1f}", color=colour, **style)
-    bar = figure.colorbar(picture, ax=axes)
-    bar.set_label("test accuracy, %", fontsize=NORMAL)
-    bar.ax.tick_params(labelsize=SMALL)
-    return figure
+    rows = ([label, *(f"{value:.2f}" for value in values)] for label, values in _rows(record))
+    print_table(["severity", *_columns(record)], rows)

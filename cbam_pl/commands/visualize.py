@@ -99,7 +99,7 @@ def visualize(options: list[str]) -> None:
             else:
                 print(f"{title}: there is no test of it, so there is no reliability diagram; run: test --calibrate")
             pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
-            measured[f"{prefix}measures.csv"] = one, title
+            measured[prefix] = one, title
         if histories := _read_histories(loaded):
             pictures["curves"] = partial(draw_curves, histories)
         try:
@@ -111,10 +111,11 @@ def visualize(options: list[str]) -> None:
                     print(path)
                 except ValueError as error:
                     failures.append(f"no {path.name}: {error}")
-            for name, (one, title) in measured.items() if settings.measure else ():
-                count = settings.measure_images or 1000
-                _measure(one, title, count, folder / name)
-                _intervene(one, title, count, folder, name.removesuffix("measures.csv"), settings.format)
+            for prefix, (one, title) in measured.items() if settings.measure else ():
+                images = one.test_images
+                subset = images.subset(torch.tensor(_evenly(len(images), settings.measure_images or 1000)))
+                _measure(one, title, subset, folder / f"{prefix}measures.csv")
+                _intervene(one, title, subset, folder, prefix, settings.format)
         except OSError as error:
             raise cannot_write(error.filename or folder, error, "name another folder with --output") from error
     if failures:
@@ -242,37 +243,41 @@ def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:
     return drawing.draw_reliability(tested["reliability"], after, f"{title}\n{figures}")
 
 
-def _measure(loaded: LoadedCheckpoint, title: str, count: int, path: Path) -> None:
-    images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
+def _measure(loaded: LoadedCheckpoint, title: str, images: Images, path: Path) -> None:
+    """Score the maps: write what is found, and print it."""
     rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks)
-    print(f"{title}, {len(images):,} test images:")
-    print_scores(rows)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    print(f"{title}, {len(images):,} test images:")
+    print_scores(rows)
     print(path)
 
 
-def _intervene(loaded: LoadedCheckpoint, title: str, count: int, folder: Path, prefix: str, file_format: str) -> None:
-    """Replace the gates and randomise the layers: print, write and draw what changes."""
-    images = loaded.test_images.subset(torch.tensor(_evenly(len(loaded.test_images), count)))
+def _intervene(
+    loaded: LoadedCheckpoint, title: str, images: Images, folder: Path, prefix: str, file_format: str
+) -> None:
+    """Replace the gates and randomise the layers: write, draw and print what changes."""
     network, inputs = loaded.network, loaded.normalise(images.pixels)
-    measured: dict[str, tuple[dict[str, Any], Figure]] = {}
-    if attention_modules(network):
-        ablation = ablate_gates(network, inputs, images.labels)
-        print(f"Gates replaced, {title}, {len(inputs):,} test images:")
-        print_ablation(ablation)
-        measured["ablation"] = ablation, draw_ablation(ablation, f"Accuracy where gates are replaced\n{title}")
-    else:
-        print(f"{title}: this network has no gates, so there is no ablation of them")
-    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY])
-    print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")
-    print_randomisation(randomisation)
-    heading = f"Similarity to the trained network's maps\n{title}"
-    measured["randomisation"] = randomisation, draw_randomisation(randomisation, heading)
-    for name, (result, figure) in measured.items():
+
+    def save(name: str, result: dict[str, Any], figure: Figure) -> str:
         table, picture = folder / f"{prefix}{name}.json", folder / f"{prefix}{name}.{file_format}"
         table.write_text(json.dumps({"network": title, **result}, indent=2) + "\n")
         figure.savefig(picture)
-        print(table, picture, sep="\n")
+        return f"{table}\n{picture}"
+
+    if attention_modules(network):
+        ablation = ablate_gates(network, inputs, images.labels)
+        paths = save("ablation", ablation, draw_ablation(ablation, f"Accuracy where gates are replaced\n{title}"))
+        print(f"Gates replaced, {title}, {len(inputs):,} test images:")
+        print_ablation(ablation)
+        print(paths)
+    else:
+        print(f"{title}: this network has no gates, so there is no ablation of them")
+    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY])
+    heading = f"Similarity to the trained network's maps\n{title}"
+    paths = save("randomisation", randomisation, draw_randomisation(randomisation, heading))
+    print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")
+    print_randomisation(randomisation)
+    print(paths)

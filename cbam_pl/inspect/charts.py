@@ -1,6 +1,6 @@
-"""Charts of what was measured of a network: the ablation of its gates, and the randomisation of its layers."""
+"""Charts of what was measured of a network: its gates replaced, its layers randomised, its images corrupted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,28 @@ def draw_randomisation(randomisation: Mapping[str, Any], title: str) -> Figure:
     axes.set_ylim(min(axes.get_ylim()[0], -0.1), 1.05)
     if len(gates) <= 16:
         _add_legend(figure, axes, 5)
+    return figure
+
+
+def draw_robustness(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], title: str) -> Figure:
+    """A heat map of accuracies in per cent: rows of a label and its values, one a column; means in bold."""
+    values = np.array([row for _, row in rows])
+    figure = Figure((2.6 + 0.62 * len(columns), 1.1 + 0.26 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(values, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, fontsize=SMALL)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=SMALL)
+    axes.set_xlabel("severity", fontsize=NORMAL)
+    axes.tick_params(length=0)
+    axes.set_title(title, fontsize=NORMAL, parse_math=False)
+    for (row, column), value in np.ndenumerate(values):
+        weight = "bold" if "mean" in (columns[column], rows[row][0].split()[0]) else "normal"
+        colour = "black" if value > 60 else "white"  # readable on the colour below it
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "weight": weight}
+        axes.text(column, row, f"{value:.1f}", color=colour, **style)
+    bar = figure.colorbar(picture, ax=axes)
+    bar.set_label("test accuracy, %", fontsize=NORMAL)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 

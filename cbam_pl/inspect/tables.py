@@ -3,31 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-
 from cbam_pl.inspect.ablation import REPLACEMENTS
 from cbam_pl.inspect.scores import DELETED, ROAD_PERCENTS
+from cbam_pl.tables import print_table
 
 
 def print_scores(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what `measure` gives, and how to read it."""
     known = [] if rows[0]["inside"] is None else ["inside", "pointing"]
-    table = _table("map", *(f"{name} %" for name in known), "whole", *(f"-{percent} %" for percent in DELETED))
+    cells = []
     for row in rows:
         scores = [f"{100 * row[name]:.1f} ± {100 * row[f'{name}_error']:.1f}" for name in known]
-        table.add_row(escape(row["map"]), *scores, *_percent(row, "accuracy"))
-    _print(table)
+        cells.append([row["map"], *scores, *_percent(row, "accuracy")])
+    print_table(["map", *(f"{name} %" for name in known), "whole", *(f"-{percent} %" for percent in DELETED)], cells)
     if known:
         print("inside: fraction of the map's energy (above its minimum) on the object; ± is one standard error")
         print("pointing: how often the map's maximum is on the object")
     print("-10 % …: accuracy in % without the most important pixels; for uniform, without random pixels")
     signs = (f"{sign}{percent} %" for sign in "-+" for percent in ROAD_PERCENTS)
-    table = _table("map", "whole", *signs)
-    for row in rows:
-        table.add_row(escape(row["map"]), *_percent(row, "road_w"))
-    _print(table)
+    print_table(["map", "whole", *signs], ([row["map"], *_percent(row, "road_w")] for row in rows))
     print(
         f"ROAD, on {rows[0]['road_images']:,} of the images: missing pixels are interpolated, with noise, and leave no "
         "holes\n-10 % …: accuracy in % without the most important pixels; +10 % …: with them alone"
@@ -36,14 +30,11 @@ def print_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_ablation(ablation: Mapping[str, Any]) -> None:
     """Print what `ablate_gates` gives, and how to read it."""
-    table = Table("block", "gate", *(Column(name, justify="right", no_wrap=True) for name in REPLACEMENTS))
     rows: dict[tuple[str, str], list[str]] = {}
     for row in ablation["rows"]:
         change = f"({100 * row['change']:+.1f} ± {100 * row['change_error']:.1f})"
         rows.setdefault((row["block"], row["gate"]), []).append(f"{100 * row['accuracy']:.1f} {change:>14}")
-    for (block, gate), cells in rows.items():
-        table.add_row(escape(block), gate, *cells)
-    _print(table)
+    print_table(["block", "gate", *REPLACEMENTS], ([*key, *cells] for key, cells in rows.items()))
     print(
         f"accuracy in % where gates are replaced (as trained: {100 * ablation['accuracy']:.1f}), and its change in "
         "percentage points ± one standard error\n"
@@ -54,13 +45,12 @@ def print_ablation(ablation: Mapping[str, Any]) -> None:
 def print_randomisation(randomisation: Mapping[str, Any]) -> None:
     """Print what `cascading_randomisation` gives after three of its steps, and how to read it."""
     layers = randomisation["layers"]
-    table = _table("map", "classifier", "to its block", "all layers")
+    rows = []
     for name, values in randomisation["spearman"].items():
         within = (step for step, layer in enumerate(layers) if f"{name}.".startswith(f"{layer}."))
         own = next(within, 1)  # Grad-CAM is of the last block's activations
-        cells = ["-" if values[step] is None else f"{values[step]:.2f}" for step in (0, own, -1)]
-        table.add_row(escape(name), *cells)
-    _print(table)
+        rows.append([name, *("-" if values[step] is None else f"{values[step]:.2f}" for step in (0, own, -1))])
+    print_table(["map", "classifier", "to its block", "all layers"], rows)
     print(
         "rank correlation of a map with that of the network after its layers were re-initialised from the top down\n"
         "to its block: the classifier and the blocks down to the map's own (of Grad-CAM the last)\n"
@@ -68,13 +58,5 @@ def print_randomisation(randomisation: Mapping[str, Any]) -> None:
     )
 
 
-def _table(first: str, *headings: str) -> Table:
-    return Table(first, *(Column(heading, justify="right", no_wrap=True) for heading in headings))
-
-
 def _percent(row: Mapping[str, Any], prefix: str) -> list[str]:
     return [f"{100 * value:.1f}" for key, value in row.items() if key.startswith(prefix)]
-
-
-def _print(table: Table) -> None:
-    Console(width=160).print(table)

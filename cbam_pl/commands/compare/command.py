@@ -33,6 +33,7 @@ from cbam_pl.commands.compare.page import render
 from cbam_pl.commands.compare.plan import Plan, make_plan, nest, option_parser
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
+from cbam_pl.tables import print_table
 
 _COST_ROUNDS, _COST_SECONDS = 5, 0.3
 
@@ -41,13 +42,13 @@ def compare(arguments: list[str]) -> None:
     """Run what is not done yet, and write the report; runs that failed are reported after it."""
     options, settings = option_parser().parse_known_args(arguments)
     plan = make_plan(options, settings)
-    plan.claim_output(dry_run=True)  # before anything is measured
     if options.controls:
         plan = add_controls(plan, options.controls, may_choose=not options.recompute)
         for control in plan.controls:
             print(control_line(control, plan))
     jobs = jobs_of(plan)
     if options.dry_run:
+        plan.claim_output(dry_run=True)
         _print_estimate(plan, options.jobs)
         return
     if options.recompute and not any(find(job)[0] in ("tested", "done") for job in jobs):
@@ -177,7 +178,7 @@ def _print_estimate(plan: Plan, jobs: int | None) -> None:
         teraflop = left * (3 * train + val) * cost["flops"] / 1e12
         hours, work = hours + needed, work + teraflop
         rows.append([job.name, str(job.seed), state, str(left), f"{needed:.2f}", f"{teraflop:,.1f}"])
-    report.print_table(["recipe", "seed", "state", "epochs left", "hours", "TFLOP"], rows)
+    print_table(["recipe", "seed", "state", "epochs left", "hours", "TFLOP"], rows)
     places, unit = len(environments(plan, jobs)), "GPU" if uses_cuda(plan) else "core"
     rates = ", ".join(f"{name} {cost['train_images_per_second']:,.0f}" for name, cost in measured.items())
     print(f"training images/s, measured for two seconds each: {rates}")

@@ -22,7 +22,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, with_effect
+from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, trusted, with_effect
 from cbam_pl.commands.robustness import SEED
 from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
@@ -71,8 +71,8 @@ class Job:
         """Options of `test`, besides the checkpoint."""
         given = {key: self.settings.get(f"trainer.{key}") for key in ("accelerator", "precision")}
         words = [word for key, value in given.items() if value for word in (f"--trainer.{key}", str(value))]
-        network = self.settings.get("model.network.class_path")  # which the user has named
-        return words + ([] if network is None else ["--trust", network])
+        trust = trusted(self.settings)
+        return [*words, *(["--trust", *trust] if trust else [])]
 
 
 def jobs_of(plan: Plan) -> list[Job]:

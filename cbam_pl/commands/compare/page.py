@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from cbam_pl.commands.compare.plan import Plan, nest
+from cbam_pl.commands.compare.plan import Plan, nest, trusted
 from cbam_pl.commands.compare.report import COSTS, Result
 from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
 from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
@@ -71,8 +71,7 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
     seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
     path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
     title = f"{plan.labels[name]}, seed {seed}, epoch {runs[name, seed]['epoch']}"
-    trust = [plan.configs[name].get("model.network.class_path", name)]  # which the user has named
-    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data, trust), title)
+    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name])), title)
     pictures = []
     for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
         try:

@@ -189,6 +189,12 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
     return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal, corruptions)
 
 
+def trusted(settings: dict[str, Any]) -> list[str]:
+    """The network that the settings name, if any: the user has named it, so a checkpoint of it may import it."""
+    network = settings.get("model.network.class_path")
+    return [] if network is None else [network]
+
+
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     flat: dict[str, Any] = {}

@@ -8,10 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-
 from cbam_pl.commands.compare.controls import describe
 from cbam_pl.commands.compare.jobs import (
     Job,
@@ -38,6 +34,7 @@ from cbam_pl.commands.compare.measures import (
 from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.robustness import add_robustness, robustness_table, with_robustness
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
+from cbam_pl.tables import print_table
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
 COSTS = {  # name → heading, divisor, digits
@@ -388,12 +385,3 @@ def print_report(content: dict[str, Any]) -> None:
     for table in content["tables"].values():
         print_table(table["headings"], table["rows"])
     print("\n".join([*content["notes"], *content["sentences"]]))
-
-
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table, its first column aligned left, the others right."""
-    first, *others = map(escape, headings)
-    table = Table(first, *(Column(heading, justify="right") for heading in others))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console(width=None if Console().is_terminal else 160).print(table)
