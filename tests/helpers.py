@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -97,6 +98,15 @@ class Break(Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
             raise PowerCut
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some grain."""
+    generator = np.random.default_rng(seed)
+    image = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    return Image.fromarray(
+        np.clip(np.asarray(image) + generator.normal(0, 4, (height, width, 3)), 0, 255).astype(np.uint8)
+    )
 
 
 # Runs
