@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -70,6 +70,16 @@ def socket_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """For TensorBoard's graph, which has no way but torch.jit.trace: deprecated, and its errors are printed as well."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", ".*torch.jit", category)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of checks of shapes
+        yield
 
 
 @contextmanager

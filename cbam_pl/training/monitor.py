@@ -1,10 +1,7 @@
 """Log the network itself to TensorBoard: pictures, statistics of its gates, its graph and hyperparameters."""
 
-import warnings
-from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
 from cbam_pl.errors import Interrupted
 from cbam_pl.inspect import drawing, gates
+from cbam_pl.process import quiet_tracing
 
 # Sorted after lr, train and val: TensorBoard opens the first groups of charts, and those are the ones to see first.
 _GATES = "val_gates"
@@ -171,11 +169,7 @@ def _writers(trainer: Trainer) -> list[SummaryWriter]:
 def _add_graph(writer: SummaryWriter, network: nn.Module, image: Tensor) -> None:
     plain = deepcopy(gates.unwrap(network)).float().cpu().eval()  # evaluation mode is deterministic
     # no_grad, since the tracer's check runs the network with and without gradients, and fails on the difference.
-    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):  # add_graph prints its errors
-        # add_graph has no way but torch.jit.trace, which is deprecated. The filters hold for this call alone.
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", ".*torch.jit", category)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of checks of shapes
+    with torch.no_grad(), quiet_tracing():
         writer.add_graph(plain, image.float().cpu())
 
 
