@@ -22,7 +22,7 @@ default_role = "literal"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-napoleon_custom_sections = [("Shape", "params_style"), ("Source", "notes_style")]
+napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
