@@ -42,7 +42,8 @@ class Classifier(LightningModule):
         stem: of resnet18 to 152: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
         dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
         width: factor on the channels of the network's convolutions, rounded to whole channels, at least 8.
-        weights: a file of weights to start from: a state dict (.pth, .safetensors) or a checkpoint of this program.
+        weights: a file of weights to start from: a state dict (.pth, .safetensors), a checkpoint of this program, or a
+            folder of weights/.
         freeze: patterns of modules, as of attention.where, whose weights and batch norm statistics stay as they are;
             attention in them is trained unless a pattern names it.
         lr_factors: by pattern, what the learning rate is multiplied with for the modules' weights, those of attention
