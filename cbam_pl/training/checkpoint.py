@@ -143,9 +143,13 @@ def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
 
 
 def load_classifier(
-    path: Path, checkpoint: dict[str, Any], test_time_flip: bool | None = None, trust: Sequence[str] = ()
+    path: Path,
+    checkpoint: dict[str, Any],
+    test_time_flip: bool | None = None,
+    trust: Sequence[str] = (),
+    make: type[Classifier] = Classifier,
 ) -> Classifier:
-    """The network of a checkpoint, with its weights; `test_time_flip` overrides what it was trained with.
+    """The network of a checkpoint, with its weights, in a `make`; `test_time_flip` overrides its own.
 
     A network that is not of this program is imported only from torchvision.models, timm and the packages of `trust`.
 
@@ -160,7 +164,7 @@ def load_classifier(
             network = NetworkConfig(**settings["network"])
             check_trusted(network, trust)
             settings["network"] = asdict(network.without_weights())
-        classifier = Classifier(**settings)
+        classifier = make(**settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} has hyper_parameters from which no network can be made: {error}") from error
     ours, saved = classifier.state_dict(), checkpoint["state_dict"]

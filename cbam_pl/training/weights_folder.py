@@ -20,7 +20,7 @@ from cbam_pl.training.schema import SchemaError, check_folder
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _SPLIT = "split.safetensors"  # ids of a folder's images that were trained on and held out, where the data has them
-_NAMES = (WEIGHTS, CONFIG, CARD, _SPLIT)
+NAMES = (WEIGHTS, CONFIG, CARD, _SPLIT)
 _NETWORK = "network."  # what the names of weights begin with in a checkpoint, where they are a Classifier's
 # What is kept of a checkpoint, beside the weights and the ids.
 _KEPT = (
@@ -47,7 +47,7 @@ def read_folder(path: Path) -> dict[str, Any]:
         config = json.loads(content)
         check_folder(config)
         expected = config["sha256"]
-        if unknown := expected.keys() - {*_NAMES}:
+        if unknown := expected.keys() - {*NAMES}:
             raise SchemaError(f"has the unknown file {min(unknown)}")
         files = {name: _read(path, name) for name in (WEIGHTS, CARD, *({_SPLIT} & expected.keys()))}
         for name, found in {CONFIG: _canonical(config), **files}.items():
@@ -84,7 +84,7 @@ def write_folder(
     hashes[CONFIG] = hashlib.sha256(_canonical(config)).hexdigest()
     files[CONFIG] = f"{json.dumps(config, indent=1, ensure_ascii=False)}\n".encode()  # the last: without it, incomplete
     try:
-        others = [one.name for one in path.glob("*") if one.name not in _NAMES and not one.name.startswith(".")]
+        others = [one.name for one in path.glob("*") if one.name not in NAMES and not one.name.startswith(".")]
         if others:
             raise UserError(f"{path} holds other files, such as {min(others)}; name another folder with --output")
         path.mkdir(parents=True, exist_ok=True)
