@@ -127,12 +127,14 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
 
 def _add_export_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--format", type=Literal["onnx", "pt2"], required=True, help="onnx (opset 18) or pt2 (torch.export)")
+    format_help = "onnx (opset 18), pt2 (torch.export), or safetensors: a folder of the weights and their card"
+    add("--format", type=Literal["onnx", "pt2", "safetensors"], required=True, help=format_help)
     add("--output", type=str, required=True, help="folder to write to, new or with nothing but earlier exports")
     add("--gates", action="store_true", help="outputs beside the probabilities: the gates of each block, by its name")
     add("--precision", type=Literal["float32", "float16"], default="float32", help="of the weights and activations")
     input_help = "type of the images' values: float32 in [0, 1], or uint8 from 0 to 255"
     add("--input_type", type=Literal["float32", "uint8"], default="float32", help=input_help)
+    add("--licence", type=str, help="of the weights, as an identifier such as mit; whoever trained them decides it")
     add("--benchmark", action="store_true", help="time it in PyTorch, as pt2 and in onnxruntime, at batch 1 and 64")
     add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 

@@ -1,6 +1,5 @@
-"""Write a network for use elsewhere: python train.py export --format onnx --output DIR"""
+"""Write a network for use elsewhere: python train.py export --format onnx | pt2 | safetensors --output DIR"""
 
-import json
 import os
 import shlex
 import tempfile
@@ -40,11 +39,12 @@ from cbam_pl.tables import print_table
 from cbam_pl.timing import time_in_turns
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier, network_name
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.run import run_of
+from cbam_pl.training.pretrained import read_record, write_pretrained
 
 _FILES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 _WRITERS: dict[str, Callable[[Graph, Mapping[str, Any], Path], None]] = {"onnx": write_onnx, "pt2": write_pt2}
 _READERS: dict[str, Callable[[Path], Runner]] = {"onnx": read_onnx, "pt2": read_pt2}
+_OF_FILES = ("--gates", "--input_type", "--benchmark", "--model.", "--data.")  # options of these two formats alone
 NUM_IMAGES = 64  # that a file is verified on
 # The largest difference from the checkpoint, in float32, that any output may have. Half precision has three digits.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
@@ -52,51 +52,61 @@ _BATCH_SIZES, _ROUNDS, _SECONDS = (1, 64), 5, 0.5  # of the benchmark; the secon
 
 
 def export(options: list[str]) -> None:
-    """Write a checkpoint's network as one file, once that was run and agrees with the checkpoint."""
+    """Write a checkpoint's network, by the command line's options: as one file, or as a folder of weights."""
     parser = command_parser("export")
     settings = parse(parser, options)
     path, checkpoint = find_checkpoint(Path(settings.trainer.default_root_dir), settings.ckpt_path)
+    output = Path(settings.output).expanduser()
+    if settings.format == "safetensors":
+        for key in (word.partition("=")[0] for word in options):
+            if key.startswith(_OF_FILES):
+                raise UserError(f"{key} has no effect with --format safetensors; leave it out")
+        with as_user_error():
+            print(*write_pretrained(path, output, settings.precision, settings.trust, settings.licence), sep="\n")
+        return
     saved = checkpoint["datamodule_hyper_parameters"]
     required = {"format": settings.format, "output": settings.output}  # by the recipe as well
     data = parse(parser, options, {**required, "data": {name: saved[name] for name in EXPORT_DATA}}).data
-    output, name = Path(settings.output).expanduser(), _FILES[settings.format]
     _check_output(output)
-    formats = list(_FILES) if settings.benchmark else [settings.format]
-    if "onnx" in formats:
+    if settings.format == "onnx" or settings.benchmark:
         import_onnxruntime()
-
     with as_user_error():
-        classifier = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust).eval()
-        pixels, images = _verification_images(checkpoint, data)
-        expected = _outputs_of(path, checkpoint, classifier, pixels, settings.gates)
-        metadata = _describe(path, checkpoint, classifier, settings)
-        title = f"{metadata['network']}, attention {metadata['attention']}, epoch {metadata['epoch']}"
-        print(f"exporting {path}: {title}", flush=True)
-        mean, std = metadata["mean"], metadata["std"]
-        network = ExportedNetwork(
-            classifier.network, mean, std, classifier.test_time_flip, settings.gates, settings.precision
-        )
-        graph = trace(network, metadata["image_size"], settings.input_type, metadata["network"])
-        inputs = pixels.float() / 255 if settings.input_type == "float32" else pixels
-        runners: dict[str, Runner] = {"PyTorch": network}
-        # In a folder of its own beside, so that nothing is left of a file that is rejected or incomplete.
-        beside = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-        try:
-            with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as scratch:
-                for kind in formats:
-                    file = Path(scratch) / _FILES[kind]
-                    _WRITERS[kind](graph, metadata, file)
-                    runners[kind] = _READERS[kind](file)
-                    _verify(_FILES[kind], runners[kind], inputs, expected, settings.precision, images)
-                output.mkdir(parents=True, exist_ok=True)
-                os.replace(Path(scratch) / name, output / name)
-        except OSError as error:
-            raise cannot_write(output, error, "name another folder with --output") from error
-        size = (output / name).stat().st_size / 1e6
-        kind = f"ONNX, opset {OPSET}" if settings.format == "onnx" else "torch.export"
-        print(f"{output / name}: {size:.2f} MB, {kind}, {settings.precision}; {_interface(graph, metadata)}")
-        if settings.benchmark:
-            _benchmark(runners, inputs, settings.precision)
+        _export_file(path, checkpoint, settings, data, output)
+
+
+def _export_file(path: Path, checkpoint: dict[str, Any], settings: Namespace, data: Namespace, output: Path) -> None:
+    """Write the network as one file, once that was run and agrees with the checkpoint."""
+    classifier = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust).eval()
+    metadata = _describe(path, checkpoint, classifier, settings)
+    print(f"exporting {path}: {metadata['network']}, attention {metadata['attention']}, epoch {metadata['epoch']}")
+    pixels, images = _verification_images(checkpoint, data)
+    expected = _outputs_of(path, checkpoint, classifier, pixels, settings.gates)
+    statistics = metadata["mean"], metadata["std"]
+    network = ExportedNetwork(
+        classifier.network, *statistics, classifier.test_time_flip, settings.gates, settings.precision
+    )
+    graph = trace(network, metadata["image_size"], settings.input_type, metadata["network"])
+    inputs = pixels.float() / 255 if settings.input_type == "float32" else pixels
+    runners: dict[str, Runner] = {"PyTorch": network}
+    name = _FILES[settings.format]
+    # In a folder of its own beside the output, so that nothing is left of a file that is rejected or incomplete.
+    beside = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as scratch:
+            for kind in _FILES if settings.benchmark else [settings.format]:
+                file = Path(scratch) / _FILES[kind]
+                _WRITERS[kind](graph, metadata, file)
+                runners[kind] = _READERS[kind](file)
+                _verify(file.name, runners[kind], inputs, expected, settings.precision, images)
+            output.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(scratch) / name, output / name)
+    except OSError as error:
+        raise cannot_write(output, error, "name another folder with --output") from error
+    size = (output / name).stat().st_size / 1e6
+    kind = f"ONNX, opset {OPSET}" if settings.format == "onnx" else "torch.export"
+    print(f"{output / name}: {size:.2f} MB, {kind}, {settings.precision}; {_interface(graph, metadata)}")
+    if settings.benchmark:
+        _benchmark(runners, inputs, settings.precision)
 
 
 def _check_output(output: Path) -> None:
@@ -148,26 +158,20 @@ def _outputs_of(
 def _describe(path: Path, checkpoint: dict[str, Any], classifier: Classifier, settings: Namespace) -> dict[str, Any]:
     """The metadata of a file: what goes in and comes out, where the network is from, and how good it was measured."""
     data, model = checkpoint["ImageDataModule"], checkpoint["hyper_parameters"]
-    environment = describe_environment(torch.device("cpu"))
-    run, epoch = run_of(path), checkpoint["epoch"] + 1
+    environment, record = describe_environment(torch.device("cpu")), read_record(path, checkpoint)
     described = {
         **{name: data[name] for name in ("classes", "mean", "std")},
         **{"image_size": model["image_size"], "input_type": settings.input_type, "precision": settings.precision},
         **{"network": network_name(model), "attention": model["attention"]["kind"]},
-        **{"test_time_flip": classifier.test_time_flip, "epoch": epoch},
-        **{name: environment[name] for name in ("versions", "commit", "date")},
+        **{"test_time_flip": classifier.test_time_flip, "epoch": checkpoint["epoch"] + 1},
+        **{name: record[name] for name in ("recipe", "version", "seed")},
+        **{"trained": record["date"], "licence": settings.licence or record.get("licence")},
+        **{name: environment[name] for name in ("versions", "commit", "date")},  # of the export
     }
-    if run is None:
-        return described
-    described |= {"recipe": run.recipe, "version": run.version}
-    try:
-        tested = json.loads((run.logs / "test.json").read_text())
-    except (OSError, ValueError):
-        return described
-    if tested["epoch"] == epoch:
-        described |= {"test_accuracy": tested["test/acc"], "test_images": tested["images"]}
+    if (tested := record["test"]) is not None:
+        described |= {"test_accuracy": tested["figures"]["accuracy"], "test_images": tested["images"]}
         described |= {"test_options": shlex.join(tested["options"]), "test_commit": tested["environment"]["commit"]}
-    return described
+    return {name: value for name, value in described.items() if value is not None}
 
 
 def _verify(name: str, run: Runner, inputs: Tensor, expected: Outputs, precision: str, images: str) -> None:
