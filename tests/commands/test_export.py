@@ -199,13 +199,13 @@ def test_safetensors_are_a_folder_that_every_command_takes(trained, command, ima
     outcome = command("export", *root, *options)
     assert outcome.status == 0, outcome.err
     assert "license: mit" in (tmp_path / "weights/README.md").read_text()
-    exported = ["export", "--format", "pt2", "--output"]
-    for source in (["--ckpt_path", trained[0] / BEST], ["--ckpt_path", tmp_path / "weights"]):
-        outcome = command(*exported, tmp_path / source[1].name, *source)
+    found = []
+    for number, source in enumerate((trained[0] / BEST, tmp_path / "weights")):
+        output = tmp_path / f"exported-{number}"
+        outcome = command("export", "--format", "pt2", "--output", output, "--ckpt_path", source)
         assert outcome.status == 0, outcome.err
-    pixels = noise(3, 32) / 255
-    ours, theirs = (read_pt2(tmp_path / name / "model.pt2")(pixels) for name in ("weights-pt2", "best.ckpt"))
-    assert torch.equal(ours["probabilities"], theirs["probabilities"])
+        found.append(read_pt2(output / "model.pt2")(noise(3, 32) / 255)["probabilities"])
+    assert torch.equal(*found)
 
 
 def families():
@@ -262,7 +262,7 @@ def test_every_block_with_every_attention(arch, attention, tmp_path):
 @pytest.mark.parametrize(
     ("path", "arguments", "where"),
     [
-        ("torchvision.models.mobilenet_v3_small", {}, "features.?"),
+        ("torchvision.models.mobilenet_v3_small", {}, "features.[258]"),
         ("timm.create_model", {"model_name": "convnext_atto"}, "stages.?"),
         ("timm.create_model", {"model_name": "resnet10t", "zero_init_last": False}, "layer?.*.bn2"),
     ],
@@ -392,7 +392,7 @@ def test_the_ten_lines_need_no_torch_and_give_what_predict_gives(
 ):
     text = (REPOSITORY / "docs/export.md").read_text()
     (script,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "onnxruntime" in block)
-    assert len(script.splitlines()) == 10
+    assert len([line for line in script.splitlines() if line]) == 10
     root = ["--trainer.default_root_dir", trained[0]]
     outcome = command("export", *root, "--format", "onnx", "--output", tmp_path / "exported")
     assert outcome.status == 0, outcome.err
