@@ -117,16 +117,17 @@ def _describe(
     confusion = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     accuracies = [row[label] / sum(row) if sum(row) else None for label, row in enumerate(confusion.tolist())]
-    measures = measure_images(log_probabilities, labels)
-    record = {
+    record: dict[str, Any] = {
         "classes": classes,
         "confusion": confusion.tolist(),  # images by true class (rows) and predicted class
         "class_accuracy": dict(zip(classes, accuracies, strict=True)),
         **_summary(log_probabilities, labels),
     }
+    measures = measure_images(log_probabilities, labels)
     if calibration:
         scaled = log_softmax(logits / calibration["temperature"], axis=1)
         record["calibration"] = calibration | _summary(scaled, labels)
+        measures |= {f"calibrated_{name}": values for name, values in measure_images(scaled, labels).items()}
     arrays = {
         "image": evaluated.numbers.numpy().astype(np.int32),  # its number in the test split
         "label": labels.astype(np.int32),
