@@ -76,7 +76,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         owned_by_data = {"num_classes", "image_size", "seed"}
         parser.add_class_arguments(Classifier, "model", skip=owned_by_data, instantiate=False, sub_configs=True)
     elif command == "visualize":
-        add("--ckpt_path", nargs="+", type=str, default=["best"], help="FILES, or the newest run's best or last")
+        checkpoint_help = "FILES, folders of weights, or the newest run's best or last"
+        add("--ckpt_path", nargs="+", type=str, default=["best"], help=checkpoint_help)
         add("--images", nargs="+", type=str, help="your own image files, or folders of them")
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
         add("--class_name", type=str, help="the first test images of a class")
@@ -88,7 +89,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
         add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
     else:
-        add("--ckpt_path", type=str, default="best", help="a FILE, or the newest run's best or last")
+        checkpoint_help = "a FILE, a folder of weights, or the newest run's best or last"
+        add("--ckpt_path", type=str, default="best", help=checkpoint_help)
         add(
             "--model.test_time_flip",
             type=bool | None,

@@ -206,7 +206,7 @@ def _card(output: Path, checkpoint: Mapping[str, Any], precision: Precision, rec
     return environment.from_string(Path(__file__).with_name("card.md.jinja").read_text()).render(
         front_matter=yaml.safe_dump(_front_matter(output.name, data["dataset"], record, stored), sort_keys=False),
         name=output.name,
-        folder=output.name if output.is_absolute() else output.as_posix(),
+        folder="/".join(output.parts[-2:]) if output.is_absolute() else output.as_posix(),
         network=network_name(settings),
         attention=settings["attention"]["kind"],
         size=settings["image_size"],

@@ -59,7 +59,7 @@ def read_folder(path: Path) -> dict[str, Any]:
         weights = safetensors.torch.load(files[WEIGHTS])
         data = config["checkpoint"]["ImageDataModule"]
         data |= safetensors.torch.load(files[_SPLIT]) if _SPLIT in files else {}
-    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         reason = str(error) if isinstance(error, SchemaError) else "is damaged, or was not written by this program"
         raise UserError(f"{path / CONFIG} {reason}; restore it, or export the checkpoint again") from error
     return {**config["checkpoint"], "state_dict": _unpack(weights), "record": config["record"]}
