@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cbam_pl.inspect.gates import AttentionMaps, attention_maps
     from cbam_pl.models import build_network, insert_attention, load_official_state_dict
     from cbam_pl.training.classifier import Classifier
+    from cbam_pl.training.inference import load_network
 
 __all__ = [
     "BAM",
@@ -32,6 +33,7 @@ __all__ = [
     "attention_maps",
     "build_network",
     "insert_attention",
+    "load_network",
     "load_official_state_dict",
 ]
 
@@ -43,7 +45,8 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     # On first use, since torch takes seconds to import, for which `train.py --help` need not wait.
     if name in __all__:
-        for module in ("attention", "inspect.gates", "models", "data.datamodule", "training.classifier"):
+        homes = ("attention", "inspect.gates", "models", "data.datamodule", "training.classifier", "training.inference")
+        for module in homes:
             home = import_module(f"cbam_pl.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

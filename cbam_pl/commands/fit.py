@@ -75,7 +75,7 @@ def fit(options: list[str]) -> None:
                 data.setup("fit")
                 _check_last_batch(trainer, model, data)
             _print_summary(model, data, trainer, run, checkpoint, loaded)
-        with running(run):
+        with running(None if run is None else run.logs):
             try:
                 trainer.fit(model, data, ckpt_path=path, weights_only=True)
             except Interrupted as error:

@@ -1,6 +1,7 @@
 """The LightningDataModule: a data source, its validation split and normalisation, and batches for every stage."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbam_pl.data.augmentation import CROP_SCALE, Augmentation, num_draws
-from cbam_pl.data.cifar import load_cifar
+from cbam_pl.data.cifar import cifar_is_at_hand, load_cifar
 from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
@@ -151,6 +152,12 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes, known before the images are read."""
         return len(list_classes(self.root)) if self.dataset == "folder" else _NUM_CLASSES[self.dataset]
+
+    def is_at_hand(self) -> bool:
+        """Whether the images can be had without a download."""
+        if self.dataset == "folder":
+            return Path(self.root).expanduser().is_dir()
+        return self.dataset == "shapes" or cifar_is_at_hand(self.dataset, self.root)
 
     def prepare_data(self) -> None:
         """Read the images, which downloads CIFAR or caches a folder; called in one process before all others."""

@@ -22,6 +22,7 @@ from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
 from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumable
 from cbam_pl.training.state import completed_epochs, run_conditions, upgrade
+from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
 
@@ -29,8 +30,8 @@ _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
 def find_checkpoint(root: Path, name: str, recipe: str = "") -> tuple[Path, dict[str, Any]]:
     """The checkpoint that --ckpt_path names, and what it holds.
 
-    `name` is a file, or best or last: the most recently written best.ckpt or last.ckpt, of one recipe or of all. Where
-    that is broken, the UserError names the newest one that is complete.
+    `name` is a file, a folder of weights, or best or last: the most recently written best.ckpt or last.ckpt, of one
+    recipe or of all. Where that is broken, the UserError names the newest one that is complete.
     """
     if name not in ("best", "last"):
         return Path(name), read_checkpoint(Path(name))
@@ -67,7 +68,12 @@ def _newest_first(root: Path, name: str, recipe: str) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program, on the CPU. Code that it may carry is not run; anything else is a UserError."""
+    """A checkpoint of this program, on the CPU. Code that it may carry is not run; anything else is a UserError.
+
+    A folder of weights gives the same, without the state of the training, and with the `record` of its run.
+    """
+    if is_weights_folder(path):
+        return _checked(path, read_folder(path), has_state=False)
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a checkpoint in it with --ckpt_path")
@@ -94,18 +100,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     own = {"state_dict", "loops", "hyper_parameters", "figures"}
     if not isinstance(checkpoint, dict) or not own <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
+    return _checked(path, checkpoint, has_state=True)
+
+
+def _checked(path: Path, checkpoint: dict[str, Any], has_state: bool) -> dict[str, Any]:
     try:
         upgrade(checkpoint)
-        check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, has_state)
     except (SchemaError, KeyError, TypeError) as error:
         raise UserError(f"{path} {error}; name a checkpoint that `train.py fit` wrote") from error
     return checkpoint
 
 
 def load_classifier(
-    path: Path, checkpoint: dict[str, Any], test_time_flip: bool | None = None, trust: Sequence[str] = ()
+    path: Path,
+    checkpoint: dict[str, Any],
+    test_time_flip: bool | None = None,
+    trust: Sequence[str] = (),
+    make: type[Classifier] = Classifier,
 ) -> Classifier:
-    """The network of a checkpoint, with its weights; `test_time_flip` overrides what it was trained with.
+    """The network of a checkpoint, with its weights, in a `make`; `test_time_flip` overrides its own.
 
     A network that is not of this program is imported only from torchvision.models, timm and the packages of `trust`.
 
@@ -120,7 +134,7 @@ def load_classifier(
             network = NetworkConfig(**settings["network"])
             check_trusted(network, trust)
             settings["network"] = asdict(network.without_weights())
-        classifier = Classifier(**settings)
+        classifier = make(**settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} has hyper_parameters from which no network can be made: {error}") from error
     ours, saved = classifier.state_dict(), checkpoint["state_dict"]
@@ -174,6 +188,11 @@ def save_final_checkpoint(trainer: Trainer, last: Path, best: Path) -> None:
 
 def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifier, data: ImageDataModule) -> None:
     """Reject a resume with another network, optimizer, schedule or other data, in a UserError with their keys."""
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"{path} holds a network without the state of its training, so none can resume; start from its weights "
+            f"with --model.weights {path} instead of --ckpt_path"
+        )
     groups: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
         ("model", model.hparams, checkpoint["hyper_parameters"]),
         # Its own state, which the checkpoint restores, would otherwise win without a word.

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -45,7 +47,8 @@ class Classifier(LightningModule):
         stem: of resnet18 to 152: cifar (3×3, stride 1) or imagenet (7×7, stride 2, then a max pool, for large images).
         dropout: of the cnn: share of its hidden units that each training step leaves out; None: 0.5.
         width: factor on the channels of the network's convolutions, rounded to whole channels, at least 8.
-        weights: a file of weights to start from: a state dict (.pth, .safetensors) or a checkpoint of this program.
+        weights: a file of weights to start from: a state dict (.pth, .safetensors), a checkpoint of this program, or a
+            folder of weights/.
         freeze: patterns of modules, as of attention.where, whose weights and batch norm statistics stay as they are;
             attention in them is trained unless a pattern names it.
         lr_factors: by pattern, what the learning rate is multiplied with for the modules' weights, those of attention
@@ -142,6 +145,27 @@ class Classifier(LightningModule):
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._compiled_size = 0  # images in the batches that it takes
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "Classifier":
+        """A trained network in evaluation mode, with `push_to_hub(repository)`. It needs huggingface_hub.
+
+        Args:
+            name: a folder of weights, or a repository on the Hugging Face Hub that holds one.
+            options: those of huggingface_hub.ModelHubMixin.from_pretrained, such as revision and token, and `trust`,
+                packages of networks that it may import.
+
+        Raises:
+            UserError: huggingface_hub is not installed, or what `name` holds is not a folder of weights.
+        """
+        try:
+            hub = import_module("cbam_pl.training.hub")  # an optional package, and slow to import
+        except ImportError as error:
+            raise UserError(
+                "from_pretrained needs huggingface_hub: pip install 'cbam_pl[hub]'; without it, cbam_pl.load_network "
+                "reads a folder"
+            ) from error
+        return hub.HubClassifier.from_pretrained(name, **options)
+
     # The network
 
     def configure_callbacks(self) -> list[Callback]:
@@ -186,7 +210,8 @@ class Classifier(LightningModule):
             return self(images)  # an epoch's last, smaller batch is not worth a compilation of its own
         return as_logits(self._compiled(images.to(memory_format=self._memory_format)))
 
-    def _evaluation_logits(self, images: Tensor) -> Tensor:
+    def evaluation_logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised → logits (B, num_classes), of both mirror images where that was chosen."""
         return (self(images) + self(images.flip(3))) / 2 if self.test_time_flip else self(images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -241,7 +266,7 @@ class Classifier(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) and labels (B,) → logits (B, num_classes), for callbacks."""
         images, labels = batch
-        logits = self._evaluation_logits(images)
+        logits = self.evaluation_logits(images)
         self.eval_metric.update(self._loss(logits, labels), logits, labels)
         return logits
 
@@ -251,7 +276,7 @@ class Classifier(LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) → probabilities (B, num_classes)."""
-        return self._evaluation_logits(batch[0]).float().softmax(1)
+        return self.evaluation_logits(batch[0]).float().softmax(1)
 
     def on_validation_epoch_end(self) -> None:
         """Make val/loss and val/acc known to schedules and checkpoints."""
