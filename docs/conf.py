@@ -33,7 +33,7 @@ html_show_copyright = False
 # Page → heading → patterns of the pages below it in the site's contents: whatever file is added is found.
 CONTENTS = {
     "README": {
-        "Guides": ["docs/*"],
+        "Guides": ["docs/*", "docs/samples/README"],
         "Trained networks": ["weights/*/README"],
         "Results": ["docs/results/README", "benchmarks/NOTES"],
     },
