@@ -32,6 +32,7 @@ const predicted = (network, image) => network.top[image][0][0];
 const confidence = (network, image) => network.top[image][0][1];
 const isRight = (network, image) => predicted(network, image) === images.label[image];
 const percent = (value) => `${(100 * value).toFixed(1)}\u00a0%`; // they stay on one line
+const nameOf = ({ name }) => (networks.length > 1 ? make("span", { className: "name", title: name }, name) : null);
 const verdict = (right) => make("strong", { className: right ? "right" : "wrong" }, right ? "✓ right" : "✗ wrong");
 
 // Maps
@@ -111,7 +112,7 @@ function channelPanel(map, image, name) {
   panel.innerHTML = `<svg role="img" viewBox="0 0 ${count} 255" preserveAspectRatio="none">
     <path class="bars" d="M0 255${bars}V255Z"/><path class="means" d="M0 ${start}${means}"/></svg>`;
   panel.firstChild.ariaLabel = name;
-  const range = `${map.low.toFixed(0)} to ${map.high.toFixed(map.high > 1 ? 2 : 0)}`;
+  const range = `${map.low.toFixed(0)}–${map.high.toFixed(map.high > 1 ? 2 : 0)}`;
   panel.append(make("figcaption", {}, `${reduced(map, " channels")}, ${range}`));
   return panel;
 }
@@ -125,8 +126,8 @@ function makeCard(image) {
     const text = `${classes[predicted(network, image)]} ${percent(confidence(network, image))}`;
     const slot = make("span", { className: "slot" });
     const loss = `loss ${network.loss[image].toFixed(2)}`;
-    const name = networks.length > 1 ? make("span", { className: "name" }, network.name) : null;
-    return make("span", { className: "column" }, slot, name, verdict(right), make("span", {}, text), make("span", {}, loss));
+    const lines = [make("span", {}, text), make("span", {}, loss)];
+    return make("span", { className: "column" }, slot, nameOf(network), verdict(right), ...lines);
   });
   const original = make(
     "span",
@@ -178,7 +179,8 @@ function filter() {
   const sign = { test: 0, highest: -1, lowest: 1 }[chosen.order];
   shown.sort((one, other) => sign * (judge.loss[one] - judge.loss[other]) || one - other);
   list.replaceChildren(...shown.map((image) => cards[image]));
-  form.elements.count.value = shown.length === 0 ? "no image; change the filters" : `${shown.length} of ${places.length} images`;
+  const count = `${shown.length} of ${places.length} images`;
+  form.elements.count.value = shown.length === 0 ? "no image; change the filters" : count;
 }
 
 /** Arrow keys move from card to card, as they are laid out. */
@@ -203,18 +205,23 @@ function enlarge(place) {
   const predictions = networks.map((network) => {
     const top = network.top[image].map(([label, value]) => `${classes[label]} ${percent(value)}`).join(", ");
     const known = `true class ${percent(Math.exp(-network.loss[image]))}, loss ${network.loss[image].toFixed(3)}`;
-    return make("div", {}, make("h3", {}, network.name), verdict(isRight(network, image)), make("p", {}, top), make("p", {}, known));
+    const lines = [make("p", {}, top), make("p", {}, known)];
+    return make("div", {}, make("h3", {}, network.name), verdict(isRight(network, image)), ...lines);
   });
-  const cams = networks.map((network) => spatialPanel(network.cam, image, `${network.name}: Grad-CAM`));
+  const cams = networks.map((network) =>
+    make("div", {}, nameOf(network), spatialPanel(network.cam, image, `${network.name}: Grad-CAM`)),
+  );
   const names = new Set(networks.flatMap((network) => network.blocks.map((block) => block.name)));
   const blocks = [...names].map((name) => {
     const found = networks.map((network) => network.blocks.find((block) => block.name === name));
     const empty = found.some((block) => block?.spatial) ? noMap("no spatial gate") : null;
     const cells = found.map((block, number) => {
-      if (!block) return make("div", {}, noMap("no attention here"));
-      const label = `${networks[number].name}, ${name}`;
+      const network = networks[number];
+      if (!block) return make("div", {}, nameOf(network), noMap("no attention here"));
+      const label = `${network.name}, ${name}`;
       const spatial = spatialPanel(block.spatial, image, `${label}: spatial gate`) ?? empty?.cloneNode(true) ?? null;
-      return make("div", {}, spatial, channelPanel(block.channel, image, `${label}: channel gate`));
+      const channel = channelPanel(block.channel, image, `${label}: channel gate`);
+      return make("div", {}, nameOf(network), spatial, channel);
     });
     return make("section", {}, make("h3", {}, name), make("div", { className: "networks" }, ...cells));
   });
@@ -247,9 +254,10 @@ function addOptions(name, options) {
   for (const [value, text] of options) form.elements[name].append(make("option", { value }, text));
 }
 
-const blockNames = networks.flatMap((network) => network.blocks.filter((block) => block.spatial).map((block) => block.name));
+const spatial = networks.flatMap((network) => network.blocks.filter((block) => block.spatial));
+const spatialNames = [...new Set(spatial.map((block) => block.name))];
 addOptions("class", classes.map((name, label) => [label, name]));
-addOptions("map", [...new Set(blockNames)].map((name) => [name, `spatial gate of ${name}`]));
+addOptions("map", spatialNames.map((name) => [name, `spatial gate of ${name}`]));
 if (networks.length > 1) {
   addOptions("network", networks.map((network, number) => [number, network.name]));
   if (networks.length > 2) addOptions("pair", [["any", "any two differ"]]);
@@ -277,7 +285,11 @@ style.setProperty("--colours", Array.from({ length: 16 }, (_, stop) => colour(17
 style.setProperty("--bars", colour(89));
 style.setProperty("--count", networks.length);
 form.addEventListener("input", (event) => (event.target.name === "map" ? drawCards() : filter()));
-form.addEventListener("reset", () => setTimeout(() => (drawCards(), filter()))); // once the fields have their first values
+document.getElementById("all").addEventListener("click", () => {
+  form.reset();
+  drawCards();
+  filter();
+});
 form.addEventListener("submit", (event) => event.preventDefault());
 drawCards();
 filter();

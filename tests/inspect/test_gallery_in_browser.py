@@ -129,7 +129,7 @@ def test_filters_and_order(page):
     assert shown(page) == [1, 4, 7]
     choose(page, "result", "wrong")
     assert shown(page) == [7]
-    page.find_element(By.CSS_SELECTOR, "button[type=reset]").click()
+    page.find_element(By.ID, "all").click()
     assert shown(page) == list(range(8))
     choose(page, "result", "right")
     assert shown(page) == [0, 1, 2, 4, 6]
@@ -216,8 +216,8 @@ def test_the_maps_side_by_side_are_the_networks(page):
     sections = page.find_elements(By.CSS_SELECTOR, "dialog section")
     assert [section.find_element(By.TAG_NAME, "h3").text for section in sections] == ["Grad-CAM", "block"]
     left, right = sections[1].find_elements(By.CSS_SELECTOR, ".networks > div")
-    assert left.text == "no attention here"
-    assert right.text.split("\n")[-2:] == ["4×4", "6 channels, 0 to 1"]
+    assert left.text.split("\n") == ["plain", "no attention here"]
+    assert right.text.split("\n")[-2:] == ["4×4", "6 channels, 0–1"]
     boxes = [frame.rect for frame in sections[0].find_elements(By.CLASS_NAME, "map")]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
