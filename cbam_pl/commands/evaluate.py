@@ -22,41 +22,41 @@ from cbam_pl.settings import EVALUATION_DATA, command_parser, parse, split_optio
 from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.logger import RunLogger
-from cbam_pl.training.run import atomic_write, run_of
+from cbam_pl.training.run import atomic_write, results_folder
 from cbam_pl.training.trainer import evaluating_trainer, running
 
 
 def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
-    """Print how good a checkpoint is; of `test`, also write it into its run's log folder."""
+    """Print how good a checkpoint is; of `test`, also write it into its log folder."""
     parser = command_parser(command)
     names = parse(parser, options)
-    path, checkpoint = find_checkpoint(Path(names.trainer.default_root_dir), names.ckpt_path)
+    root = Path(names.trainer.default_root_dir)
+    path, checkpoint = find_checkpoint(root, names.ckpt_path)
 
     # What is not given here is as the checkpoint was trained with.
     saved = checkpoint["datamodule_hyper_parameters"]
     settings = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}})
     epoch = checkpoint["epoch"] + 1
-    run = run_of(path)
-    if command == "validate" or settings.trainer.fast_dev_run or (run is not None and not run.logs.is_dir()):
-        run = None
+    writes = command == "test" and not settings.trainer.fast_dev_run
+    logs = results_folder(path, root) if writes else None
     suffix = f".test-epoch{epoch}"
-    earlier = [] if run is None else list(run.logs.glob(f"events*{suffix}"))
+    earlier = [] if logs is None else list(logs.glob(f"events*{suffix}"))
     evaluated, correct = EvaluatedImages(), CorrectPredictions()
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**saved | dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
-        logger = None if run is None else RunLogger(run.logs, suffix)
+        logger = None if logs is None else RunLogger(logs, suffix)
         trainer = evaluating_trainer(values.trainer, logger, [evaluated, correct])
         conditions = choose_conditions(settings, data.image_size)
     data.load_state_dict(checkpoint["ImageDataModule"])
 
     def measure(split: Literal["test", "val"]) -> dict[str, float]:
-        with running(run):
+        with running(logs):
             (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-            _remove_events(set() if run is None else {*run.logs.glob(f"events*{suffix}")} - {*earlier})
+            _remove_events(set() if logs is None else {*logs.glob(f"events*{suffix}")} - {*earlier})
             fix = "the network has diverged; choose an earlier checkpoint"
             raise UserError(f"{bad[0]} of {path} is not finite: {fix}")
         return figures
@@ -75,12 +75,12 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     figures = measure(split)
     # What changes no other figure is left out.
     options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
-    measure_robustness(trainer, model, data, conditions, correct, figures, run, options)
+    measure_robustness(trainer, model, data, conditions, correct, figures, logs, options)
     if not trainer.is_global_zero:
         return
     count, total = model.num_evaluated, len(data.images(split))
     described, arrays = _describe(evaluated, data.classes, calibration)
-    if run is not None:
+    if logs is not None:
         record = {
             "epoch": epoch,
             "images": count,
@@ -89,9 +89,9 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
             "options": options,
             "environment": describe_environment(trainer.strategy.root_device),
         }
-        with atomic_write(run.logs / "test.npz") as stream:
+        with atomic_write(logs / "test.npz") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
-        with atomic_write(run.logs / "test.json") as stream:
+        with atomic_write(logs / "test.json") as stream:
             stream.write(f"{json.dumps(record)}\n".encode())
         _remove_events(earlier)  # testing again replaces the point
     part = "" if count == total else f" of {total:,}"
@@ -117,16 +117,17 @@ def _describe(
     confusion = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     accuracies = [row[label] / sum(row) if sum(row) else None for label, row in enumerate(confusion.tolist())]
-    measures = measure_images(log_probabilities, labels)
-    record = {
+    record: dict[str, Any] = {
         "classes": classes,
         "confusion": confusion.tolist(),  # images by true class (rows) and predicted class
         "class_accuracy": dict(zip(classes, accuracies, strict=True)),
         **_summary(log_probabilities, labels),
     }
+    measures = measure_images(log_probabilities, labels)
     if calibration:
         scaled = log_softmax(logits / calibration["temperature"], axis=1)
         record["calibration"] = calibration | _summary(scaled, labels)
+        measures |= {f"calibrated_{name}": values for name, values in measure_images(scaled, labels).items()}
     arrays = {
         "image": evaluated.numbers.numpy().astype(np.int32),  # its number in the test split
         "label": labels.astype(np.int32),

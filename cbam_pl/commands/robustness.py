@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from cbam_pl.errors import UserError
 from cbam_pl.inspect.charts import draw_robustness
 from cbam_pl.tables import print_table
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.run import Run, atomic_write
+from cbam_pl.training.run import atomic_write
 from cbam_pl.training.trainer import running
 
 SEED = 0  # of the corruptions' random numbers: every network is tested on the same images
@@ -114,10 +115,10 @@ def measure_robustness(
     conditions: Sequence[tuple[str, int]],
     correct: CorrectPredictions,
     clean: dict[str, float],
-    run: Run | None,
+    logs: Path | None,
     options: Sequence[str],
 ) -> None:
-    """Test a classifier on the corrupted test images; print a table and write robustness.json and .png of a run.
+    """Test a classifier on the corrupted test images; print a table, and write robustness.json and .png.
 
     All processes take part. `correct` is among the trainer's callbacks; `clean` has the figures of the images as they
     are, which `trainer` has measured before.
@@ -129,7 +130,7 @@ def measure_robustness(
     accuracies: Accuracies = {}
     console = Console(stderr=True, quiet=not trainer.is_global_zero)
     begin = time.monotonic()
-    with running(run), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with running(logs), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("corruptions", total=len(conditions))
         for number, (name, severity) in enumerate(conditions):
             progress.update(task, description=f"{name} {severity}", completed=number)
@@ -156,12 +157,12 @@ def measure_robustness(
             "libraries": ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow")),
         },
     }
-    if run is not None:
-        title = f"{run.recipe} version {run.version}, epoch {record['epoch']}\n"
+    if logs is not None:
+        title = f"{logs.parent.name} {logs.name.replace('version_', 'version ')}, epoch {record['epoch']}\n"
         title += f"{100 * clean['test/acc']:.1f} % without corruption"
-        with atomic_write(run.logs / "robustness.png") as stream:
+        with atomic_write(logs / "robustness.png") as stream:
             draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
-        with atomic_write(run.logs / "robustness.json") as stream:
+        with atomic_write(logs / "robustness.json") as stream:
             stream.write(f"{json.dumps(record)}\n".encode())
     _print(record)
 

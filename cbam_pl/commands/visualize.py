@@ -30,7 +30,7 @@ from cbam_pl.inspect.scores import grad_cam, measure
 from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier, network_name
-from cbam_pl.training.run import run_of
+from cbam_pl.training.run import results_folder, run_of
 
 RANDOMISED_EVERY = 4  # of the images measured on: a mean of correlations needs fewer than an accuracy
 
@@ -43,12 +43,12 @@ class LoadedCheckpoint:
     content: dict[str, Any]
     data: dict[str, Any]  # arguments of its ImageDataModule
     trust: Sequence[str] = ()  # packages of networks that it may import
+    root: Path = Path()  # the folder that holds checkpoints and logs
 
     @property
     def logs(self) -> Path:
-        """The log folder of its run; the checkpoint's own folder where that is not known."""
-        run = run_of(self.path)
-        return self.path.absolute().parent if run is None or not run.logs.is_dir() else run.logs
+        """The folder of its results; the checkpoint's own folder where its run is not known."""
+        return results_folder(self.path, self.root) or self.path.absolute().parent
 
     @property
     def description(self) -> str:
@@ -83,12 +83,12 @@ def visualize(options: list[str]) -> None:
     parser = command_parser("visualize")
     settings = parse(parser, options)
     _check_options(settings)
-    loaded = []
+    loaded, root = [], Path(settings.trainer.default_root_dir)
     for name in settings.ckpt_path:
-        path, content = find_checkpoint(Path(settings.trainer.default_root_dir), name)
+        path, content = find_checkpoint(root, name)
         saved = content["datamodule_hyper_parameters"]
         data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
-        loaded.append(LoadedCheckpoint(path, content, {**saved, **data}, settings.trust))
+        loaded.append(LoadedCheckpoint(path, content, {**saved, **data}, settings.trust, root))
     folder = loaded[0].logs / "pictures" if settings.output is None else Path(settings.output).expanduser()
     with as_user_error():
         (_write_page if settings.page else _write_pictures)(settings, loaded, folder)
@@ -105,7 +105,7 @@ def _writing_into(folder: Path) -> Iterator[None]:
 
 def _write_page(settings: Any, loaded: Sequence[LoadedCheckpoint], folder: Path) -> None:
     paths = [one.path for one in loaded]
-    recipes = [path.stem if (run := run_of(path)) is None else run.recipe for path in paths]
+    recipes = [_name_of(path) if (run := run_of(path)) is None else run.recipe for path in paths]
     names = recipes if len({*recipes}) == len(recipes) else unique_names(paths)
     named = dict(zip(names, loaded, strict=True))
     chosen = {name: settings[name] for name in ("indices", "class_name", "num_images", "layer")}
@@ -180,6 +180,8 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _name_of(path: Path) -> str:
+    if path.is_dir():
+        return path.resolve().name
     run = run_of(path)
     return path.stem if run is None else f"{run.recipe}-version_{run.version}"
 

@@ -109,6 +109,20 @@ def decode(path: str | Path, image_size: int, in_proportion: bool = False) -> Te
     return center_crop(pixels, [image_size, image_size]).contiguous()
 
 
+def fit_image(image: Image.Image, image_size: int, in_proportion: bool = False) -> Tensor:
+    """An image of Pillow as `decode` gives a file's, (3, H, W) uint8."""
+    size = stored_size(image_size) if in_proportion else image_size
+    pixels = torch.from_numpy(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, in_proportion)).permute(2, 0, 1)
+    return center_crop(pixels, [image_size, image_size]).contiguous()
+
+
+def fit_tensor(images: Tensor, image_size: int, in_proportion: bool = False) -> Tensor:
+    """Images (B, 3, H, W), uint8 or floats, resized with antialiasing and cut as `decode` does."""
+    if in_proportion:
+        return center_crop(_cut(images, stored_size(image_size)), [image_size, image_size])
+    return resize(images, [image_size, image_size], antialias=True)
+
+
 def show(path: str | Path) -> str:
     """A path for a one-line message; line breaks and other unprintable characters are escaped."""
     text = str(path)
@@ -127,27 +141,32 @@ def _decode(path: str | Path, size: int, in_proportion: bool) -> tuple[np.ndarra
                 file.draft(None, (_DRAFT * size, _DRAFT * size))
             ImageOps.exif_transpose(file, in_place=True)
             image = _to_rgb(file)
-        if in_proportion:
-            return _cut(np.array(image), size), content
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        pixels = _fit(image, size, in_proportion)
     # decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         # Pillow's text for an unknown format names a buffer in memory
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a JPEG, PNG, BMP or WebP image" if unknown else _failure_reason(error)
         raise UserError(f"{show(path)} cannot be decoded ({reason}); replace or remove it") from error
-    return np.array(image), content
+    return pixels, content
 
 
-def _cut(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize the shorter side of (H, W, 3) uint8 to `size`, and cut the middle of the longer one to it."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)
-    height, width = pixels.shape[1:]
+def _fit(image: Image.Image, size: int, in_proportion: bool) -> np.ndarray:
+    """Pixels (size, size, 3) uint8 of an RGB image."""
+    if in_proportion:
+        # of tensors, as this takes a third of Pillow's time for the same pixels
+        return _cut(torch.from_numpy(np.array(image)).permute(2, 0, 1), size).permute(1, 2, 0).numpy()
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def _cut(pixels: Tensor, size: int) -> Tensor:
+    """Resize the shorter side of (…, H, W) to `size`, and cut the middle of the longer one to it."""
+    height, width = pixels.shape[-2:]
     # a strip of few pixels, in proportion, could exceed memory
     pixels = center_crop(pixels, [min(height, 8 * width), min(width, 8 * height)])
-    # of tensors, as this takes a third of Pillow's time for the same pixels
-    return center_crop(resize(pixels, [size], antialias=True), [size, size]).permute(1, 2, 0).numpy()
+    return center_crop(resize(pixels, [size], antialias=True), [size, size])
 
 
 def _failure_reason(error: Exception) -> str:

@@ -3,15 +3,17 @@
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cbam_pl.attention import is_attention
+from cbam_pl.errors import UserError
 from cbam_pl.models.insertion import matching_modules
+from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 
 def load_weights(network: nn.Module, path: str) -> str:
@@ -21,8 +23,8 @@ def load_weights(network: nn.Module, path: str) -> str:
 
     Args:
         network: the network, attention included.
-        path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, or a checkpoint of this
-            program. No code in it is run.
+        path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, a checkpoint of this
+            program, or a folder of weights. No code in it is run.
 
     Raises:
         ValueError: the file cannot be read, holds no weights, or those of another network, with their shapes.
@@ -58,11 +60,13 @@ def load_weights(network: nn.Module, path: str) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            content: Any = import_module("safetensors.torch").load_file(path)  # optional
+            content: Any = load_file(path)
+        elif is_weights_folder(path):
+            content = read_folder(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise ValueError(f"weights={path} needs safetensors: pip install 'cbam_pl[safetensors]'") from error
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights={path} holds more than tensors and plain values and is not loaded, since that could run code"

@@ -87,6 +87,17 @@ def new_run(root: Path, recipe: str) -> Run:
         raise cannot_write(f"into the run's folder {error.filename}", error, _FIX) from error
 
 
+def results_folder(checkpoint: Path, root: Path) -> Path | None:
+    """Where the results of a checkpoint go: into its run's log folder; None where that is not known.
+
+    Those of a folder of weights go into root/logs/weights/NAME, so that it stays as it was written.
+    """
+    if checkpoint.is_dir():
+        return root / "logs" / "weights" / checkpoint.resolve().name
+    run = run_of(checkpoint)
+    return None if run is None or not run.logs.is_dir() else run.logs
+
+
 def run_of(checkpoint: Path) -> Run | None:
     """The run that wrote a checkpoint, by its path; None where it was moved elsewhere."""
     folder = checkpoint.absolute().parent

@@ -6,7 +6,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-# Raise it when a key changes its meaning, and teach checkpoint.py the old one.
+# Raise it when a key changes its meaning, and teach state.py the old one.
 FORMAT = 2
 
 # A type; a list of values of one pattern; a dict with these keys, or with any keys where the key is a type.
@@ -14,17 +14,21 @@ _PATTERN: dict[Any, Any] = {
     "epoch": int,
     "global_step": int,
     "state_dict": {str: Tensor},
-    "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}},
-    "callbacks": {str: dict},
-    "optimizer_states": list,
-    "lr_schedulers": list,
     "hyper_parameters": {"arch": object, "num_classes": int, "image_size": int, "attention": {"kind": str}},
     "datamodule_hyper_parameters": dict,
     "ImageDataModule": {"classes": [str], "mean": [float], "std": [float]},
     "figures": {str: float},
-    "interrupted_epoch": dict,
     "run_conditions": dict,
 }
+# The state of the training, which a folder of weights does not have.
+_STATE: dict[Any, Any] = {
+    "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}},
+    "callbacks": {str: dict},
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "interrupted_epoch": dict,
+}
+_FOLDER: dict[Any, Any] = {"format": int, "precision": str, "checkpoint": dict, "record": dict, "sha256": {str: str}}
 _RESUMED: dict[Any, Any] = {
     "lr_schedulers": [dict],
     "interrupted_epoch": {"lr": float, "sums": [float]},
@@ -36,12 +40,15 @@ class SchemaError(ValueError):
     """A key that is missing or has the wrong type; the message continues "PATH …"."""
 
 
-def check_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Check what every command reads, or raise a SchemaError with the key that is wrong."""
+def check_checkpoint(checkpoint: dict[str, Any], has_state: bool = True) -> None:
+    """Check what every command reads, or raise a SchemaError with the key that is wrong.
+
+    `has_state`: whether the state of the training must be there.
+    """
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version > FORMAT:
         raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
-    _match(checkpoint, _PATTERN)
+    _match(checkpoint, _PATTERN | _STATE if has_state else _PATTERN)
     if (network := checkpoint["hyper_parameters"].get("network")) is not None:
         _match(network, {"class_path": str, "init_args": {str: object}}, "hyper_parameters.network")
     if checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0:
@@ -52,6 +59,17 @@ def check_checkpoint(checkpoint: dict[str, Any]) -> None:
     for key in {"train_ids", "val_ids"} & data.keys():
         if not isinstance(data[key], Tensor) or data[key].dtype != torch.int64:
             raise SchemaError(f"has ImageDataModule.{key} other than an int64 tensor")
+
+
+def check_folder(config: Any) -> None:
+    """Check the config.json of a folder of weights, whose `checkpoint` check_checkpoint is for."""
+    version = config.get("format") if isinstance(config, dict) else None
+    if isinstance(version, int) and version > 1:
+        raise SchemaError(f"has format {version}, and this version of the program reads 1: update it")
+    _match(config, _FOLDER)
+    if unknown := config.keys() - _FOLDER.keys():
+        raise SchemaError(f"has the unknown key {min(unknown)}")
+    _match(config["checkpoint"], {"ImageDataModule": dict}, "checkpoint")
 
 
 def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, groups: list[dict[str, Any]]) -> None:

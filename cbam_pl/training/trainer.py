@@ -17,12 +17,12 @@ from cbam_pl.training.callbacks import (
     EvaluationInterrupt,
     InterruptCheckpoint,
     RunCheckpoint,
-    StepLosses,
     TrainingProgress,
 )
-from cbam_pl.training.checkpoint import AtomicCheckpointIO, TrainingState
+from cbam_pl.training.checkpoint import AtomicCheckpointIO
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, disk_error
+from cbam_pl.training.state import StepLosses, TrainingState
 
 METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 
@@ -108,21 +108,21 @@ def _listed(values: Any) -> list[Any]:
 
 
 @contextmanager
-def running(run: Run | None = None) -> Iterator[None]:
-    """Turn what fails for the user's reasons while Lightning runs - memory, the run's disk - into a UserError."""
+def running(logs: Path | None = None) -> Iterator[None]:
+    """Turn what fails for the user's reasons while Lightning runs - memory, the disk of `logs` - into a UserError."""
     of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
-    existed = run is not None and run.logs.is_dir()
+    existed = logs is not None and logs.is_dir()
     try:
         with as_user_error():
             yield
     except (OSError, UserError) as error:
-        if run is not None and existed and not run.logs.is_dir():
-            raise UserError(f"{run.logs} was deleted or moved meanwhile; start the run again") from error
+        if logs is not None and existed and not logs.is_dir():
+            raise UserError(f"{logs} was deleted or moved meanwhile; start the run again") from error
         if isinstance(error, UserError):
             raise
         if error.errno == errno.ENOMEM:
             with as_user_error():
                 raise MemoryError from error
-        if run is None or error.errno not in of_the_disk:
+        if logs is None or error.errno not in of_the_disk:
             raise
-        raise disk_error(Path(error.filename or run.logs), error) from error
+        raise disk_error(Path(error.filename or logs), error) from error

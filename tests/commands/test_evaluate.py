@@ -115,6 +115,9 @@ def test_calibration_is_of_the_validation_images(trained, command, tmp_path, ima
     grid = [0.05 * 1.02**step for step in range(303)]
     assert nll(held_out, temperature) <= min(nll(held_out, value) for value in grid) + 1e-6
     assert calibration["measures"]["nll"] == pytest.approx(nll(source.test, temperature), rel=1e-4, abs=1e-6)
+    with np.load(root / "logs/tiny/version_0/test.npz") as arrays:
+        for name in ("nll", "brier", "ece"):
+            assert arrays[f"calibrated_{name}"].mean() == pytest.approx(calibration["measures"][name], abs=1e-6)
 
 
 def test_calibration_needs_validation_images(trained, command, tmp_path):

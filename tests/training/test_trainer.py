@@ -38,12 +38,12 @@ def test_a_setting_that_cannot_give_true_figures_is_rejected(options, command, r
 )
 def test_what_fails_for_the_machines_reasons_is_one_line(number, message, tmp_path):
     run = new_run(tmp_path, "tiny")
-    with pytest.raises(UserError) as caught, running(run):
+    with pytest.raises(UserError) as caught, running(run.logs):
         raise OSError(number, os.strerror(number), "/full/file")
     assert re.match(message, str(caught.value))
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
     for error in (OSError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("shapes cannot be multiplied")):
-        with pytest.raises(type(error)), running(new_run(tmp_path, "tiny")):
+        with pytest.raises(type(error)), running(new_run(tmp_path, "tiny").logs):
             raise error

@@ -28,8 +28,8 @@ from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
-from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import Run
+from cbam_pl.training.state import completed_epochs
 
 State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
 STOPPED = "it was stopped"
@@ -127,7 +127,7 @@ def _state(run: Run, job: Job) -> State:
     tested = read_test(run)
     if tested.get("epoch") != best["epoch"] or tested.get("options") != job.test_options:
         return "trained"
-    complete = "measures" in tested and (run.logs / "test.npz").is_file() and _has_corruptions(run, job, tested)
+    complete = "calibration" in tested and (run.logs / "test.npz").is_file() and _has_corruptions(run, job, tested)
     return "done" if complete else "tested"
 
 
@@ -230,7 +230,8 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
         state, run = find(job)
     if state in ("trained", "tested") and run is not None:
         corruptions = ["--corruptions", *job.corruptions] if job.corruptions else []
-        test = ["test", "--ckpt_path", str(run.checkpoints / "best.ckpt"), *job.test_options, *corruptions]
+        best = str(run.checkpoints / "best.ckpt")
+        test = ["test", "--ckpt_path", best, "--calibrate", *job.test_options, *corruptions]
         if failure := call(test):
             return failure
         state, run = find(job)

@@ -22,10 +22,13 @@ class Measure:
     higher_is_better: bool = False
 
 
-MEASURES = {  # name in test.json → how it is shown; a run that lacks a measure leaves it out of the report
+MEASURES = {  # name in test.json and test.npz → how it is shown; a run that lacks a measure leaves it out of the report
     "nll": Measure("NLL", 1, 4),
     "brier": Measure("Brier score", 1, 4),
     "ece": Measure("ECE, %", 100, 2),
+    "calibrated_nll": Measure("NLL, calibrated", 1, 4),
+    "calibrated_brier": Measure("Brier score, calibrated", 1, 4),
+    "calibrated_ece": Measure("ECE, calibrated, %", 100, 2),
     "top5": Measure("top-5 accuracy, %", 100, 2, higher_is_better=True),
     "corrupted": Measure("accuracy on corrupted images, %", 100, 2, higher_is_better=True),  # of robustness.json
 }
@@ -33,7 +36,8 @@ MEASURES = {  # name in test.json → how it is shown; a run that lacks a measur
 
 def read_measures(test: dict[str, Any]) -> dict[str, float | None]:
     """The measures of a run's test, as they are shown; None for those that it lacks."""
-    found = test.get("measures", {})
+    calibrated = test.get("calibration", {}).get("measures", {})
+    found = test.get("measures", {}) | {f"calibrated_{name}": value for name, value in calibrated.items()}
     return {name: one.factor * found[name] if name in found else None for name, one in MEASURES.items()}
 
 
@@ -107,12 +111,13 @@ def measures_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | N
         return None
     headings = ["measure", "recipe", "mean ± sd", f"− {baseline}"]
     headings += ["95 % interval over seeds", "over seeds and images", "p (Holm)"]
-    shown = [one for name, one in MEASURES.items() if any(name in recipe["measures"] for recipe in recipes.values())]
-    better = [one.heading.partition(",")[0] for one in shown if one.higher_is_better]
+    names = [name for name in MEASURES if any(name in recipe["measures"] for recipe in recipes.values())]
+    better = [MEASURES[name].heading.partition(",")[0] for name in names if MEASURES[name].higher_is_better]
     meaning = (
         "NLL: mean negative log-likelihood of the true class, in nats. Brier score: squared error of the "
         "probabilities, summed over the classes. ECE: expected calibration error, 15 bins of equal width. "
-        + ("Corrupted images: mean over 15 corruptions at 5 severities. " if MEASURES["corrupted"] in shown else "")
+        + ("Calibrated: with the temperature that fits the validation images. " if "calibrated_nll" in names else "")
+        + ("Corrupted images: mean over 15 corruptions at 5 severities. " if "corrupted" in names else "")
         + f"Lower is better{', except for: ' if better else ''}{', '.join(better)}. "
         "The p values of all measures, and of the accuracy, are corrected together."
     )

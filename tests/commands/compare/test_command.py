@@ -43,7 +43,7 @@ def test_tests_of_an_earlier_version_are_recomputed_as_they_are_or_tested_again(
     compared, recipes, command, quick, tmp_path
 ):
     root = shutil.copytree(compared[0], tmp_path / "copy")
-    new = ("measures", "class_accuracy", "reliability")
+    new = ("measures", "calibration", "class_accuracy", "reliability")
     for folder in (root / "logs").glob("*/version_*"):
         tested = json.loads((folder / "test.json").read_text())
         (folder / "test.json").write_text(json.dumps({key: tested[key] for key in tested if key not in new}))
@@ -63,6 +63,7 @@ def test_tests_of_an_earlier_version_are_recomputed_as_they_are_or_tested_again(
     assert outcome.status == 0, outcome.err
     assert [call[2] for call in quick] == ["test"] * 6
     content = json.loads((root / "report/report.json").read_text())
+    assert {"nll", "calibrated_nll"} <= content["recipes"]["cbam"]["measures"].keys()
     assert content["recipes"]["cbam"]["difference"] == before
     assert content["recipes"]["cbam"]["measures"] == compared[3]["recipes"]["cbam"]["measures"]
 

@@ -114,6 +114,7 @@ def test_each_measure_is_compared_in_pairs_with_one_correction_for_all():
         assert difference["interval"] == pytest.approx(other.interval), name
         assert difference["p_holm"] == pytest.approx(p), name
     rows = content["tables"]["measures"]["rows"]
+    assert "Calibrated" not in content["tables"]["measures"]["meaning"]
     assert rows[1][:5] == ["NLL", "k=cbam", "0.1500 ± 0.0100", "−0.0500", signed_interval(expected["nll"].interval)]
     assert "brier" not in content_with_measures(missing=True)["recipes"]["k=cbam"]["measures"]
 
@@ -364,8 +365,8 @@ def test_odd_names_and_precisions_are_reported(recipes, command, quick, tmp_path
     lines = (tmp_path / "report/report.md").read_text().splitlines()
     assert lines[0] == r"# \<i>\*x\* against a\|b\[v1\]"
     rows = [len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| ")]
-    # As many columns in each row of a table: accuracy, three measures of two recipes, images, costs.
-    assert rows == [10] * 4 + [8] * 8 + [8] * 3 + [8] * 4
+    # As many columns in each row of a table: accuracy, six measures of two recipes, images, costs.
+    assert rows == [10] * 4 + [8] * 14 + [8] * 3 + [8] * 4
     assert "&lt;i&gt;*x* against a|b[v1]" in (tmp_path / "report/report.html").read_text()
 
     def reject(word):
