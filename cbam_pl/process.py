@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -80,6 +80,19 @@ def quiet_tracing() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*torch.jit", category)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of checks of shapes
         yield
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """For torch.export and torch.onnx, which warn of their own code, and print the graph beside an error they raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

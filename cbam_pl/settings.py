@@ -46,6 +46,7 @@ _TRAINING_ONLY = {
 _OWN_LIMIT = {"test": "limit_test_batches", "validate": "limit_val_batches"}
 # The others are settings of the training, which the checkpoint holds.
 EVALUATION_DATA = ("dataset", "root", "batch_size")
+EXPORT_DATA = ("dataset", "root")
 _TRAINER_DEFAULTS = {
     "max_epochs": 50,
     "log_every_n_steps": 1,
@@ -56,7 +57,7 @@ _TRAINER_DEFAULTS = {
 }
 
 
-def command_parser(command: Literal["fit", "test", "validate", "predict", "visualize"]) -> ArgumentParser:
+def command_parser(command: Literal["fit", "test", "validate", "predict", "visualize", "export"]) -> ArgumentParser:
     """The options of a command. Each is a parameter of the class that it configures, which documents it."""
     usage = f"{PROGRAM} {command} [OPTIONS]"
     parser = ArgumentParser(prog=f"train.py {command}", exit_on_error=False, allow_abbrev=False, usage=usage)
@@ -103,14 +104,17 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         names_help = "test on corrupted images, too: on all 19 corruptions, or on those named, such as fog jpeg"
         add("--corruptions", nargs="*", type=str, metavar="NAME", help=names_help)
         add("--severities", nargs="+", type=int, metavar="N", help="of the corruptions (default: 1 2 3 4 5)")
+    if command == "export":
+        _add_export_options(parser)
     if command == "predict":
         add("--images", nargs="+", type=str, help="image files, or folders of them", required=True)
         add("--output", type=str, default="predictions.csv", help="the CSV file to write")
         add("--top", type=PositiveInt, default=3, help="classes to show for each image")
     else:
-        skipped = set() if command == "fit" else {*signature(ImageDataModule).parameters} - {*EVALUATION_DATA}
+        used = EXPORT_DATA if command == "export" else EVALUATION_DATA
+        skipped = set() if command == "fit" else {*signature(ImageDataModule).parameters} - {*used}
         parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
-    if command == "visualize":
+    if command in ("visualize", "export"):
         return parser
     others = {name for name in _TRAINER_TYPES if name.startswith("limit_")} - {_OWN_LIMIT.get(command)}
     skipped = set() if command == "fit" else _TRAINING_ONLY | others
@@ -121,6 +125,20 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             add(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skipped})
     return parser
+
+
+def _add_export_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    format_help = "onnx (opset 18), pt2 (torch.export), or safetensors: a folder of the weights and their card"
+    add("--format", type=Literal["onnx", "pt2", "safetensors"], required=True, help=format_help)
+    add("--output", type=str, required=True, help="folder to write to, new or with nothing but earlier exports")
+    add("--gates", action="store_true", help="outputs beside the probabilities: the gates of each block, by its name")
+    add("--precision", type=Literal["float32", "float16"], default="float32", help="of the weights and activations")
+    input_help = "type of the images' values: float32 in [0, 1], or uint8 from 0 to 255"
+    add("--input_type", type=Literal["float32", "uint8"], default="float32", help=input_help)
+    add("--licence", type=str, help="of the weights, as an identifier such as mit; whoever trained them decides it")
+    add("--benchmark", action="store_true", help="time it in PyTorch, as pt2 and in onnxruntime, at batch 1 and 64")
+    add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:

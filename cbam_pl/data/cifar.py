@@ -32,10 +32,16 @@ def load_cifar(dataset: CifarName, root: str) -> Source:
     return Source(list(train.classes), _to_images(train), _to_images(test))
 
 
+def cifar_is_at_hand(dataset: CifarName, root: str) -> bool:
+    """Whether there are files of it in `root`, so that nothing is downloaded."""
+    official, folder = _DATASETS[dataset], Path(os.path.expanduser(root))
+    return (folder / official.base_folder).exists() or (folder / official.filename).exists()
+
+
 def _read_split(dataset: CifarName, root: str, train: bool) -> CIFAR10:
     """Read one split; torchvision compares every file's MD5 checksum before it unpickles anything."""
     official, folder = _DATASETS[dataset], Path(os.path.expanduser(root))
-    if not (folder / official.base_folder).exists() and not (folder / official.filename).exists():
+    if not cifar_is_at_hand(dataset, root):
         print(f"downloading {official.filename} (170 MB) into {show(folder)}", flush=True)
     try:
         with socket_timeout(seconds=30.0), warnings.catch_warnings():

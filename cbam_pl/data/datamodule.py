@@ -1,6 +1,7 @@
 """The LightningDataModule: a data source, its validation split and normalisation, and batches for every stage."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbam_pl.data.augmentation import CROP_SCALE, Augmentation, num_draws
-from cbam_pl.data.cifar import load_cifar
+from cbam_pl.data.cifar import cifar_is_at_hand, load_cifar
 from cbam_pl.data.folder import list_classes, load_folder, show
 from cbam_pl.data.images import Images, Source
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
@@ -83,8 +84,8 @@ class ImageDataModule(LightningDataModule):
     """Images of one source, in memory or mapped from a folder's cache, as augmented and normalised batches.
 
     Args:
-        dataset: cifar10 or cifar100 (downloaded on first use), folder (images of your own: root/train/CLASS/* and
-            root/test/CLASS/*), or shapes (generated, no files).
+        dataset: cifar10 or cifar100 (downloaded on first use), folder (images of your own, in root/train/CLASS and
+            root/test/CLASS), or shapes (generated, no files).
         root: folder of the images, or where CIFAR is stored.
         batch_size: images per step and device.
         val_size: images held out of training for validation, the same fraction of every class; by default a tenth of
@@ -152,6 +153,12 @@ class ImageDataModule(LightningDataModule):
         """Number of classes, known before the images are read."""
         return len(list_classes(self.root)) if self.dataset == "folder" else _NUM_CLASSES[self.dataset]
 
+    def is_at_hand(self) -> bool:
+        """Whether the images can be had without a download."""
+        if self.dataset == "folder":
+            return Path(self.root).expanduser().is_dir()
+        return self.dataset == "shapes" or cifar_is_at_hand(self.dataset, self.root)
+
     def prepare_data(self) -> None:
         """Read the images, which downloads CIFAR or caches a folder; called in one process before all others."""
         if not self._images:
@@ -197,6 +204,10 @@ class ImageDataModule(LightningDataModule):
     def images(self, split: Literal["train", "val", "test"]) -> Images:
         """The images of a split, once `setup` has run: of train before any crop, of the others at `image_size`."""
         return self._images[split] if split == "train" else self._images[split].centre(self.image_size)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 → what the network is given, float32, on their device; once `setup` has run."""
+        return Normalise(self.mean, self.std, pixels.device)(pixels.float() / 255)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be used without the training images, and the ids of a folder's images."""

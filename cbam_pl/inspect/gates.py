@@ -60,6 +60,19 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
     Raises:
         ValueError: images are not (B, C, H, W), or a module runs twice in one forward pass.
     """
+    network = unwrap(network)
+    with evaluation_mode(network), torch.no_grad(), recorded_maps(network) as maps:
+        network(as_input(images, network))
+    return maps
+
+
+@contextmanager
+def recorded_maps(network: nn.Module) -> Iterator[dict[str, AttentionMaps]]:
+    """A dictionary that the next forward pass fills with the gates of every attention module, as attention_maps does.
+
+    Raises:
+        ValueError: a module runs twice.
+    """
     maps: dict[str, AttentionMaps] = {}
 
     def record(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -67,12 +80,10 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
             raise ValueError(f"the attention of {name} runs twice in one forward pass; use one module per place")
         maps[name] = _as_maps(module, module.gates(arguments[0]))  # type: ignore[operator]
 
-    network = unwrap(network)
-    with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
+    with ExitStack() as hooks:
         for name, module in attention_modules(network).items():
             hooks.enter_context(module.register_forward_pre_hook(partial(record, name)))
-        network(as_input(images, network))
-    return maps
+        yield maps
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:

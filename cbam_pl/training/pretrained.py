@@ -67,7 +67,7 @@ def write_pretrained(
     stored = {**checkpoint, "state_dict": as_stored(checkpoint["state_dict"], precision)}
     model = load_classifier(path, stored, trust=trust)
     run = run_of(path)
-    record = checkpoint.get("record") or _read_record(run, checkpoint)
+    record = read_record(path, checkpoint)
     record |= {"parameters": count_parameters(model.network), "licence": licence or record.get("licence")}
     record["stored"] = None
     if record["test"] is not None:
@@ -85,8 +85,11 @@ def write_pretrained(
 # What is known of the run
 
 
-def _read_record(run: Run | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's name and figures, as far as its files have them and they are of this epoch."""
+def read_record(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's name and figures, as far as its files, or a folder of weights, have them and they are of this epoch."""
+    if "record" in checkpoint:
+        return checkpoint["record"]
+    run = run_of(path)
     record: dict[str, Any] = {
         "recipe": None if run is None else run.recipe,
         "version": None if run is None else run.version,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision.datasets.utils
 
-from cbam_pl.data.cifar import load_cifar
+from cbam_pl.data.cifar import cifar_is_at_hand, load_cifar
 from cbam_pl.errors import UserError
 from tests.helpers import Official
 
@@ -39,9 +39,12 @@ def test_pixels_labels_and_classes_are_those_of_the_archive(official: Official) 
 
 
 def test_download_unpacks_and_a_second_call_needs_no_archive(official: Official) -> None:
+    assert not cifar_is_at_hand(official.name, str(official.root))
     official.write_archive()
+    assert cifar_is_at_hand(official.name, str(official.root))
     load_cifar(official.name, str(official.root))
     official.archive.unlink()
+    assert cifar_is_at_hand(official.name, str(official.root))
     assert len(load_cifar(official.name, str(official.root)).train) == 4
 
 
