@@ -78,7 +78,7 @@ def test_the_notebook_runs_and_is_saved_with_its_pictures(tmp_path, monkeypatch)
     assert shown[0] == shown[1]
     assert sum(kinds.count("image/png") for kinds in shown[0]) == 4  # curves, gates, Grad-CAM, those of the ResNet
     texts = "".join(out.get("text", "") for cell in run.cells for out in cell.get("outputs", []))
-    accuracies = dict(re.findall(r"(.+): accuracy (0\.\d+) on the test images", texts))
+    accuracies = dict(re.findall(r"(.+): accuracy (0\.\d+) on 2,000 test images", texts))
     assert float(accuracies["with CBAM"]) > 0.5
     assert set(accuracies) == {"without attention", "with CBAM"}
     assert NOTEBOOK.stat().st_size < 1_000_000
