@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Two workers of one thread each; tests/conftest.py keeps together the tests that share what is dear to make.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup --durations 15
 
-.PHONY: train demo test test-all test-slow lint
+.PHONY: train demo test test-all test-slow lint docs
 .DELETE_ON_ERROR:
 
 train: .venv/installed
@@ -32,12 +32,21 @@ test-slow: .venv/installed-dev
 test-all: lint
 	$(PYTEST)
 
+# Warnings are errors: a link that leads nowhere, a docstring that cannot be read.
+docs: .venv/installed-docs
+	.venv/bin/python -m sphinx -W --keep-going -q -c docs . docs/_build
+	@echo "open docs/_build/index.html"
+
 .venv/installed: requirements.txt
 	@echo "installing torch and the rest into .venv (5.6 GB, one to three minutes)"
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-docs: requirements-docs.txt .venv/installed
+	$(PIP) -r requirements-docs.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt requirements-docs.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@

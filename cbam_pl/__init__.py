@@ -13,8 +13,10 @@ if TYPE_CHECKING:
         SpatialAttention,
         SqueezeExcitation,
     )
+    from cbam_pl.data.datamodule import ImageDataModule
     from cbam_pl.inspect.gates import AttentionMaps, attention_maps
     from cbam_pl.models import build_network, insert_attention, load_official_state_dict
+    from cbam_pl.training.classifier import Classifier
     from cbam_pl.training.inference import load_network
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "AttentionConfig",
     "AttentionMaps",
     "ChannelAttention",
+    "Classifier",
     "EfficientChannelAttention",
+    "ImageDataModule",
     "SpatialAttention",
     "SqueezeExcitation",
     "attention_maps",
@@ -34,10 +38,15 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # On first use, since torch takes seconds to import, for which `train.py --help` need not wait.
     if name in __all__:
-        for module in ("attention", "inspect.gates", "models", "training.inference"):
+        homes = ("attention", "inspect.gates", "models", "data.datamodule", "training.classifier", "training.inference")
+        for module in homes:
             home = import_module(f"cbam_pl.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

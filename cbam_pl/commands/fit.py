@@ -55,8 +55,9 @@ def fit(options: list[str]) -> None:
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
         check_same_settings(path, checkpoint, model, data)
         run = run_of(path)
+        model.weights = None  # the checkpoint's are trained further
     with as_user_error():
-        loaded = model.load_weights() if checkpoint is None else ""
+        loaded = model.load_weights()
     if run is None and is_first and not settings.trainer.fast_dev_run:
         run = new_run(root, recipe)
 

@@ -84,8 +84,8 @@ class ImageDataModule(LightningDataModule):
     """Images of one source, in memory or mapped from a folder's cache, as augmented and normalised batches.
 
     Args:
-        dataset: cifar10 or cifar100 (downloaded on first use), folder (images of your own: root/train/CLASS/* and
-            root/test/CLASS/*), or shapes (generated, no files).
+        dataset: cifar10 or cifar100 (downloaded on first use), folder (images of your own, in root/train/CLASS and
+            root/test/CLASS), or shapes (generated, no files).
         root: folder of the images, or where CIFAR is stored.
         batch_size: images per step and device.
         val_size: images held out of training for validation, the same fraction of every class; by default a tenth of
@@ -204,6 +204,10 @@ class ImageDataModule(LightningDataModule):
     def images(self, split: Literal["train", "val", "test"]) -> Images:
         """The images of a split, once `setup` has run: of train before any crop, of the others at `image_size`."""
         return self._images[split] if split == "train" else self._images[split].centre(self.image_size)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 → what the network is given, float32, on their device; once `setup` has run."""
+        return Normalise(self.mean, self.std, pixels.device)(pixels.float() / 255)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be used without the training images, and the ids of a folder's images."""

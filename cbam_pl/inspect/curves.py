@@ -39,16 +39,26 @@ def read_metrics(logs: Path) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in rows[epoch].items() if value} for epoch in sorted(rows)]
 
 
-def read_history(logs: Path, name: str) -> History | None:
-    """What a run logged into logs/RECIPE/version_N; None if there is no metrics.csv."""
-    if not (logs / "metrics.csv").is_file():
+def read_history(logs: str | Path, name: str) -> History | None:
+    """What a run logged into logs/RECIPE/version_N, or a plain Trainer's TensorBoardLogger into its `log_dir`.
+
+    None where there is nothing of a complete epoch.
+    """
+    logs = Path(logs)
+    if not logs.is_dir():
         return None
-    rows = read_metrics(logs)
-    figures = {key: np.array([row.get(key, np.nan) for row in rows]) for key in FIGURES}
     events = EventAccumulator(str(logs), {"scalars": 0})  # all of them
     events.Reload()
-    logged = "train/loss_step" in events.Tags()["scalars"]
-    losses = {event.step: event.value for event in events.Scalars("train/loss_step")} if logged else {}
+    logged = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    if (logs / "metrics.csv").is_file():
+        rows = read_metrics(logs)
+    else:
+        ended = sorted(logged.get("train/loss", {}))
+        rows = [{"epoch": n, **{key: logged[key][n] for key in FIGURES if n in logged.get(key, {})}} for n in ended]
+    if not rows:
+        return None
+    figures = {key: np.array([row.get(key, np.nan) for row in rows]) for key in FIGURES}
+    losses = logged.get("train/loss_step", {})
     steps = np.array(sorted(losses), dtype=int)
     epochs = np.array([row["epoch"] for row in rows])
     return History(name, steps, np.array([losses[step] for step in steps.tolist()]), epochs, figures)

@@ -1,27 +1,17 @@
-"""What a checkpoint holds, how it is found, read and written, and exact resume.
-
-The only file that knows the keys of a checkpoint and Lightning's inside. The private names that it uses:
-
-- `fit_loop._combined_loader`: `estimated_stepping_batches` builds the training loader before its state is restored, and
-  Lightning then skips the restoring. Reset, it is built again. tests/training/test_resume.py resumes in the middle of
-  an epoch with a one-cycle schedule, and fails without it.
-"""
+"""How a checkpoint is found, read and written, and what a training that resumes from one checks before."""
 
 import pickle
-import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import RunningStage
 
 from cbam_pl.cli import PROGRAM
@@ -30,7 +20,8 @@ from cbam_pl.errors import UserError
 from cbam_pl.models.network import NetworkConfig, check_trusted
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
-from cbam_pl.training.schema import FORMAT, SchemaError, check_checkpoint, check_resumable
+from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumable
+from cbam_pl.training.state import completed_epochs, run_conditions, upgrade
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
@@ -114,32 +105,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _checked(path: Path, checkpoint: dict[str, Any], has_state: bool) -> dict[str, Any]:
     try:
-        _upgrade(checkpoint)
+        upgrade(checkpoint)
         check_checkpoint(checkpoint, has_state)
     except (SchemaError, KeyError, TypeError) as error:
         raise UserError(f"{path} {error}; name a checkpoint that `train.py fit` wrote") from error
     return checkpoint
-
-
-def _upgrade(checkpoint: dict[str, Any]) -> None:
-    """Give the keys of earlier formats their present names."""
-    for old, new in (("broken_off", "interrupted_epoch"), ("trained_with", "run_conditions")):
-        if old in checkpoint:
-            checkpoint[new] = checkpoint.pop(old)
-    interrupted = checkpoint.setdefault("interrupted_epoch", {})
-    if isinstance(interrupted, dict) and "means" in interrupted:  # weighted sum and weight, of loss and accuracy
-        means = interrupted.pop("means")
-        interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
-    checkpoint.setdefault("run_conditions", {})
-    settings = checkpoint["hyper_parameters"]
-    attention = settings.get("attention") if isinstance(settings, dict) else None
-    if isinstance(attention, dict) and "start" not in attention:  # older than the identity start
-        attention |= {"where": None, "start": None if attention.get("kind") == "none" else "paper"}
-
-
-def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
-    """Epochs that a checkpoint has completed; its own `epoch` counts from 0 and may be interrupted."""
-    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
 def load_classifier(
@@ -216,14 +186,6 @@ def save_final_checkpoint(trainer: Trainer, last: Path, best: Path) -> None:
         torch.save(checkpoint, stream)
 
 
-def run_conditions(trainer: Trainer) -> dict[str, Any]:
-    """What may differ when a training is resumed, and is printed then."""
-    names = ("max_epochs", "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
-             "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm", "check_val_every_n_epoch")  # fmt: skip
-    values = {name: getattr(trainer, name) for name in names}
-    return {"processes": trainer.world_size, **{n: v.value if isinstance(v, Enum) else v for n, v in values.items()}}
-
-
 def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifier, data: ImageDataModule) -> None:
     """Reject a resume with another network, optimizer, schedule or other data, in a UserError with their keys."""
     if "optimizer_states" not in checkpoint:
@@ -280,89 +242,3 @@ def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier,
         notes["max_epochs"] = "; the schedule is stretched to its end"
     changed = [name for name in here if there[name] != here[name]]
     return [f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed]
-
-
-class TrainingState(Callback):
-    """Write what Lightning leaves out of a checkpoint, and resume exactly from the one that was read, if any."""
-
-    def __init__(self, resumed: dict[str, Any] | None = None) -> None:
-        self._resumed = resumed
-        self._interrupted: dict[str, Any] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the network's schedule how many steps there are."""
-        if isinstance(pl_module, Classifier) and stage == "fit":
-            pl_module.total_steps = partial(self._total_steps, trainer)
-
-    def _total_steps(self, trainer: Trainer) -> int | float:
-        """Optimizer steps of the whole training."""
-        total = trainer.estimated_stepping_batches
-        trainer.fit_loop._combined_loader = None  # see the head of this file
-        if self._resumed is not None and trainer.max_steps < 0:
-            # With other processes or another accumulation than before, an epoch has another number of steps.
-            batches = _loader_state(self._resumed)["batches_done"]
-            per_epoch = total // max(1, trainer.max_epochs or 1)
-            behind = completed_epochs(self._resumed) * per_epoch + batches // trainer.accumulate_grad_batches
-            total += self._resumed["global_step"] - behind
-        return max(1, total)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adapt the checkpoint to the trainer's number of processes and epochs, as far as these differ."""
-        _upgrade(checkpoint)
-        self._resumed = checkpoint
-        if not trainer.training or not isinstance(pl_module, Classifier):
-            return
-        loader = _loader_state(checkpoint)
-        processes = checkpoint["run_conditions"].get("processes", trainer.world_size)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        if loader["batches_done"]:
-            self._interrupted = checkpoint["interrupted_epoch"]
-            if processes != trainer.world_size:
-                # One order of the images is dealt out to all processes: as many are done as before, rounded down.
-                batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-                loader["batches_done"] = min(loader["batches_done"] * processes // trainer.world_size, batches - 1)
-                completed = loader["batches_done"] + progress["completed"] - progress["ready"]
-                progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
-                progress["completed"] = completed
-        if pl_module.schedule_spans_training:
-            for state in checkpoint["lr_schedulers"]:
-                for name in ("total_steps", "_schedule_phases"):  # the schedule just built has the new ones
-                    state.pop(name, None)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on in an epoch that was interrupted."""
-        if self._interrupted and isinstance(pl_module, Classifier):
-            pl_module.epoch_lr = self._interrupted["lr"]
-            if trainer.is_global_zero:  # the sums are those of all processes
-                pl_module.train_metric.add(*self._interrupted["sums"])
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's figures, and in the middle of an epoch what it has summed up so far."""
-        if not isinstance(pl_module, Classifier):
-            return
-        for logger in trainer.loggers:
-            logger.save()
-        loader = _loader_state(checkpoint)
-        if pl_module.epoch_ended:
-            loader["batches_done"] = 0  # Lightning leaves an epoch with fewer batches than the loader has unfinished
-        # What was measured of this epoch, not of an earlier one.
-        measured = {"val": pl_module.validated, "train": pl_module.epoch_ended, "lr": pl_module.epoch_ended}
-        metrics = sorted(trainer.callback_metrics.items())
-        figures = {name: float(value) for name, value in metrics if measured.get(name.partition("/")[0], True)}
-        checkpoint |= {
-            "format": FORMAT,
-            "saved_at": time.time(),  # all that was logged up to now is on the disk
-            "stopped_early": trainer.should_stop,
-            "run_conditions": run_conditions(trainer),
-            "optimization": pl_module.optimization,
-            "figures": figures,
-            "interrupted_epoch": {"lr": pl_module.epoch_lr, "sums": pl_module.train_metric.sums()},
-        }
-
-
-def _loader_state(checkpoint: dict[str, Any]) -> dict[str, int]:
-    """Where in the epoch the training loader is; may be changed."""
-    states = checkpoint["loops"]["fit_loop"]["state_dict"].setdefault("combined_loader", [{"batches_done": 0}])
-    if "taken" in states[0]:  # before format 2
-        states[0]["batches_done"] = states[0].pop("taken")
-    return states[0]

@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -27,6 +29,7 @@ from cbam_pl.process import socket_timeout
 from cbam_pl.seeds import derive_seed, seed_device
 from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups
 from cbam_pl.training.metrics import LossAndAccuracy
+from cbam_pl.training.state import StepLosses, TrainingState
 
 _UNUSED = {"stem": "cifar", "dropout": None, "width": 1.0}  # of the networks of this program alone
 
@@ -115,7 +118,7 @@ class Classifier(LightningModule):
         saved: dict[str, Any] = {"num_classes": num_classes, "arch": arch, "image_size": image_size, **own}
         saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
         self.save_hyperparameters({**saved, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip})
-        self.weights = weights
+        self.weights = weights  # the file that is still to be loaded
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         self.lr_factors = dict(lr_factors or {})
         self._frozen_norms = freeze_modules(self.network, self.freeze_patterns)
@@ -133,6 +136,7 @@ class Classifier(LightningModule):
         self.epoch_lr = 0.0  # the learning rate in which the epoch began
         self.tested_epoch = 0  # of the weights that `test` measures, from 1
         self.validated = False  # whether this epoch was
+        self.val_figures: dict[str, float] = {}  # of the last validation
         self.epoch_ended = False  # whether a checkpoint would be of a complete epoch
         self.num_evaluated = 0  # images of the last validation or test
         self._memory_format = torch.contiguous_format
@@ -164,8 +168,16 @@ class Classifier(LightningModule):
 
     # The network
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What every training needs; a trainer that has one of them already keeps its own, in its place."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [make() for make in (StepLosses, TrainingState) if make not in present]
+
     def setup(self, stage: str) -> None:
-        """Choose what is fast on the device."""
+        """Load the weights to start from, and choose what is fast on the device."""
+        self.load_weights()
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
@@ -209,8 +221,13 @@ class Classifier(LightningModule):
     # Training
 
     def load_weights(self) -> str:
-        """Start from the file of weights that was given, if any. Returns what was loaded of it, and what was not."""
-        return "" if self.weights is None else load_weights(self.network, self.weights)
+        """Start from the file of weights, if one is given and not loaded yet. Returns what was loaded, and what not."""
+        path, self.weights = self.weights, None
+        return "" if path is None else load_weights(self.network, path)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note of which epoch the weights are."""
+        self.tested_epoch = checkpoint["epoch"] + 1
 
     def on_train_start(self) -> None:
         """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before."""
@@ -236,8 +253,9 @@ class Classifier(LightningModule):
         """Log the epoch, and step a plateau schedule before the checkpoint is written, so that none of it is lost."""
         figures = self._finish_epoch("train", self.train_metric, lr=self.epoch_lr)
         self.epoch_ended = True
+        self.tested_epoch = self.current_epoch + 1
         if self.validated:
-            figures |= {name: float(self.trainer.callback_metrics[name]) for name in ("val/loss", "val/acc")}
+            figures |= self.val_figures
         self._log(figures, self.current_epoch + 1)
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau) and (self.validated or not self.trainer.enable_validation):
@@ -262,8 +280,8 @@ class Classifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Make val/loss and val/acc known to schedules and checkpoints."""
-        self._finish_epoch("val", self.eval_metric)
-        self.validated = True
+        self.val_figures = self._finish_epoch("val", self.eval_metric)
+        self.validated = not self.trainer.sanity_checking
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures at the epoch of the tested checkpoint."""

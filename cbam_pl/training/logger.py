@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event
 
-from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import atomic_write, disk_error
+from cbam_pl.training.state import completed_epochs
 
 COLUMNS = ["epoch", "lr", "train/loss", "train/acc", "val/loss", "val/acc"]
 

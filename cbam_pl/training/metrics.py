@@ -31,9 +31,10 @@ class LossAndAccuracy(Metric):
     def add(self, loss_sum: Tensor | float, num_correct: Tensor | float, num_images: float) -> None:
         """Add sums, such as those that a checkpoint holds of an interrupted epoch."""
         self._keep_precision()
-        self.loss_sum += loss_sum
-        self.num_correct += num_correct
-        self.num_images += num_images
+        # Not in place: a test leaves tensors of inference mode, which a training after it cannot change.
+        self.loss_sum = self.loss_sum + loss_sum
+        self.num_correct = self.num_correct + num_correct
+        self.num_images = self.num_images + num_images
 
     def _keep_precision(self) -> None:
         """Undo the conversion of a network to half precision, which includes its metrics."""

@@ -6,7 +6,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-# Raise it when a key changes its meaning, and teach checkpoint.py the old one.
+# Raise it when a key changes its meaning, and teach state.py the old one.
 FORMAT = 2
 
 # A type; a list of values of one pattern; a dict with these keys, or with any keys where the key is a type.

@@ -17,12 +17,12 @@ from cbam_pl.training.callbacks import (
     EvaluationInterrupt,
     InterruptCheckpoint,
     RunCheckpoint,
-    StepLosses,
     TrainingProgress,
 )
-from cbam_pl.training.checkpoint import AtomicCheckpointIO, TrainingState
+from cbam_pl.training.checkpoint import AtomicCheckpointIO
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, disk_error
+from cbam_pl.training.state import StepLosses, TrainingState
 
 METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 

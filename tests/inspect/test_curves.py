@@ -34,6 +34,20 @@ def test_history_is_what_the_run_logged(tmp_path):
     assert read_history(tmp_path / "elsewhere", "run") is None
 
 
+def test_history_of_a_plain_trainer_is_that_of_its_events(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("train/loss_step", 2.5, 50)
+        assert read_history(tmp_path, "run") is None  # no epoch is complete
+        for epoch, loss in ((1, 2.0), (2, 1.5)):
+            writer.add_scalar("train/loss", loss, epoch)
+        writer.add_scalar("val/acc", 0.25, 2)
+    history = read_history(str(tmp_path), "run")
+    assert (history.steps.tolist(), history.losses.tolist(), history.epochs.tolist()) == ([50], [2.5], [1, 2])
+    assert history.figures["train/loss"].tolist() == [2.0, 1.5]
+    assert np.isnan(history.figures["val/acc"][0])
+    assert history.figures["val/acc"][1] == 0.25
+
+
 def test_curves_are_the_runs_figures():
     history = history_of()
     by_step, loss, accuracy, rate = draw_curves([history]).axes

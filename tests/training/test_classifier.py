@@ -8,8 +8,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
-from cbam_pl.training.callbacks import StepLosses
 from cbam_pl.training.classifier import Classifier
+from cbam_pl.training.state import StepLosses
 
 
 @pytest.fixture

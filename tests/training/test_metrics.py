@@ -26,6 +26,14 @@ def test_a_reset_metric_begins_anew():
         metric.reset()
 
 
+def test_training_follows_a_test_in_inference_mode():
+    metric = LossAndAccuracy()
+    with torch.inference_mode():
+        metric.reset()
+    metric.update(torch.tensor(2.0), torch.eye(2), torch.tensor([0, 0]))
+    assert metric.compute() == (2.0, 0.5, 2)
+
+
 def test_sums_restore_the_middle_of_an_epoch():
     whole, first, second = LossAndAccuracy(), LossAndAccuracy(), LossAndAccuracy()
     for metric in (whole, first):

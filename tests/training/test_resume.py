@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from cbam_pl.schedules import WarmupCosineLR
-from cbam_pl.training.checkpoint import completed_epochs
+from cbam_pl.training.state import completed_epochs
 from tests.helpers import (
     EPOCHS,
     RUN,

@@ -28,8 +28,8 @@ from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
-from cbam_pl.training.checkpoint import completed_epochs
 from cbam_pl.training.run import Run
+from cbam_pl.training.state import completed_epochs
 
 State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
 STOPPED = "it was stopped"

@@ -1,0 +1,245 @@
+"""What a Classifier brings into every training: the loss of each step, and checkpoints that resume exactly.
+
+Only this file, schema.py and checkpoint.py know the keys of a checkpoint; this one knows Lightning's inside, too. The
+private names that it uses:
+
+- `fit_loop._combined_loader`: `estimated_stepping_batches` builds the training loader before its state is restored, and
+  Lightning then skips the restoring. Reset, it is built again. tests/training/test_resume.py resumes in the middle of
+  an epoch with a one-cycle schedule, and fails without it.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, stack, tensor
+
+from cbam_pl.errors import UserError
+from cbam_pl.training.schema import FORMAT
+
+if TYPE_CHECKING:
+    from cbam_pl.training.classifier import Classifier  # which imports this file
+
+
+class StepLosses(Callback):
+    """Log train/loss_step, and stop a training whose loss is not finite with a UserError.
+
+    The losses stay on the device until some are fetched together, so that no step waits for it.
+    """
+
+    FETCH_EVERY = 50  # batches
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}  # for the progress bar: of the batches that were fetched last
+        self._pending: list[tuple[int, Tensor, int]] = []  # optimizer step, mean loss, images
+        self._last_step = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin where the training begins or resumes."""
+        self._last_step = trainer.global_step
+        self._since = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the speed of training alone, without the validation before."""
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the loss, and fetch those of the last batches now and then."""
+        step = max(trainer.global_step, self._last_step + 1)  # more batches follow until an accumulated step is taken
+        # Lightning has divided the loss by the number of batches that are accumulated.
+        self._pending.append((step, outputs["loss"] * trainer.accumulate_grad_batches, len(batch[1])))
+        if trainer.global_step > self._last_step:
+            self._last_step = trainer.global_step
+            if len(self._pending) >= self.FETCH_EVERY:
+                self._fetch(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch the epoch's last losses before the validation, whose time is not theirs."""
+        self._fetch(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where the validation loss is not finite."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.state.fn == "fit" and loss is not None and not math.isfinite(loss):
+            raise not_finite(trainer, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch what is left where there was no validation."""
+        self._fetch(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Fetch: all steps up to a checkpoint are in the logs, since a resumed run logs only those after it."""
+        self._fetch(trainer, pl_module)
+
+    def _fetch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._pending:
+            return
+        steps, losses, sizes = zip(*self._pending, strict=True)
+        self._pending.clear()
+        counts = tensor(sizes, device=losses[0].device)
+        sums = stack([stack(losses) * counts, counts])  # (2, batches)
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        by_step: dict[int, tuple[float, float]] = {}
+        for step, loss_sum, count in zip(steps, *sums.tolist(), strict=True):
+            total = by_step.get(step, (0.0, 0.0))
+            by_step[step] = (total[0] + loss_sum, total[1] + count)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        for step, (loss_sum, count) in by_step.items():
+            if not math.isfinite(loss_sum):
+                raise not_finite(trainer, step)
+            if every and step % every == 0:
+                for logger in trainer.loggers:
+                    logger.log_metrics({"train/loss_step": loss_sum / count}, step)
+        now, (loss_sum, count) = time.monotonic(), sums.sum(1).tolist()
+        self.figures = {"loss": loss_sum / count, "images/s": count / (now - self._since)}
+        metric = cast("Classifier", pl_module).train_metric  # of this process, since the epoch began
+        self.figures["acc"] = float(metric.num_correct / metric.num_images)
+        self._since = now
+
+
+def not_finite(trainer: Trainer, step: int) -> UserError:
+    """What to report when the loss is not finite."""
+    lr = trainer.optimizers[0].param_groups[0]["lr"]
+    saved = [str(getattr(callback, "best_model_path", "")) for callback in trainer.checkpoint_callbacks]
+    saved = [path for path in saved if path and Path(path).is_file()]
+    rescue = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+    return UserError(
+        f"the loss is not finite at step {step} (learning rate {lr:.3g}); {rescue}; lower the learning rate, or clip "
+        "gradients (--trainer.gradient_clip_val 1)"
+    )
+
+
+class TrainingState(Callback):
+    """Write what Lightning leaves out of a checkpoint, and resume exactly from the one that was read, if any."""
+
+    def __init__(self, resumed: dict[str, Any] | None = None) -> None:
+        self._resumed = resumed
+        self._interrupted: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the network's schedule how many steps there are."""
+        if stage == "fit":
+            cast("Classifier", pl_module).total_steps = partial(self._total_steps, trainer)
+
+    def _total_steps(self, trainer: Trainer) -> int | float:
+        """Optimizer steps of the whole training."""
+        total = trainer.estimated_stepping_batches
+        trainer.fit_loop._combined_loader = None  # see the head of this file
+        if self._resumed is not None and trainer.max_steps < 0:
+            # With other processes or another accumulation than before, an epoch has another number of steps.
+            batches = _loader_state(self._resumed)["batches_done"]
+            per_epoch = total // max(1, trainer.max_epochs or 1)
+            epochs = completed_epochs(self._resumed) + (_is_interrupted(self._resumed) and batches == 0)
+            behind = epochs * per_epoch + batches // trainer.accumulate_grad_batches
+            total += self._resumed["global_step"] - behind
+        return max(1, total)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adapt the checkpoint to the trainer's number of processes and epochs, as far as these differ."""
+        upgrade(checkpoint)
+        self._resumed = checkpoint
+        if not trainer.training:
+            return
+        loader = _loader_state(checkpoint)
+        processes = checkpoint["run_conditions"].get("processes", trainer.world_size)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        if _is_interrupted(checkpoint):
+            self._interrupted = {"figures": checkpoint["figures"], **checkpoint["interrupted_epoch"]}
+        if loader["batches_done"] and processes != trainer.world_size:
+            # One order of the images is dealt out to all processes: as many are done as before, rounded down.
+            batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+            loader["batches_done"] = min(loader["batches_done"] * processes // trainer.world_size, batches - 1)
+            completed = loader["batches_done"] + progress["completed"] - progress["ready"]
+            progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
+            progress["completed"] = completed
+        if cast("Classifier", pl_module).schedule_spans_training:
+            for state in checkpoint["lr_schedulers"]:
+                for name in ("total_steps", "_schedule_phases"):  # the schedule just built has the new ones
+                    state.pop(name, None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on in an epoch that was interrupted."""
+        interrupted, self._interrupted = self._interrupted, {}
+        if interrupted:
+            classifier = cast("Classifier", pl_module)
+            classifier.epoch_lr = interrupted["lr"]
+            classifier.val_figures = {name: v for name, v in interrupted["figures"].items() if name.startswith("val/")}
+            classifier.validated = bool(classifier.val_figures)
+            if trainer.is_global_zero:  # the sums are those of all processes
+                classifier.train_metric.add(*interrupted["sums"])
+            # torchmetrics warns of a mean over what `update` has not seen, where no batch of the epoch is left.
+            classifier.train_metric.update(tensor(0.0), tensor([]).view(0, 1), tensor([]))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the epoch's figures, and in the middle of an epoch what it has summed up so far."""
+        classifier = cast("Classifier", pl_module)
+        for logger in trainer.loggers:
+            logger.save()
+        loader = _loader_state(checkpoint)
+        if classifier.epoch_ended:
+            loader["batches_done"] = 0  # Lightning leaves an epoch with fewer batches than the loader has unfinished
+        # What was measured of this epoch, not of an earlier one.
+        measured = {"val": classifier.validated, "train": classifier.epoch_ended, "lr": classifier.epoch_ended}
+        metrics = sorted(trainer.callback_metrics.items())
+        figures = {name: float(value) for name, value in metrics if measured.get(name.partition("/")[0], True)}
+        checkpoint |= {
+            "format": FORMAT,
+            "saved_at": time.time(),  # all that was logged up to now is on the disk
+            "stopped_early": trainer.should_stop,
+            "run_conditions": run_conditions(trainer),
+            "optimization": classifier.optimization,
+            "figures": figures,
+            "interrupted_epoch": {"lr": classifier.epoch_lr, "sums": classifier.train_metric.sums()},
+        }
+
+
+def _is_interrupted(checkpoint: dict[str, Any]) -> bool:
+    """Whether its epoch has not ended, by the images summed up: all of its batches may be done, as in a validation."""
+    return bool(checkpoint["interrupted_epoch"].get("sums", [0, 0, 0])[2])
+
+
+def _loader_state(checkpoint: dict[str, Any]) -> dict[str, int]:
+    """Where in the epoch the training loader is; may be changed, without effect where the loader is not ours."""
+    states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader") or [{}]
+    if "taken" in states[0]:  # before format 2
+        states[0]["batches_done"] = states[0].pop("taken")
+    return states[0] if "batches_done" in states[0] else {"batches_done": 0}
+
+
+def run_conditions(trainer: Trainer) -> dict[str, Any]:
+    """What may differ when a training is resumed, and is printed then."""
+    names = ("max_epochs", "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
+             "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm", "check_val_every_n_epoch")  # fmt: skip
+    values = {name: getattr(trainer, name) for name in names}
+    return {"processes": trainer.world_size, **{n: v.value if isinstance(v, Enum) else v for n, v in values.items()}}
+
+
+def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Epochs that a checkpoint has completed; its own `epoch` counts from 0 and may be interrupted."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Give the keys of earlier formats their present names."""
+    for old, new in (("broken_off", "interrupted_epoch"), ("trained_with", "run_conditions")):
+        if old in checkpoint:
+            checkpoint[new] = checkpoint.pop(old)
+    interrupted = checkpoint.setdefault("interrupted_epoch", {})
+    if isinstance(interrupted, dict) and "means" in interrupted:  # weighted sum and weight, of loss and accuracy
+        means = interrupted.pop("means")
+        interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
+    checkpoint.setdefault("run_conditions", {})
+    settings = checkpoint["hyper_parameters"]
+    attention = settings.get("attention") if isinstance(settings, dict) else None
+    if isinstance(attention, dict) and "start" not in attention:  # older than the identity start
+        attention |= {"where": None, "start": None if attention.get("kind") == "none" else "paper"}

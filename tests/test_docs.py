@@ -1,0 +1,84 @@
+"""The documentation: its links, its site as `make docs` builds it, and its notebook, which is run."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tests.helpers import REPOSITORY
+
+NOTEBOOK = REPOSITORY / "docs/notebook.ipynb"
+MARKDOWN = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("benchmarks/*.md")]
+
+
+def test_every_relative_link_leads_to_a_file():
+    links = [(page, link) for page in MARKDOWN for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    assert len(links) > 30
+    missing = [
+        f"{page.name}: {link}"
+        for page, link in links
+        if not urlsplit(link).scheme and link[0] != "#" and not (page.parent / urlsplit(link).path).exists()
+    ]
+    assert not missing
+
+
+class Page(HTMLParser):
+    """The links of a page, and the places that links may lead to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.places = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("href", "src") and value:
+                self.links.append(value)
+            elif name == "id":
+                self.places.add(value)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_its_links_lead_somewhere(tmp_path):
+    pytest.importorskip("furo", reason="what requirements-docs.txt names is not installed")
+    words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", ".", tmp_path / "site"]
+    built = subprocess.run([*words, "-d", tmp_path / "trees"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = {path: Page(path.read_text()) for path in (tmp_path / "site").rglob("*.html")}
+    for name in ("index", "docs/api", "docs/compare", "docs/notebook", "docs/results/cnn/report", "benchmarks/NOTES"):
+        assert tmp_path / f"site/{name}.html" in pages
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            known = pages[target].places if target in pages else {"", unquote(parts.fragment)}
+            if not parts.scheme and not (target.is_file() and (unquote(parts.fragment) or "") in known | {""}):
+                broken.append(f"{path.relative_to(tmp_path)}: {link}")
+    assert not broken
+    named = Page((tmp_path / "site/docs/api.html").read_text()).places
+    assert {"cbam_pl.CBAM", "cbam_pl.Classifier", "cbam_pl.ImageDataModule", "cbam_pl.attention_maps"} <= named
+    assert not [name for name in named if re.search(r"\._|configure_optimizers|training_step", name)]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_is_saved_with_its_pictures(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    saved = nbformat.read(NOTEBOOK, 4)
+    run = nbclient.NotebookClient(
+        nbformat.read(NOTEBOOK, 4), timeout=900, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    shown = [[sorted(kind for out in cell.get("outputs", []) for kind in out.get("data", {})) for cell in book.cells]
+             for book in (saved, run)]  # fmt: skip
+    assert shown[0] == shown[1]
+    assert sum(kinds.count("image/png") for kinds in shown[0]) == 4  # curves, gates, Grad-CAM, those of the ResNet
+    texts = "".join(out.get("text", "") for cell in run.cells for out in cell.get("outputs", []))
+    accuracies = dict(re.findall(r"(.+): accuracy (0\.\d+) on the test images", texts))
+    assert float(accuracies["with CBAM"]) > 0.5
+    assert set(accuracies) == {"without attention", "with CBAM"}
+    assert NOTEBOOK.stat().st_size < 1_000_000

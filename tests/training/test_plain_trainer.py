@@ -1,0 +1,122 @@
+"""A plain lightning.Trainer, as in a notebook: nothing of what `train.py fit` adds may be missing without a word."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from cbam_pl import AttentionConfig, Classifier, ImageDataModule
+from cbam_pl.errors import UserError
+from tests.helpers import REPOSITORY, assert_equal, scalars
+
+QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def parts(image_folder, **options):
+    """A network with a schedule that spans the training, and images for 6 steps an epoch."""
+    seed_everything(0, verbose=False)
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=None)
+    data = ImageDataModule("folder", str(image_folder), batch_size=16, val_size=9)
+    return Classifier(3, lr_scheduler=cycle, lr_interval="step", **options), data
+
+
+def trainer(folder, name, *callbacks, **options):
+    logger = TensorBoardLogger(folder, name, "", default_hp_metric=False)
+    return Trainer(logger=logger, callbacks=[*callbacks], log_every_n_steps=1, **QUIET | options)
+
+
+@pytest.mark.filterwarnings("ignore:.*logging interval", "ignore:.*callbacks used to create the checkpoint")
+def test_the_readmes_lines_train_test_load_and_resume(image_folder, tmp_path, monkeypatch, command):
+    blocks = re.findall("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (lines,) = [block for block in blocks if "Trainer" in block]
+    for theirs, ours in {
+        'ImageDataModule("cifar10")': f"ImageDataModule('folder', {str(image_folder)!r}, batch_size=16)",
+        "num_classes=10": "num_classes=3",
+        "max_epochs=10": "max_epochs=2",
+        "max_epochs=20": "max_epochs=3",
+    }.items():
+        assert lines.count(theirs) == 1
+        lines = lines.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(lines, names)
+    data, best = names["data"], Path(names["best"].best_model_path)
+    saved = torch.load(best, weights_only=True)
+    network = Classifier.load_from_checkpoint(best).network.eval()
+    test = data.images("test")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    with torch.no_grad():
+        correct = network((test.pixels / 255 - mean) / std).argmax(1) == test.labels
+    tested = float(names["trainer"].callback_metrics["test/acc"])
+    assert tested == pytest.approx(float(correct.float().mean()))
+    logged = scalars(Path("lightning_logs/version_0"))
+    assert logged["test/acc"] == [(saved["epoch"] + 1, pytest.approx(tested))]
+    assert [step for step, _ in scalars(Path("lightning_logs/version_1"))["val/acc"]] == [*range(saved["epoch"] + 2, 4)]
+    again = ImageDataModule.load_from_checkpoint(best)
+    assert (again.classes, again.mean) == (data.classes, data.mean)
+    outcome = command("test", "--ckpt_path", best)
+    assert f"test/acc  {tested:.4f}" in outcome.out, outcome.err
+
+
+CUTS = {
+    "in an epoch": ({"every_n_train_steps": 8}, {}),
+    "after short epochs": ({"every_n_epochs": 2}, {"limit_train_batches": 4}),
+    "at a validation": ({"monitor": "val/acc"}, {"check_val_every_n_epoch": 2}),
+    "in an epoch with two validations": ({"monitor": "val/acc"}, {"val_check_interval": 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize(
+    "name", [name if name == "in an epoch" else pytest.param(name, marks=pytest.mark.slow) for name in CUTS]
+)
+def test_a_resumed_training_ends_as_one_that_was_never_stopped(name, image_folder, tmp_path):
+    saving, options = CUTS[name]
+    model, data = parts(image_folder)
+    saved = ModelCheckpoint(tmp_path / "saved", "{step}", save_top_k=-1, **saving)
+    trainer(tmp_path, "whole", saved, max_epochs=4, **options).fit(model, data)
+    whole = model.state_dict()
+    first = min((tmp_path / "saved").iterdir(), key=lambda path: int(path.stem.removeprefix("step=")))
+    model, data = parts(image_folder)
+    trainer(tmp_path, "resumed", max_epochs=4, **options).fit(model, data, ckpt_path=first)
+    assert_equal(dict(model.state_dict()), dict(whole))
+    logged, again = scalars(tmp_path / "whole"), scalars(tmp_path / "resumed")
+    assert again.keys() == logged.keys()
+    for tag, points in again.items():
+        assert points == logged[tag][-len(points) :], tag
+
+
+def test_weights_are_loaded_once_before_whatever_comes_first(image_folder, tmp_path):
+    none = AttentionConfig("none")
+    other, data = parts(image_folder, attention=none)
+    torch.save(other.network.state_dict(), tmp_path / "weights.pth")
+    seed_everything(1, verbose=False)
+    model = Classifier(3, attention=none, weights=str(tmp_path / "weights.pth"))
+    trainer(tmp_path, "a").validate(model, data, verbose=False)
+    for name, weight in other.network.state_dict().items():
+        assert torch.equal(model.network.state_dict()[name], weight), name
+    with torch.no_grad():
+        model.network.classifier[-1].bias.fill_(7)
+    trainer(tmp_path, "b").validate(model, data, verbose=False)
+    assert model.network.classifier[-1].bias.tolist() == [7, 7, 7]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*defined a `validation_step`")
+def test_other_loaders_train_and_a_loss_that_is_not_finite_stops(tmp_path):
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for value, message in ((0.0, None), (torch.nan, "the loss is not finite at step 3")):
+        images[16:] += value
+        loader = DataLoader(TensorDataset(images, torch.arange(20) % 3), batch_size=8)
+        fitted = trainer(tmp_path, f"run{value}", ModelCheckpoint(tmp_path / f"saved{value}"), max_epochs=1)
+        if message is None:
+            fitted.fit(Classifier(3), loader)
+            assert len(scalars(tmp_path / "run0.0")["train/loss_step"]) == 3
+        else:
+            with pytest.raises(UserError, match=message):
+                fitted.fit(Classifier(3), loader)
