@@ -34,7 +34,7 @@ html_copy_source = False
 CONTENTS = {
     "README": {
         "Guides": ["docs/*"],
-        "Trained networks": ["weights/*/README"],
+        "Trained networks": ["weights/*/README", "docs/samples/README"],
         "Results": ["docs/results/README", "benchmarks/NOTES"],
     },
     "docs/results/README": {"Reports": ["*/report", "*"]},
