@@ -160,12 +160,19 @@ def _describe(path: Path, checkpoint: dict[str, Any], classifier: Classifier, se
     data, model = checkpoint["ImageDataModule"], checkpoint["hyper_parameters"]
     environment, record = describe_environment(torch.device("cpu")), read_record(path, checkpoint)
     described = {
-        **{name: data[name] for name in ("classes", "mean", "std")},
-        **{"image_size": model["image_size"], "input_type": settings.input_type, "precision": settings.precision},
-        **{"network": network_name(model), "attention": model["attention"]["kind"]},
-        **{"test_time_flip": classifier.test_time_flip, "epoch": checkpoint["epoch"] + 1},
+        "classes": data["classes"],
+        "mean": data["mean"],
+        "std": data["std"],
+        "image_size": model["image_size"],
+        "input_type": settings.input_type,
+        "precision": settings.precision,
+        "test_time_flip": classifier.test_time_flip,
+        "network": network_name(model),
+        "attention": model["attention"]["kind"],
+        "epoch": checkpoint["epoch"] + 1,
         **{name: record[name] for name in ("recipe", "version", "seed")},
-        **{"trained": record["date"], "licence": settings.licence or record.get("licence")},
+        "trained": record["date"],
+        "licence": settings.licence or record.get("licence"),
         **{name: environment[name] for name in ("versions", "commit", "date")},  # of the export
     }
     if (tested := record["test"]) is not None:
@@ -177,12 +184,10 @@ def _describe(path: Path, checkpoint: dict[str, Any], classifier: Classifier, se
 def _verify(name: str, run: Runner, inputs: Tensor, expected: Outputs, precision: str, images: str) -> None:
     """Reject a file that does not give what the checkpoint gives, for a batch of one image and one of all others."""
     parts = [run(part) for part in (inputs[:1], inputs[1:]) if len(part)]
-    differences: dict[str, float] = {}
-    for output, values in expected.items():
-        found = torch.cat([part[output] for part in parts])
-        largest = float((found - values).abs().max())
-        kind = PROBABILITIES if output == PROBABILITIES else "gates"
-        differences[kind] = max(differences.get(kind, 0.0), largest) if largest == largest else largest
+    largest = {name: (torch.cat([part[name] for part in parts]) - one).abs().max() for name, one in expected.items()}
+    differences = {PROBABILITIES: float(largest.pop(PROBABILITIES))}
+    if largest:
+        differences["gates"] = float(torch.stack([*largest.values()]).max())  # NaN, if any is
     tolerance = TOLERANCES[precision]
     text = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
     if not all(value <= tolerance for value in differences.values()):
@@ -210,9 +215,10 @@ def _benchmark(runners: Mapping[str, Runner], inputs: Tensor, precision: str) ->
             times = time_in_turns(works, _ROUNDS, _SECONDS, torch.device("cpu"))
         milliseconds = [[1000 * one for one in times[name]] for name in runners]
         rows.append([str(size), *(f"{median(one):.2f} ({min(one):.2f}–{max(one):.2f})" for one in milliseconds)])
+    threads = torch.get_num_threads()
     print(
-        f"milliseconds a batch on the CPU ({processor_name()}, {torch.get_num_threads()} threads), {precision}: median "
-        f"(least–most) of {_ROUNDS} rounds in turns"
+        f"milliseconds a batch on the CPU ({processor_name()}; threads: {threads}), {precision}: median (least–most) "
+        f"of {_ROUNDS} rounds in turns"
     )
     labels = {"onnx": "onnxruntime"}
     print_table(["images", *(labels.get(name, name) for name in runners)], rows)

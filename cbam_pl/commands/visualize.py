@@ -255,7 +255,9 @@ def gallery_of(
         model = one.content["hyper_parameters"]
         what, flip = f"{one.description}, {one.path}", model.get("test_time_flip", False)
         views.append(view_network(one.network, one.normalise(shown.pixels), name, what, flip, layer))
-    title = f"{len(chosen):,} of {len(test):,} test images, as {', '.join(named)} see{'s' * (len(named) == 1)} them"
+    *most, last = named
+    who = f"{', '.join(most)} and {last} see" if most else f"{last} sees"
+    title = f"{len(chosen):,} of {len(test):,} test images, as {who} them"
     return render_gallery(title, shown.pixels, shown.labels, chosen.tolist(), classes, views)
 
 

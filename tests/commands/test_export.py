@@ -1,5 +1,6 @@
 """`export`: files that give what the network gives, by arithmetic of the test's own, and what is rejected."""
 
+import ast
 import csv
 import json
 import os
@@ -189,6 +190,10 @@ def test_what_does_not_fit_together_is_one_line(own, command, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for option in (["--format", "onnx"], ["--benchmark"]):
         assert "pip install 'cbam_pl[onnx]'" in one_line(command(*plain, *option))
+    content = torch.load(tmp_path / "Plain.ckpt", weights_only=True)
+    content["state_dict"]["network.fc.bias"][0] = torch.nan
+    torch.save(content, tmp_path / "Plain.ckpt")
+    assert "probabilities that are not finite: it has diverged" in one_line(command(*plain))
     assert not (tmp_path / "out").exists()
 
 
@@ -371,6 +376,25 @@ def test_nothing_of_torchs_own_reaches_the_terminal(trained, tmp_path):
     ]  # fmt: skip
 
 
+def documented(package):
+    """The lines of docs/export.md that use a file with this package alone."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/export.md").read_text(), re.DOTALL)
+    (script,) = (block for block in blocks if f"import {package}\n" in block)
+    return script
+
+
+@pytest.mark.slow
+def test_the_lines_for_pytorch_need_nothing_of_this_program(pt2):
+    root, _, _ = pt2
+    check = "import sys\nsys.modules['cbam_pl'] = None\n"
+    script = [sys.executable, "-W", "ignore", "-c", check + documented("torch")]
+    done = subprocess.run(script, cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    classes = ast.literal_eval(done.stdout)
+    assert len(classes) == 5
+    assert set(classes) <= set(COLOURS)
+
+
 @pytest.fixture
 def without_torch(tmp_path):
     """Python in an environment of onnxruntime, NumPy and Pillow, with what these need, and nothing else."""
@@ -390,8 +414,7 @@ def without_torch(tmp_path):
 def test_the_ten_lines_need_no_torch_and_give_what_predict_gives(
     without_torch, trained, command, image_folder, tmp_path
 ):
-    text = (REPOSITORY / "docs/export.md").read_text()
-    (script,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "onnxruntime" in block)
+    script = documented("onnxruntime")
     assert len([line for line in script.splitlines() if line]) == 10
     root = ["--trainer.default_root_dir", trained[0]]
     outcome = command("export", *root, "--format", "onnx", "--output", tmp_path / "exported")
