@@ -227,7 +227,7 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note of which epoch the weights are."""
-        self.tested_epoch = checkpoint["epoch"] + 1
+        self.tested_epoch = checkpoint.get("epoch", -1) + 1  # a file of weights alone has none
 
     def on_train_start(self) -> None:
         """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before."""
