@@ -34,8 +34,8 @@ test-all: lint
 
 # Warnings are errors: a link that leads nowhere, a docstring that cannot be read.
 docs: .venv/installed-docs
-	.venv/bin/python -m sphinx -W --keep-going -q -c docs . docs/_build
-	@echo "open docs/_build/index.html"
+	.venv/bin/python -m sphinx -W --keep-going -q -c docs . docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 .venv/installed: requirements.txt
 	@echo "installing torch and the rest into .venv (5.6 GB, one to three minutes)"

@@ -81,10 +81,13 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--images", nargs="+", type=str, help="your own image files, or folders of them")
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
         add("--class_name", type=str, help="the first test images of a class")
-        add("--num_images", type=PositiveInt, help="images to show (default: 3), unless they are named one by one")
+        add(
+            "--num_images", type=PositiveInt, help="images to show (default: 3; with --page 200), unless they are named"
+        )
         add("--layer", type=str, help="module for Grad-CAM, by name (default: the last that gives maps (B, C, H, W))")
         add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
-        add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the pictures")
+        add("--format", type=Literal["png", "svg", "pdf"] | None, help="of the pictures (default: png)")
+        add("--page", action="store_true", help="instead of pictures, gallery.html: a page to look through test images")
         add("--measure", action="store_true", help="numbers: does attention fall on what matters, do the gates matter?")
         add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
         add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")

@@ -8,7 +8,6 @@ from lightning import LightningDataModule, LightningModule
 from sphinx.application import Sphinx
 
 project = "cbam_pl"
-author = "the authors of cbam_pl"
 root_doc = "README"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 include_patterns = ["README.md", "docs/**", "benchmarks/NOTES.md", "weights/**"]
@@ -23,17 +22,18 @@ default_role = "literal"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-napoleon_custom_sections = [("Shape", "params_style"), ("Source", "notes_style")]
+napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
 html_title = "cbam_pl"
 html_copy_source = False
+html_show_copyright = False
 
 # Page → heading → patterns of the pages below it in the site's contents: whatever file is added is found.
 CONTENTS = {
     "README": {
-        "Guides": ["docs/*"],
+        "Guides": ["docs/*", "docs/samples/README"],
         "Trained networks": ["weights/*/README"],
         "Results": ["docs/results/README", "benchmarks/NOTES"],
     },

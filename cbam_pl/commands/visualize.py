@@ -3,7 +3,8 @@
 import csv
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from cbam_pl.inspect import drawing
 from cbam_pl.inspect.ablation import ablate_gates
 from cbam_pl.inspect.charts import draw_ablation, draw_randomisation
 from cbam_pl.inspect.curves import History, draw_curves, read_history
+from cbam_pl.inspect.gallery import render_gallery, view_network
 from cbam_pl.inspect.gates import attention_maps, attention_modules, feature_maps
 from cbam_pl.inspect.randomisation import cascading_randomisation
 from cbam_pl.inspect.scores import grad_cam, measure
@@ -47,6 +49,12 @@ class LoadedCheckpoint:
     def logs(self) -> Path:
         """The folder of its results; the checkpoint's own folder where its run is not known."""
         return results_folder(self.path, self.root) or self.path.absolute().parent
+
+    @property
+    def description(self) -> str:
+        """Its network, attention and epoch."""
+        model = self.content["hyper_parameters"]
+        return f"{network_name(model)}, attention {model['attention']['kind']}, epoch {self.content['epoch'] + 1}"
 
     @cached_property
     def network(self) -> nn.Module:
@@ -82,42 +90,63 @@ def visualize(options: list[str]) -> None:
         data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
         loaded.append(LoadedCheckpoint(path, content, {**saved, **data}, settings.trust, root))
     folder = loaded[0].logs / "pictures" if settings.output is None else Path(settings.output).expanduser()
+    with as_user_error():
+        (_write_page if settings.page else _write_pictures)(settings, loaded, folder)
+
+
+@contextmanager
+def _writing_into(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise cannot_write(error.filename or folder, error, "name another folder with --output") from error
+
+
+def _write_page(settings: Any, loaded: Sequence[LoadedCheckpoint], folder: Path) -> None:
+    paths = [one.path for one in loaded]
+    recipes = [_name_of(path) if (run := run_of(path)) is None else run.recipe for path in paths]
+    names = recipes if len({*recipes}) == len(recipes) else unique_names(paths)
+    named = dict(zip(names, loaded, strict=True))
+    chosen = {name: settings[name] for name in ("indices", "class_name", "num_images", "layer")}
+    page, path = gallery_of(named, **chosen), folder / "gallery.html"
+    with _writing_into(folder):
+        path.write_text(page, "utf-8")
+    print(path)
+
+
+def _write_pictures(settings: Any, loaded: Sequence[LoadedCheckpoint], folder: Path) -> None:
     chosen = {name: settings[name] for name in ("images", "indices", "class_name", "num_images")}
+    file_format = settings.format or "png"
     pictures: dict[str, Callable[[], Figure]] = {}
     measured = {}
     failures = []
-    with as_user_error():
-        for one, name in zip(loaded, unique_names([one.path for one in loaded]), strict=True):
-            model = one.content["hyper_parameters"]
-            network = f"{network_name(model)}, attention {model['attention']['kind']}, epoch {one.content['epoch'] + 1}"
-            title, prefix = f"{name} ({network})", f"{name}-" if len(loaded) > 1 else ""
-            drawn = pictures_of(one, title, **chosen, layer=settings.layer)
-            if "attention" not in drawn:
-                print(f"{title}: this network has no gates, so there is no picture of them")
-            if tested := _read_test(one):
-                drawn["reliability"] = partial(_draw_reliability, tested, f"Reliability\n{title}")
-            else:
-                print(f"{title}: there is no test of it, so there is no reliability diagram; run: test --calibrate")
-            pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
-            measured[prefix] = one, title
-        if histories := _read_histories(loaded):
-            pictures["curves"] = partial(draw_curves, histories)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, draw in pictures.items():
-                path = folder / f"{name}.{settings.format}"
-                try:
-                    draw().savefig(path)
-                    print(path)
-                except ValueError as error:
-                    failures.append(f"no {path.name}: {error}")
-            for prefix, (one, title) in measured.items() if settings.measure else ():
-                images = one.test_images
-                subset = images.subset(torch.tensor(_evenly(len(images), settings.measure_images or 1000)))
-                _measure(one, title, subset, folder / f"{prefix}measures.csv")
-                _intervene(one, title, subset, folder, prefix, settings.format)
-        except OSError as error:
-            raise cannot_write(error.filename or folder, error, "name another folder with --output") from error
+    for one, name in zip(loaded, unique_names([one.path for one in loaded]), strict=True):
+        title, prefix = f"{name} ({one.description})", f"{name}-" if len(loaded) > 1 else ""
+        drawn = pictures_of(one, title, **chosen, layer=settings.layer)
+        if "attention" not in drawn:
+            print(f"{title}: this network has no gates, so there is no picture of them")
+        if tested := _read_test(one):
+            drawn["reliability"] = partial(_draw_reliability, tested, f"Reliability\n{title}")
+        else:
+            print(f"{title}: there is no test of it, so there is no reliability diagram; run: test --calibrate")
+        pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
+        measured[prefix] = one, title
+    if histories := _read_histories(loaded):
+        pictures["curves"] = partial(draw_curves, histories)
+    with _writing_into(folder):
+        for name, draw in pictures.items():
+            path = folder / f"{name}.{file_format}"
+            try:
+                draw().savefig(path)
+                print(path)
+            except ValueError as error:
+                failures.append(f"no {path.name}: {error}")
+        for prefix, (one, title) in measured.items() if settings.measure else ():
+            images = one.test_images
+            subset = images.subset(torch.tensor(_evenly(len(images), settings.measure_images or 1000)))
+            _measure(one, title, subset, folder / f"{prefix}measures.csv")
+            _intervene(one, title, subset, folder, prefix, file_format)
     if failures:
         raise UserError("; ".join(failures))
 
@@ -132,6 +161,13 @@ def _check_options(settings: Any) -> None:
         raise UserError("--measure needs images whose classes are known; leave --images out")
     if settings.measure_images is not None and not settings.measure:
         raise UserError("--measure_images has no effect without --measure")
+    if settings.page and settings.images is not None:
+        raise UserError("--page needs images whose classes are known; leave --images out")
+    for name in ("measure", "format"):
+        if settings.page and settings[name]:
+            raise UserError(
+                f"--{name} has no effect with --page, which writes gallery.html alone; leave one of them out"
+            )
     if settings.measure_images == 1:
         raise UserError("--measure_images 1 leaves no other image, whose gates are needed; use at least 2")
 
@@ -177,11 +213,7 @@ def pictures_of(
         headings = [file.name for file in files]
     else:
         test = loaded.test_images
-        if indices is None:
-            indices = _choose(test.labels, classes, class_name, num_images or 3)
-        for index in indices:
-            if not 0 <= index < len(test):
-                raise UserError(f"--indices {index} is outside the test split; use 0 to {len(test) - 1}")
+        indices = _choose(test, classes, indices, class_name, num_images or 3)
         pixels = test.pixels[indices]
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
@@ -197,7 +229,50 @@ def pictures_of(
     return {name: draw for name, draw in drawn.items() if maps or name != "attention"}
 
 
-def _choose(labels: Tensor, classes: list[str], class_name: str | None, count: int) -> list[int]:
+def gallery_of(
+    named: Mapping[str, LoadedCheckpoint],
+    indices: list[int] | None = None,
+    class_name: str | None = None,
+    num_images: int | None = None,
+    layer: str | None = None,
+) -> str:
+    """The page on what networks, by name, make of the same test images; all of them must have the same data.
+
+    Raises:
+        UserError: the networks have other classes or test images than the first, or an option names none.
+    """
+    (first, test), *others = ((name, one.test_images) for name, one in named.items())
+    classes = named[first].content["ImageDataModule"]["classes"]
+    chosen = torch.tensor(_choose(test, classes, indices, class_name, num_images or 200))
+    shown = test.subset(chosen)
+    for name, images in others:
+        if named[name].content["ImageDataModule"]["classes"] != classes:
+            raise UserError(f"{name} and {first} do not have the same classes; make a page for each")
+        if not (torch.equal(images.labels, test.labels) and torch.equal(images.take(chosen), shown.pixels)):
+            raise UserError(f"{name} and {first} do not have the same test images; make a page for each")
+    views = []
+    for name, one in named.items():
+        model = one.content["hyper_parameters"]
+        what, flip = f"{one.description}, {one.path}", model.get("test_time_flip", False)
+        views.append(view_network(one.network, one.normalise(shown.pixels), name, what, flip, layer))
+    *most, last = named
+    who = f"{', '.join(most)} and {last} see" if most else f"{last} sees"
+    title = f"{len(chosen):,} of {len(test):,} test images, as {who} them"
+    return render_gallery(title, shown.pixels, shown.labels, chosen.tolist(), classes, views)
+
+
+def _choose(
+    test: Images, classes: list[str], indices: list[int] | None, class_name: str | None, count: int
+) -> list[int]:
+    if indices is None:
+        return _choose_of(test.labels, classes, class_name, count)
+    for index in indices:
+        if not 0 <= index < len(test):
+            raise UserError(f"--indices {index} is outside the test split; use 0 to {len(test) - 1}")
+    return indices
+
+
+def _choose_of(labels: Tensor, classes: list[str], class_name: str | None, count: int) -> list[int]:
     if class_name is None:
         return _evenly(len(labels), count)
     if class_name not in classes:

@@ -299,10 +299,10 @@ class ImageDataModule(LightningDataModule):
             self.crop_scale,
         )
 
-    def _evaluation_loader(self, split: Literal["val", "test"]) -> EvaluationLoader:
+    def _evaluation_loader(self, split: Literal["val", "test"], shuffle: bool = True) -> EvaluationLoader:
         normalise, device, shard = self._placement()
         # Without gradients four times as many images need less memory than a training step.
-        return EvaluationLoader(self.images(split), 4 * self.batch_size, normalise, device, shard, shuffle=True)
+        return EvaluationLoader(self.images(split), 4 * self.batch_size, normalise, device, shard, shuffle)
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation image once, in a fixed random order."""
@@ -311,6 +311,10 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> EvaluationLoader:
         """Every test image once, in a fixed random order."""
         return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Every test image once, in the order of `images("test")`."""
+        return self._evaluation_loader("test", shuffle=False)
 
     def changed_test_dataloader(self, change: Callable[[Tensor, Tensor], Tensor]) -> EvaluationLoader:
         """Every test image once, after `change` of a batch's pixels (B, 3, H, W) uint8 and indices (B,), on the CPU."""

@@ -33,7 +33,6 @@ _GAP = 14  # pixels between a panel and the one below it
 _HEADING: dict[str, Any] = {"loc": "left", "fontsize": NORMAL, "parse_math": False}  # of a column
 _MIN_SPAN = 0.05  # of a gate's colour scale, so that a nearly constant gate looks nearly constant
 _MIN_IMAGES = 10  # of a bin of the reliability diagram
-_DIVERGED = "holds NaN or infinity: the network has diverged; choose an earlier checkpoint"
 
 
 @dataclass(frozen=True)
@@ -178,6 +177,15 @@ def draw_reliability(before: Reliability, after: Reliability | None, title: str)
     return figure
 
 
+def gate_scale(gate: Tensor) -> tuple[float, float]:
+    """Ends of the colour scale of a spatial gate of several images (B, H, W): its range, but not less than 0.05."""
+    low, high = float(gate.min()), float(gate.max())
+    if high - low < _MIN_SPAN:
+        low = min(max(min(0.0, low), (low + high - _MIN_SPAN) / 2), max(1.0, high) - _MIN_SPAN)
+        high = low + _MIN_SPAN
+    return low, high
+
+
 def cut(text: str, length: int) -> str:
     """Cut a text that is too long, with an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"
@@ -242,19 +250,14 @@ def _draw_over(axes: Axes, images: CaptionedImages, maps: Tensor, low: float, hi
 
 def _draw_spatial_gate(axes: Axes, images: CaptionedImages, name: str, gate: Tensor) -> None:
     _check_map(f"the spatial gate of {name}", gate)
-    low, high = float(gate.min()), float(gate.max())
-    if high - low < _MIN_SPAN:
-        low = min(max(0.0, (low + high - _MIN_SPAN) / 2), 1 - _MIN_SPAN)
-        high = low + _MIN_SPAN
-    _draw_over(axes, images, gate, low, high)
+    _draw_over(axes, images, gate, *gate_scale(gate))
     axes.set_title(f"{name}\n{gate.shape[1]}×{gate.shape[2]}", **_HEADING)
     _add_colour_bar(axes, "spatial gate")
 
 
 def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
     """Draw gates (B, C) as bars, highest first, at the heights of the images."""
-    if not gate.isfinite().all():
-        raise ValueError(f"the channel gate of {name} {_DIVERGED}")
+    check_finite(f"the channel gate of {name}", gate)
     ordered = gate.sort(1, descending=True).values.cpu()
     heights = F.interpolate(ordered[:, None], size=_SIDE, mode="nearest-exact")  # (B, 1, side)
     levels = (torch.arange(_SIDE, 0, -1) - 0.5)[:, None] / _SIDE  # (side, 1)
@@ -292,9 +295,14 @@ def _add_colour_bar(axes: Axes, label: str, width: float = 1.0) -> None:
         text.set(ha=align)
 
 
-def _check_map(what: str, values: Tensor) -> None:
+def check_finite(what: str, values: Tensor) -> None:
+    """Raise a ValueError that begins with `what` where a value is NaN or infinite."""
     if not values.isfinite().all():
-        raise ValueError(f"{what} {_DIVERGED}")
+        raise ValueError(f"{what} holds NaN or infinity: the network has diverged; choose an earlier checkpoint")
+
+
+def _check_map(what: str, values: Tensor) -> None:
+    check_finite(what, values)
     if float(values.max() - values.min()) < 1e-6:
         raise ValueError(
             f"{what} is {float(values.mean()):.3f} everywhere in every image, a map that shows nothing; "

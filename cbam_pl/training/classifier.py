@@ -296,7 +296,7 @@ class Classifier(LightningModule):
 
     @property
     def optimization(self) -> dict[str, Any]:
-        """How the weights are updated, as plain values, such as {"optimizer": "Adam", "optimizer.lr": 0.001}."""
+        """How the weights are updated, as plain values, such as "Adam" for optimizer and 0.001 for optimizer.lr."""
         settings: dict[str, Any] = {"lr_interval": self.lr_interval}
         settings |= {"freeze": self.freeze_patterns, "lr_factors": self.lr_factors}
         for name, factory in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):

@@ -220,7 +220,7 @@ def _card(output: Path, checkpoint: Mapping[str, Any], precision: Precision, rec
         stored=stored,
         reason=(record["stored"] or {}).get("reason"),
         flip=settings.get("test_time_flip", False),
-        record=record,
+        record={"rounded": False, **record},
     )
 
 

@@ -62,7 +62,10 @@ def read_folder(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         reason = str(error) if isinstance(error, SchemaError) else "is damaged, or was not written by this program"
         raise UserError(f"{path / CONFIG} {reason}; restore it, or export the checkpoint again") from error
-    return {**config["checkpoint"], "state_dict": _unpack(weights), "record": config["record"]}
+    record = config["record"]
+    if config["precision"] == "float16":
+        record["rounded"] = True  # also of a folder that is written from this one
+    return {**config["checkpoint"], "state_dict": _unpack(weights), "record": record}
 
 
 def write_folder(

@@ -1,6 +1,8 @@
 import csv
 import json
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +233,62 @@ def test_measure_on_shapes_knows_where_the_object_is(command, tmp_path):
     assert "inside: fraction of the map's energy" in outcome.out
 
 
+def gallery(path):
+    text = path.read_text("utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_page_has_the_predictions_of_the_test(command, run, plain):
+    paths = [root / "checkpoints/tiny/version_0/best.ckpt" for root in (run, plain)]
+    outcome = visualize(command, run, "--ckpt_path", *paths, "--page")
+    assert outcome.status == 0, outcome.err
+    path = run / "logs/tiny/version_0/pictures/gallery.html"
+    assert outcome.out == f"{path}\n"
+    content = gallery(path)
+    tested = np.load(run / "logs/tiny/version_0/test.npz")
+    order = tested["image"].argsort()
+    assert content["images"]["number"] == list(range(21))
+    assert content["images"]["label"] == tested["label"][order].tolist()
+    cbam, none = content["networks"]
+    assert [top[0][0] for top in cbam["top"]] == tested["predicted"][order].tolist()
+    assert cbam["loss"] == pytest.approx(tested["nll"][order].tolist(), abs=1e-3)
+    assert [one["name"] for one in (cbam, none)] == ["tiny-version_0-best", "tiny-version_0-best-2"]
+    assert cbam["description"].startswith("cnn, attention cbam, epoch")
+    assert none["blocks"] == []
+
+
+def test_the_page_shows_the_images_that_are_chosen(command, run, tmp_path):
+    for options, numbers in (
+        (("--class_name", "green", "--num_images", 2), [7, 8]),
+        (("--indices", 20, 0), [20, 0]),
+        (("--num_images", 3), [0, 7, 14]),
+    ):
+        outcome = visualize(command, run, "--page", "--output", tmp_path, *options)
+        assert outcome.status == 0, outcome.err
+        content = gallery(tmp_path / "gallery.html")
+        assert content["images"]["number"] == numbers
+        assert content["networks"][0]["name"] == "tiny"
+
+
+@pytest.mark.parametrize("other", ["classes", "test images"])
+def test_the_networks_of_a_page_have_the_same_data(command, run, tmp_path, image_folder, other):
+    root = shutil.copytree(image_folder, tmp_path / "data", ignore=lambda *_: {".cache"})
+    path = run / "checkpoints/tiny/version_0/best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["root"] = str(root)
+    if other == "classes":
+        for split in ("train", "test"):
+            (root / split / "red").rename(root / split / "rot")
+        checkpoint["ImageDataModule"]["classes"][2] = "rot"
+    else:
+        shutil.copy(root / "test/red/0.png", root / "test/red/1.png")
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with warnings.catch_warnings(action="ignore"):  # the images have changed since the training
+        outcome = visualize(command, run, "--page", "--output", tmp_path, "--ckpt_path", path, tmp_path / "other.ckpt")
+    assert_rejected(outcome, f"other and tiny do not have the same {other}; make a page for each")
+    assert not (tmp_path / "gallery.html").exists()
+
+
 def test_no_run_yet(command, tmp_path):
     assert_rejected(visualize(command, tmp_path), "no best.ckpt under", "train first")
 
@@ -264,6 +322,10 @@ def test_options_that_make_no_sense(command, run):
     assert_rejected(visualize(command, run, "--measure_images", 9), "no effect without --measure")
     assert_rejected(visualize(command, run, "--measure", "--measure_images", 1), "no other image", "use at least 2")
     assert_rejected(visualize(command, run, "--images", "x.png", "--measure"), "leave --images out")
+    assert_rejected(visualize(command, run, "--page", "--images", "x.png"), "whose classes are known", "leave --images")
+    assert_rejected(visualize(command, run, "--page", "--format", "svg"), "--format has no effect with --page")
+    assert_rejected(visualize(command, run, "--page", "--measure"), "--measure has no effect with --page")
+    assert_rejected(visualize(command, run, "--page", "--layer", "x"), "--layer x is not a module")
     assert_rejected(visualize(command, run, "--format", "gif"), "gif")
     assert_rejected(visualize(command, run, "--formt", "png"), "formt")
 
@@ -276,6 +338,8 @@ def test_a_diverged_network_gets_no_pictures(command, run, tmp_path):
     outcome = visualize(command, run, "--ckpt_path", path, "--output", tmp_path / "out")
     assert_rejected(outcome, "no attention.png: the spatial gate of blocks.1 holds NaN or infinity", "no features.png")
     assert not any((tmp_path / "out").iterdir())
+    outcome = visualize(command, run, "--ckpt_path", path, "--output", tmp_path / "out", "--page")
+    assert_rejected(outcome, "the output of diverged holds NaN or infinity")
 
 
 def test_a_blank_gate_does_not_keep_the_other_pictures_away(command, run, tmp_path):

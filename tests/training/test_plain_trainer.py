@@ -52,9 +52,12 @@ def test_the_readmes_lines_train_test_load_and_resume(image_folder, tmp_path, mo
     test = data.images("test")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     with torch.no_grad():
-        correct = network((test.pixels / 255 - mean) / std).argmax(1) == test.labels
+        logits = network((test.pixels / 255 - mean) / std)
+    correct = logits.argmax(1) == test.labels
     tested = float(names["trainer"].callback_metrics["test/acc"])
     assert tested == pytest.approx(float(correct.float().mean()))
+    predicted = torch.cat(Trainer(logger=False, **QUIET).predict(Classifier.load_from_checkpoint(best), data))
+    assert torch.allclose(predicted, logits.softmax(1), atol=1e-5)
     logged = scalars(Path("lightning_logs/version_0"))
     assert logged["test/acc"] == [(saved["epoch"] + 1, pytest.approx(tested))]
     assert [step for step, _ in scalars(Path("lightning_logs/version_1"))["val/acc"]] == [*range(saved["epoch"] + 2, 4)]

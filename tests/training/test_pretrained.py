@@ -217,12 +217,16 @@ def test_corruptions_are_in_the_card_as_they_were_measured(best, root, tmp_path)
     (run / "logs/tiny/version_0/robustness.json").write_text(json.dumps(record))
     write_pretrained(run / "checkpoints/tiny/version_0/best.ckpt", tmp_path / "w")
     text = " ".join((tmp_path / "w/README.md").read_text().split())
-    assert "mean accuracy 0.3750 on the common ones; 1 corruptions (fog), measured" in text
+    assert "mean accuracy 0.3750 on the common ones; corruptions (1): fog; measured" in text
     assert "on 2026-01-02, options of `test`: `--x`." in text
 
 
 def test_a_folder_in_another_precision_keeps_the_record_of_the_run(folder, tmp_path):
     write_pretrained(folder, tmp_path / "again", "float16")
+    write_pretrained(tmp_path / "again", tmp_path / "back")
+    text = "stored as float32, after kernels and matrices were rounded to float16;"
+    found = [text in " ".join((path / "README.md").read_text().split()) for path in (folder, tmp_path / "back")]
+    assert found == [False, True]
     before, after = (read_checkpoint(path)["record"] for path in (folder, tmp_path / "again"))
     assert after["test"] == before["test"]
     assert after["stored"]["changed"] is None  # the predictions of the run are not in the folder

@@ -29,7 +29,7 @@ from cbam_pl.commands.compare.jobs import (
     threads_per_job,
     uses_cuda,
 )
-from cbam_pl.commands.compare.page import render
+from cbam_pl.commands.compare.page import render, write_gallery
 from cbam_pl.commands.compare.plan import Plan, make_plan, nest, option_parser
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
@@ -62,7 +62,8 @@ def compare(arguments: list[str]) -> None:
         page = plan.output / "report.html"
         try:
             report.write_report(plan.output, content)
-            page.write_text(render(plan, content, results))
+            no_gallery = write_gallery(plan.output / "gallery.html", plan, results)
+            page.write_text(render(plan, content, results, no_gallery))
         except OSError as error:
             raise UserError(f"cannot write the report to {plan.output} ({error.strerror}); free some space") from error
         report.print_report(content)

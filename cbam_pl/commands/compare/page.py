@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO, StringIO
 from pathlib import Path
 from textwrap import fill
@@ -18,7 +19,8 @@ from PIL import Image
 
 from cbam_pl.commands.compare.plan import Plan, nest, trusted
 from cbam_pl.commands.compare.report import COSTS, Result
-from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
+from cbam_pl.commands.visualize import LoadedCheckpoint, gallery_of, pictures_of
+from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
 from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise
 from cbam_pl.training.checkpoint import read_checkpoint
@@ -26,10 +28,11 @@ from cbam_pl.training.checkpoint import read_checkpoint
 _WIDTH = 4.1  # inches, so that a chart's text can be read on a phone
 _MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
 _MAX_CLASSES = 20
+_GALLERY_RECIPES = 3  # at most 10 MB, and side by side on a phone
 
 
-def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> str:
-    """The page."""
+def render(plan: Plan, content: dict[str, Any], results: Sequence[Result], no_gallery: str = "") -> str:
+    """The page; with a link to gallery.html beside it, or the reason why there is none."""
     recipes, labels = content["recipes"], content["labels"]
     headings = ["recipe", "seed", "best epoch", "validation, %", "test, %", "test loss", "checkpoint"]
     cells = {"val_acc": ".2f", "test_acc": ".2f", "test_loss": ".4f", "checkpoint": ""}
@@ -49,6 +52,7 @@ def render(plan: Plan, content: dict[str, Any], results: Sequence[Result]) -> st
         classes=_svg(_draw_classes(recipes)),
         costs=[_svg(_draw_against_cost(recipes, key, *column[:2])) for key, column in COSTS.items()],
         pictures=[picture for name in recipes for picture in _pictures(plan, name, results)],
+        no_gallery=no_gallery,
     )
 
 
@@ -63,15 +67,39 @@ def _svg(figure: Figure | None) -> Markup | None:
     return Markup(text[text.index("<svg") :])
 
 
-def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str, str]]:
-    """Gates and Grad-CAM of a recipe, of the first seed that all recipes have: the same test images for each."""
+def write_gallery(path: Path, plan: Plan, results: Sequence[Result]) -> str:
+    """Write the page to look through test images, as the first recipes' networks see them.
+
+    Returns:
+        Why there is none, or empty. Nothing here ends the command: the report is there without it.
+    """
+    recipes = {result["recipe"] for result in results}
+    names = [name for name in plan.given if name in recipes][:_GALLERY_RECIPES]
+    try:
+        loaded = {plan.labels[name]: _load(plan, name, results)[1] for name in names}
+        path.write_text(gallery_of(loaded), "utf-8")
+    except (UserError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        with suppress(OSError):
+            path.unlink()  # what an earlier report left, or a full disk
+        return str(error)
+    return ""
+
+
+def _load(plan: Plan, name: str, results: Sequence[Result]) -> tuple[int, LoadedCheckpoint]:
+    """The seed and the network of a recipe, of the first seed that all recipes have."""
     runs = {(one["recipe"], one["seed"]): one for one in results}
     trained = {recipe for recipe, _ in runs}
     own = [seed for seed in plan.seeds if (name, seed) in runs]
     seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
     path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
-    title = f"{plan.labels[name]}, seed {seed}, epoch {runs[name, seed]['epoch']}"
-    drawn = pictures_of(LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name])), title)
+    return seed, LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name]))
+
+
+def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str, str]]:
+    """Gates and Grad-CAM of a recipe's network: the same test images for each."""
+    seed, loaded = _load(plan, name, results)
+    title = f"{plan.labels[name]}, seed {seed}, epoch {loaded.content['epoch'] + 1}"
+    drawn = pictures_of(loaded, title)
     pictures = []
     for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
         try:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbam_pl.commands.compare.page import write_gallery
 from cbam_pl.commands.compare.plan import Control, Plan
 from cbam_pl.commands.compare.report import analyse, markdown, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
@@ -302,7 +303,7 @@ def test_the_page_needs_no_other_file_and_shows_everything(compared):
     text = (root / "report/report.html").read_text()
     page = _Page()
     page.feed(text)
-    assert not page.outside
+    assert page.outside == ["gallery.html"]
     assert "url(" not in re.sub(r"url\(#", "(", text)
     assert page.tags.count("svg") == 9  # differences, epochs, six costs, classes
     assert len(page.images) == 5  # Grad-CAM of three recipes, gates of two
@@ -314,6 +315,26 @@ def test_the_page_needs_no_other_file_and_shows_everything(compared):
     for expected in ("trainer.max_epochs: 2", "model.attention.kind", content["runs"][0]["commit"], "torch"):
         assert expected in words
     assert len(set(re.findall(r"seed (\d), epoch", words))) == 1
+
+
+def test_a_gallery_of_the_first_seeds_networks_is_beside_the_report(compared):
+    root, _, _, content, _ = compared
+    text = (root / "report/gallery.html").read_text("utf-8")
+    shown = json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)[1])
+    assert [network["name"] for network in shown["networks"]] == ["none", "se", "cbam"]
+    for network in shown["networks"]:
+        (run,) = [run for run in content["runs"] if (run["recipe"], run["seed"]) == (network["name"], 0)]
+        assert network["description"].endswith(f", epoch {run['epoch']}, {run['checkpoint']}")
+        right = [top[0][0] == label for top, label in zip(network["top"], shown["images"]["label"], strict=True)]
+        assert 100 * np.mean(right) == pytest.approx(run["test_acc"])
+
+
+def test_a_gallery_that_cannot_be_made_is_left_out_with_the_reason(tmp_path):
+    path = tmp_path / "gallery.html"
+    path.write_text("of an earlier report")
+    results = [result("net-kind=none", 0, 0.8)]  # whose best.ckpt is not there
+    assert "no checkpoint at best.ckpt" in write_gallery(path, plan_for({"net-kind=none": [0.8]}), results)
+    assert not path.exists()
 
 
 def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, tmp_path):
