@@ -245,7 +245,8 @@ def test_the_page_has_the_predictions_of_the_test(command, run, plain):
     path = run / "logs/tiny/version_0/pictures/gallery.html"
     assert outcome.out == f"{path}\n"
     content = gallery(path)
-    tested = np.load(run / "logs/tiny/version_0/test.npz")
+    with np.load(run / "logs/tiny/version_0/test.npz") as file:
+        tested = {name: file[name] for name in ("image", "label", "predicted", "nll")}
     order = tested["image"].argsort()
     assert content["images"]["number"] == list(range(21))
     assert content["images"]["label"] == tested["label"][order].tolist()

@@ -20,7 +20,15 @@ def test_it_trains_tests_and_reports(compared):
     assert outcome.out.startswith("6 runs: 3 recipes with 2 seeds; 0 are done\n")
     assert outcome.out.rstrip().endswith(str(root / "report/report.html"))
     names = sorted(path.name for path in (root / "report").iterdir())
-    assert names == ["comparison.json", "configs", "report.csv", "report.html", "report.json", "report.md"]
+    assert names == [
+        "comparison.json",
+        "configs",
+        "gallery.html",
+        "report.csv",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     assert [content["runs"][index]["recipe"] for index in range(3)] == ["none", "se", "cbam"]
 
 
