@@ -169,6 +169,7 @@ def measured(monkeypatch):
     return SimpleNamespace(found=found, calls=calls)
 
 
+@pytest.mark.slow
 def test_controls_are_added_to_a_finished_comparison_and_kept(compared, recipes, command, quick, tmp_path, measured):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     report = root / "report"
