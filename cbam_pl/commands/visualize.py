@@ -30,7 +30,7 @@ from cbam_pl.inspect.scores import grad_cam, measure
 from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
 from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier, network_name
-from cbam_pl.training.run import results_folder, run_of
+from cbam_pl.training.run import read_result, results_folder, run_of
 
 RANDOMISED_EVERY = 4  # of the images measured on: a mean of correlations needs fewer than an accuracy
 
@@ -304,11 +304,8 @@ def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
 
 def _read_test(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """What `test` wrote of this checkpoint; empty without a test, or where that was of another epoch."""
-    try:
-        tested = json.loads((loaded.logs / "test.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return tested if "reliability" in tested and tested["epoch"] == loaded.content["epoch"] + 1 else {}
+    tested = read_result(loaded.logs, "test.json", loaded.content["epoch"] + 1) or {}
+    return tested if "reliability" in tested else {}
 
 
 def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:

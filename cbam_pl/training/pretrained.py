@@ -22,7 +22,7 @@ from cbam_pl.inspect.calibration import NUM_BINS, measure_images
 from cbam_pl.models.cost import count_parameters
 from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import load_classifier, network_name, read_checkpoint
-from cbam_pl.training.run import Run, run_of
+from cbam_pl.training.run import Run, read_result, run_of
 from cbam_pl.training.trainer import running
 from cbam_pl.training.weights_folder import Precision, as_stored, write_folder
 
@@ -96,8 +96,10 @@ def read_record(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "seed": checkpoint["datamodule_hyper_parameters"].get("seed"),
         "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved_at"])) if "saved_at" in checkpoint else None,
     }
-    found = {name: _read_json(run, f"{name}.json", checkpoint["epoch"] + 1) for name in ("test", "robustness")}
-    test, robustness = found["test"], found["robustness"]
+    test, robustness = (
+        None if run is None else read_result(run.logs, name, checkpoint["epoch"] + 1)
+        for name in ("test.json", "robustness.json")
+    )
     if test is not None:
         figures = {"accuracy": test["test/acc"], **test.get("measures", {})}
         test = {"figures": figures, **{name: test[name] for name in ("images", "options", "environment")}}
@@ -105,16 +107,6 @@ def read_record(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         names = ("images", "seed", "accuracy", "mean", "options", "environment")
         robustness = {name: robustness[name] for name in names}
     return record | {"test": test, "robustness": robustness, "reports": [] if run is None else _find_reports(run)}
-
-
-def _read_json(run: Run | None, name: str, epoch: int) -> dict[str, Any] | None:
-    if run is None:
-        return None
-    try:
-        content = json.loads((run.logs / name).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if content.get("epoch") == epoch else None
 
 
 def _read_predictions(run: Run | None) -> np.ndarray | None:

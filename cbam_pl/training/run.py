@@ -1,5 +1,6 @@
 """Where a run writes: checkpoints/RECIPE/version_N and logs/RECIPE/version_N, its lock, and files that are complete."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -96,6 +97,15 @@ def results_folder(checkpoint: Path, root: Path) -> Path | None:
         return root / "logs" / "weights" / checkpoint.resolve().name
     run = run_of(checkpoint)
     return None if run is None or not run.logs.is_dir() else run.logs
+
+
+def read_result(logs: Path, name: str, epoch: int) -> dict[str, Any] | None:
+    """What a JSON file in a log folder holds of the checkpoint of `epoch`, from 1; None where it has nothing of it."""
+    try:
+        content = json.loads((logs / name).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if content.get("epoch") == epoch else None
 
 
 def run_of(checkpoint: Path) -> Run | None:
