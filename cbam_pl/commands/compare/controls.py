@@ -13,7 +13,7 @@ import torch
 
 from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process
 from cbam_pl.commands.compare.jobs import threads_per_job
-from cbam_pl.commands.compare.plan import Control, Cost, Plan, labels_of, nest
+from cbam_pl.commands.compare.plan import Control, Cost, Plan, labels_of, name_of, nest
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.models import stage_channels
@@ -158,7 +158,7 @@ def _same_time(plan: Plan, name: str) -> list[Control]:
     for means, key, value, milliseconds in changes:
         change = {} if value == settings[key] else {key: value}
         measured = {"recipe": found["recipe"], "control": milliseconds}
-        control_name = "-".join([baseline, *labels_of(change)])
+        control_name = name_of(baseline, change)
         controls.append(Control(name, "time", means, control_name, change, measured))  # type: ignore[arg-type]
     return controls
 
@@ -296,7 +296,7 @@ def _same_parameters(plan: Plan, name: str) -> Control:
     width = min(counts, key=lambda width: abs(counts[width] - wanted))  # of two, the narrower
     change = {} if width == start else {"model.width": width}
     measured = {"recipe": float(wanted), "control": float(counts[width])}
-    return Control(name, "parameters", "width", "-".join([baseline, *labels_of(change)]), change, measured)
+    return Control(name, "parameters", "width", name_of(baseline, change), change, measured)
 
 
 def _count(settings: dict[str, Any]) -> int:

@@ -160,7 +160,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
         own_grid = _own_grid(file, recipe, parser)
         for variation in _variations(own_grid | grid):
             words = labels_of(variation)
-            name = "-".join([Path(file).stem, *words])
+            name = name_of(Path(file).stem, variation)
             values = {key: v if isinstance(v, str) else json.dumps(v) for key, v in variation.items()}
             parsed = parse(parser, [*settings, *(f"--{key}={value}" for key, value in values.items())], recipe)
             for option in _unused_options(variation):
@@ -299,13 +299,18 @@ def _unused_options(variation: dict[str, Any]) -> set[str]:
 
 
 def labels_of(variation: dict[str, Any]) -> list[str]:
-    """KEY=VALUE of each, as short as is unambiguous, and valid as a folder's name."""
+    """KEY=VALUE of each, as short as is unambiguous."""
     last = [key.rsplit(".", 1)[1] for key in variation]
     labels = []
     for (key, value), short in zip(variation.items(), last, strict=True):
         text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
-        labels.append(re.sub(r"[^\w.+=-]+", "_", f"{short if last.count(short) == 1 else key}={text}"))
+        labels.append(f"{short if last.count(short) == 1 else key}={text}")
     return labels
+
+
+def name_of(recipe: str, variation: dict[str, Any]) -> str:
+    """The name of a recipe's variation, by which its runs are stored: valid as a folder's name."""
+    return "-".join([recipe, *(re.sub(r"[^\w.+=-]+", "_", label) for label in labels_of(variation))])
 
 
 def _check(name: str, parser: Any, settings: Any) -> None:

@@ -10,6 +10,7 @@ from cbam_pl.commands.compare.plan import (
     _variations,
     flatten,
     labels_of,
+    name_of,
     nest,
     same_settings,
 )
@@ -77,8 +78,10 @@ def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run(
     assert _variations({}) == [{}]
 
 
-def test_labels_are_clear_and_fit_for_a_folder():
-    assert labels_of({"model.a.lr": 0.1, "trainer.a.lr": "x/y z"}) == ["model.a.lr=0.1", "trainer.a.lr=x_y_z"]
+def test_labels_are_as_given_and_names_fit_for_a_folder():
+    variation = {"model.a.lr": 0.1, "trainer.a.lr": "x/y z", "model.attention.where": "layer?.*.bn2"}
+    assert labels_of(variation) == ["model.a.lr=0.1", "trainer.a.lr=x/y z", "where=layer?.*.bn2"]
+    assert name_of("tiny", variation) == "tiny-model.a.lr=0.1-trainer.a.lr=x_y_z-where=layer_._.bn2"
 
 
 def test_a_grid_may_stand_in_the_recipe(recipes, tmp_path):
