@@ -135,7 +135,7 @@ def _draw_differences(recipes: dict[str, Any], controls: Sequence[dict[str, Any]
             shown.append((numbers[control["recipe"]], " minus ".join(names), control["difference"]))
     if not shown:
         return None
-    figure, axes = _new(0.9 + 0.5 * len(shown))
+    figure, axes = _new(1.05 + 0.5 * len(shown))
     for row, (number, _, difference) in enumerate(shown):
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
         if difference["images_interval"]:
@@ -143,7 +143,7 @@ def _draw_differences(recipes: dict[str, Any], controls: Sequence[dict[str, Any]
         _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
     _label_rows(axes, [fill(label, 16) for _, label, _ in shown])
     other = "difference of test accuracy" if controls else "test accuracy minus baseline's"
-    _label(axes, f"{other}, percentage points", "")
+    _label(axes, f"{other},\npercentage points", "")  # beside long labels, one line is too long
     return figure
 
 
@@ -175,14 +175,14 @@ def _draw_classes(recipes: dict[str, Any]) -> Figure | None:
     largest = {name: max(abs(row[name]["mean"]) for row in rows) for name in rows[0]}
     chosen = sorted(largest, key=lambda name: -largest[name])[:_MAX_CLASSES]
     classes = [name for name in largest if name in chosen]
-    figure, axes = _new(0.9 + len(classes) * (0.16 + 0.1 * len(shown)))
+    figure, axes = _new(1.05 + len(classes) * (0.16 + 0.1 * len(shown)))
     for place, (number, recipe) in enumerate(shown):
         offset = 0.6 * ((place + 0.5) / len(shown) - 0.5)
         for height, name in enumerate(classes):
             style = _style(number, markersize=4, linewidth=1.2)
             _draw_interval(axes, height + offset, recipe["per_class"][name], style)
     _label_rows(axes, [cut(name, 16) for name in classes])
-    _label(axes, "class's accuracy minus baseline's, percentage points", "")
+    _label(axes, "class's accuracy minus baseline's,\npercentage points", "")
     return figure
 
 
