@@ -217,7 +217,7 @@ def test_corruptions_are_in_the_card_as_they_were_measured(best, root, tmp_path)
     (run / "logs/tiny/version_0/robustness.json").write_text(json.dumps(record))
     write_pretrained(run / "checkpoints/tiny/version_0/best.ckpt", tmp_path / "w")
     text = " ".join((tmp_path / "w/README.md").read_text().split())
-    assert "mean accuracy 0.3750 on the common ones; corruptions (1): fog; measured" in text
+    assert "mean accuracy 0.3750 on the common ones; measured: fog, at severities 1, 2; with" in text
     assert "on 2026-01-02, options of `test`: `--x`." in text
 
 
