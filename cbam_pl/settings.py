@@ -144,6 +144,19 @@ def _add_export_options(parser: ArgumentParser) -> None:
     add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 
 
+_OF_ANOTHER_TYPE = re.compile(
+    r'Parser key "([^"]+)": '
+    r"(?:Expected a (.+)\. Got value: (.*)|Does not validate .+? Subtypes: \[(.+)\] Errors: .* Given value: (.*))"
+)
+_PLAIN_TYPES = {
+    r", <class 'NoneType'>": " or null",
+    r"<class '([^']+)'>": r"\1",
+    r"typing\.Literal\[([^]]+)\]": r"one of \1",
+    r"tuple\[(.+), \.\.\.\]": r"a list [...] of \1",
+    r"list\[([^]]+)\]": r"a list [...] of \1",
+}
+
+
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
     """The settings that options give, over a recipe's nested ones; a mistake is a UserError with the nearest key."""
     names = setting_names(parser)
@@ -162,7 +175,7 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     try:
         settings = parser.parse_args(options, namespace=parser.parse_object(dict(recipe)) if recipe else None)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(_in_plain_words(" ".join(str(error).split()))) from error
     for key, value in settings.items():
         if isinstance(value, (Seed, PositiveInt, NonNegativeInt, PositiveFloat, NonNegativeFloat)):
             settings[key] = value.real  # a plain number, as everything else that a checkpoint holds
@@ -170,6 +183,17 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
         if default is not None and "init_args" not in key and key in settings and settings[key] is None:
             raise UserError(f"{key}=null must have a value; leave it out for its default, {default}")
     return settings
+
+
+def _in_plain_words(message: str) -> str:
+    """jsonargparse's message that a value is of another type than its setting, as KEY=VALUE must be TYPE."""
+    found = _OF_ANOTHER_TYPE.fullmatch(message)
+    if found is None:
+        return message
+    key, types, value = (text for text in found.groups() if text is not None)
+    for pattern, plain in _PLAIN_TYPES.items():
+        types = re.sub(pattern, plain, types)
+    return f"{key}={value} must be {types}"
 
 
 def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:

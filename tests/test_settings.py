@@ -251,13 +251,27 @@ def test_a_network_is_given_as_an_optimizer_is_and_replaces_an_earlier_arch(
     ("content", "text"),
     [
         ("{class: torchvision.models.resnet18}", "unknown key model.network.class; use class_path and init_args"),
-        ("[a, b]", 'Parser key "model.network"'),
+        ("[a, b]", "model.network=['a', 'b'] must be dict"),
     ],
 )
 def test_a_network_in_another_form_is_named(content: str, text: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {{network: {content}}}")
     assert text in message("--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--data.val_size=abc", "data.val_size=abc must be int or null"),
+        ("--data.batch_size=1.5", "data.batch_size=1.5 must be int"),
+        ("--model.attention.stages=4", "model.attention.stages=4 must be a list [...] of int or null"),
+        ("--model.attention.pools=[av]", "model.attention.pools=['av'] must be a list [...] of one of 'avg', 'max'"),
+        ("--trainer.limit_val_batches=x", "trainer.limit_val_batches=x must be int, float or null"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_type_that_is_asked_for(option: str, text: str) -> None:
+    assert message(option).startswith(text)
 
 
 def test_an_argument_of_a_network_that_is_not_yaml_is_named() -> None:
