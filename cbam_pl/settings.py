@@ -144,19 +144,6 @@ def _add_export_options(parser: ArgumentParser) -> None:
     add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 
 
-_OF_ANOTHER_TYPE = re.compile(
-    r'Parser key "([^"]+)": '
-    r"(?:Expected a (.+)\. Got value: (.*)|Does not validate .+? Subtypes: \[(.+)\] Errors: .* Given value: (.*))"
-)
-_PLAIN_TYPES = {
-    r", <class 'NoneType'>": " or null",
-    r"<class '([^']+)'>": r"\1",
-    r"typing\.Literal\[([^]]+)\]": r"one of \1",
-    r"tuple\[(.+), \.\.\.\]": r"a list [...] of \1",
-    r"list\[([^]]+)\]": r"a list [...] of \1",
-}
-
-
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
     """The settings that options give, over a recipe's nested ones; a mistake is a UserError with the nearest key."""
     names = setting_names(parser)
@@ -183,6 +170,19 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
         if default is not None and "init_args" not in key and key in settings and settings[key] is None:
             raise UserError(f"{key}=null must have a value; leave it out for its default, {default}")
     return settings
+
+
+_OF_ANOTHER_TYPE = re.compile(
+    r'Parser key "([^"]+)": '
+    r"(?:Expected a (.+)\. Got value: (.*)|Does not validate .+? Subtypes: \[(.+)\] Errors: .* Given value: (.*))"
+)
+_PLAIN_TYPES = {
+    r", <class 'NoneType'>": " or null",
+    r"<class '([^']+)'>": r"\1",
+    r"typing\.Literal\[([^]]+)\]": r"one of \1",
+    r"tuple\[(.+), \.\.\.\]": r"a list [...] of \1",
+    r"list\[([^]]+)\]": r"a list [...] of \1",
+}
 
 
 def _in_plain_words(message: str) -> str:
