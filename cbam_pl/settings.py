@@ -172,28 +172,46 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     return settings
 
 
-_OF_ANOTHER_TYPE = re.compile(
-    r'Parser key "([^"]+)": '
-    r"(?:Expected a (.+)\. Got value: (.*)|Does not validate .+? Subtypes: \[(.+)\] Errors: .* Given value: (.*))"
-)
+# What jsonargparse says of the value of a key, and the same in plain words. The first that is found counts.
+_PLAIN_MESSAGES = {
+    r"the following arguments are required: (?P<name>[\w, ]*\w)": "{key} lacks {name}; give --{key}.{name}",
+    r"Option '(?P<name>[^']+)' is not accepted": "unknown key {key}.{name}; see --{key}.help CLASS",
+    r"Expected '(?P<value>[^']+)' to be a subclass of": "{key}={value} is of another kind; see --{key}.help CLASS",
+    r"Expected a dot import path string: (?P<value>\S+)( -|$)": "{key}={value} is unknown; give its import path",
+    r"subclass spec, but got (?P<value>.+)\. Got value": "{key}={value} is unknown; give its import path",
+    r"Not of type .*invalid literal .*: '(?P<value>.*)'$": "{key}={value} must be int",
+    r"Not of type .*could not convert .*: '(?P<value>.*)'$": "{key}={value} must be float",
+    r"Not of type \w+: (?P<value>\S+) does not conform to restriction (?P<types>.+)": "{key}={value} must be {types}",
+    r"does not conform to restriction (?P<types>\S+) - .* Given value: (?P<value>.*)": "{key}={value} must be {types}",
+    r"Subtypes: \[(?P<types>.+)\] Errors: .* Given value: (?P<value>.*)": "{key}={value} must be {types}",
+    r"^Expected a (?P<types>.+)\. Got value: (?P<value>.*)": "{key}={value} must be {types}",
+}
 _PLAIN_TYPES = {
     r", <class 'NoneType'>": " or null",
     r"<class '([^']+)'>": r"\1",
     r"typing\.Literal\[([^]]+)\]": r"one of \1",
     r"tuple\[(.+), \.\.\.\]": r"a list [...] of \1",
     r"list\[([^]]+)\]": r"a list [...] of \1",
+    r"jsonargparse\.typing\.": "",
+    r"\bv(?=[<>])": "",
 }
 
 
 def _in_plain_words(message: str) -> str:
-    """jsonargparse's message that a value is of another type than its setting, as KEY=VALUE must be TYPE."""
-    found = _OF_ANOTHER_TYPE.fullmatch(message)
+    """What jsonargparse says of the value of a setting, or of an argument of a class that is one, in plain words."""
+    found = re.fullmatch(r'Parser key "([^"]+)": (?:.*? Parser key "([^"]+)": )?(.*)', message)
     if found is None:
         return message
-    key, types, value = (text for text in found.groups() if text is not None)
-    for pattern, plain in _PLAIN_TYPES.items():
-        types = re.sub(pattern, plain, types)
-    return f"{key}={value} must be {types}"
+    *keys, text = found.groups()
+    if keys[1]:
+        text = text.rpartition(". Got value: Namespace(")[0]
+    for pattern, plain in _PLAIN_MESSAGES.items():
+        if said := re.search(pattern, text):
+            words = said.groupdict()
+            for type_pattern, plain_type in _PLAIN_TYPES.items():
+                words["types"] = re.sub(type_pattern, plain_type, words.get("types", ""))
+            return plain.format(key=".".join(filter(None, keys)), **words)
+    return message
 
 
 def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:

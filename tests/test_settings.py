@@ -268,9 +268,21 @@ def test_a_network_in_another_form_is_named(content: str, text: str, tmp_path: P
         ("--model.attention.stages=4", "model.attention.stages=4 must be a list [...] of int or null"),
         ("--model.attention.pools=[av]", "model.attention.pools=['av'] must be a list [...] of one of 'avg', 'max'"),
         ("--trainer.limit_val_batches=x", "trainer.limit_val_batches=x must be int, float or null"),
+        ("--seed=1.5", "seed=1.5 must be int"),
+        ("--seed=-1", "seed=-1 must be >=0 and <4294967296"),
+        ("--checkpoint_minutes=x", "checkpoint_minutes=x must be float"),
+        ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1 must be >=0"),
+        ("--trainer.gradient_clip_val=x", "trainer.gradient_clip_val=x must be NonNegativeFloat or null"),
+        ("--model.optimizer=Foo", "model.optimizer=Foo is unknown; give its import path"),
+        ("--model.optimizer=[1, 2]", "model.optimizer=[1, 2] is unknown; give its import path"),
+        ("--model.optimizer=torch.nn.Linear", "model.optimizer=torch.nn.Linear is of another kind; see "),
+        ("--model.optimizer.lr=abc", "model.optimizer.lr=abc must be float"),
+        ("--model.optimizer.nestrov=true", "unknown key model.optimizer.nestrov; see --model.optimizer.help CLASS"),
+        ("--model.lr_scheduler=StepLR", "model.lr_scheduler lacks step_size; give --model.lr_scheduler.step_size"),
+        ("--trainer.callbacks=EarlyStopping", "trainer.callbacks lacks monitor; give --trainer.callbacks.monitor"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_the_type_that_is_asked_for(option: str, text: str) -> None:
+def test_a_value_that_its_setting_cannot_have_is_named_with_what_it_must_be(option: str, text: str) -> None:
     assert message(option).startswith(text)
 
 
