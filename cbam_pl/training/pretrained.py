@@ -122,13 +122,14 @@ def _read_predictions(run: Run | None) -> np.ndarray | None:
 
 def _find_reports(run: Run) -> list[dict[str, Any]]:
     """The comparisons that this run is part of: mean and standard deviation of its recipe over the seeds."""
-    own = ("checkpoints", run.recipe, f"version_{run.version}", "best.ckpt")
+    own = (run.root / "checkpoints" / run.recipe / f"version_{run.version}" / "best.ckpt").resolve()
     reports = []
     for file in sorted({*run.root.glob("*/report.json"), *run.root.glob("*/*/report.json")}):
         try:
             content = json.loads(file.read_text())
             for one in content["runs"]:
-                if Path(one["checkpoint"]).parts[-4:] == own:
+                # A run of the same name under another root is another run; a relative path began where compare ran.
+                if own in (Path(one["checkpoint"]).resolve(), (run.root / one["checkpoint"]).resolve()):
                     seeds = [other["seed"] for other in content["runs"] if other["recipe"] == one["recipe"]]
                     accuracy = {key: content["recipes"][one["recipe"]]["test_acc"][key] for key in ("mean", "sd", "n")}
                     reports.append({"title": content["title"], "seeds": seeds, "test_acc": accuracy})

@@ -40,6 +40,9 @@ def root(trained, tmp_path_factory, command):
     report = {"title": "tiny against none", "runs": [best, other], "recipes": {"tiny": {"test_acc": test_acc}}}
     (root / "reports/tiny").mkdir(parents=True)
     (root / "reports/tiny/report.json").write_text(json.dumps(report))
+    elsewhere = {**best, "checkpoint": "finetune/checkpoints/tiny/version_0/best.ckpt"}  # another run of this name
+    (root / "reports/other").mkdir()
+    (root / "reports/other/report.json").write_text(json.dumps({**report, "title": "other", "runs": [elsewhere]}))
     (root / "reports/report.json").write_text("of another program")
     return root
 
