@@ -63,20 +63,20 @@ def test_images_are_spread_over_the_classes_unless_they_are_chosen(command, run,
         tops = [len(pixels) - 40 - (count - row) * 142 for row in range(count)]
         return [pixels[top:][:128, 160:288][2::4, 2::4] for top in tops]
 
-    def test_image(name, index):
+    def stored_image(name, index):
         return np.asarray(Image.open(image_folder / f"test/{name}/{index}.png"))
 
     def same(shown, expected):
         return len(shown) == len(expected) and all(map(np.array_equal, shown, expected))
 
-    three = [test_image("blue", 0), test_image("green", 0), test_image("red", 0)]
+    three = [stored_image("blue", 0), stored_image("green", 0), stored_image("red", 0)]
     assert same(first_column(), three)
-    assert same(first_column("--indices", 20, 0), [test_image("red", 6), test_image("blue", 0)])
-    green = [test_image("green", index) for index in range(2)]
+    assert same(first_column("--indices", 20, 0), [stored_image("red", 6), stored_image("blue", 0)])
+    green = [stored_image("green", index) for index in range(2)]
     assert same(first_column("--class_name", "green", "--num_images", 2), green)
     assert len(first_column("--num_images", 5)) == 5
     own = image_folder / "test/red/3.png"
-    assert same(first_column("--images", own), [test_image("red", 3)])
+    assert same(first_column("--images", own), [stored_image("red", 3)])
 
 
 def test_the_reliability_diagram_is_of_the_checkpoint_that_was_tested(command, run, tmp_path):
