@@ -80,8 +80,8 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
     """Finish every job. Returns those that failed."""
     bands = Bands(plan, jobs)
     num_jobs, jobs = len(jobs), [job for job in jobs if find(job)[0] != "done"]
-    seeds = len(plan.seeds)
-    print(f"{num_jobs} runs: {len(plan.configs)} recipes with {seeds} seeds; {num_jobs - len(jobs)} are done")
+    seeds = f"{len(plan.seeds)} {'seed' if len(plan.seeds) == 1 else 'seeds'}"
+    print(f"{num_jobs} runs: {len(plan.configs)} recipes with {seeds}; {num_jobs - len(jobs)} are done")
     if not jobs:
         bands.close()
         return {}

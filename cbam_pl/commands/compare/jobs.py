@@ -116,19 +116,17 @@ def _saved_settings(file: Path, written: int) -> dict[str, Any]:
 
 
 def _state(run: Run, job: Job) -> State:
-    last, best = read_progress(run, "last"), read_progress(run, "best")
-    if last is None:
-        return "new"  # nothing to resume from
+    last, best, tested = read_progress(run, "last"), read_best(run), read_test(run)
     limit = job.settings.get("trainer.max_steps", -1)
-    if last["epochs"] < job.epochs and not 0 <= limit <= last["steps"]:
+    if last is not None and last["epochs"] < job.epochs and not 0 <= limit <= last["steps"]:
         return "interrupted"
-    if best is None:
-        return "new"
-    tested = read_test(run)
-    if tested.get("epoch") != best["epoch"] or tested.get("options") != job.test_options:
-        return "trained"
+    same = best is not None and tested.get("epoch") == best["epoch"] and tested.get("options") == job.test_options
     complete = "calibration" in tested and (run.logs / "test.npz").is_file() and _has_corruptions(run, job, tested)
-    return "done" if complete else "tested"
+    if same and complete and (last is not None or len(read_epochs(run)) == job.epochs):
+        return "done"  # whether its checkpoints are still there or not
+    if last is None or read_progress(run, "best") is None:
+        return "new"  # nothing to resume from, or to test
+    return "tested" if same else "trained"
 
 
 def read_progress(run: Run, name: str) -> dict[str, Any] | None:
@@ -144,6 +142,12 @@ def read_progress(run: Run, name: str) -> dict[str, Any] | None:
         }
     except Exception:  # many types, of torch and of the archive; `fit` says what is wrong with the file
         return None
+
+
+def read_best(run: Run) -> dict[str, Any] | None:
+    """Epoch (from 1) and val/acc of best.ckpt, or of the best row of metrics.csv if it was deleted; None without."""
+    validated = [row for row in read_epochs(run) if "val/acc" in row]
+    return read_progress(run, "best") or max(validated, key=lambda row: row["val/acc"], default=None)
 
 
 def read_test(run: Run) -> dict[str, Any]:

@@ -92,12 +92,17 @@ def _load(plan: Plan, name: str, results: Sequence[Result]) -> tuple[int, Loaded
     own = [seed for seed in plan.seeds if (name, seed) in runs]
     seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
     path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
+    if not path.is_file():
+        raise UserError(f"{path} was deleted")
     return seed, LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name]))
 
 
 def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str, str]]:
     """Gates and Grad-CAM of a recipe's network: the same test images for each."""
-    seed, loaded = _load(plan, name, results)
+    try:
+        seed, loaded = _load(plan, name, results)
+    except UserError as error:
+        return [{"caption": f"{plan.labels[name]}: no pictures: {error}", "source": ""}]
     title = f"{plan.labels[name]}, seed {seed}, epoch {loaded.content['epoch'] + 1}"
     drawn = pictures_of(loaded, title)
     pictures = []

@@ -12,9 +12,9 @@ from cbam_pl.commands.compare.controls import describe
 from cbam_pl.commands.compare.jobs import (
     Job,
     find,
+    read_best,
     read_epochs,
     read_predictions,
-    read_progress,
     read_robustness,
     read_test,
     threads_per_job,
@@ -56,7 +56,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
     for job in jobs:
         state, run = find(job)
         tested = state in ("tested", "done")
-        if tested and run is not None and (best := read_progress(run, "best")) and (test := read_test(run)):
+        if tested and run is not None and (best := read_best(run)) and (test := read_test(run)):
             path, here = run.checkpoints / "best.ckpt", Path.cwd()
             test = with_robustness(test, read_robustness(run, test))
             result = {

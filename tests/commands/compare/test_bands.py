@@ -44,8 +44,8 @@ def test_an_epoch_is_written_once_when_all_seeds_have_it(compared, recipes, tmp_
     root = shutil.copytree(compared[0], tmp_path / "copy")
     table = root / "logs/cbam/version_1/metrics.csv"
     whole = table.read_text()
-    best = root / "checkpoints/cbam/version_1/best.ckpt"
-    best.rename(best.with_suffix(".kept"))  # so that this job is not done
+    test = root / "logs/cbam/version_1/test.json"
+    test.rename(test.with_suffix(".kept"))  # so that this job is not done
     plan = plan_in(root, recipes)
     bands = Bands(plan, jobs_of(plan))
     for rows in (0, 1, 1, 2):
@@ -56,7 +56,7 @@ def test_an_epoch_is_written_once_when_all_seeds_have_it(compared, recipes, tmp_
     bands.close()
     assert_bands(root, "cbam", (1, 2))
     # Again, as when the comparison is resumed: in place of the file before.
-    best.with_suffix(".kept").rename(best)
+    test.with_suffix(".kept").rename(test)
     plan = plan_in(root, recipes)
     bands = Bands(plan, jobs_of(plan))
     bands.close()

@@ -47,6 +47,36 @@ def test_runs_that_are_done_are_not_done_again(compared, recipes, command, quick
     assert (root / "other/report.html").exists()
 
 
+def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes, command, quick, tmp_path):
+    kept = ("config.yaml", "metrics.csv", "test.json", "test.npz")
+    for file in (compared[0] / "logs").glob("*/version_*/*"):
+        if file.name in kept:
+            copy = tmp_path / file.relative_to(compared[0])
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    quick.clear()
+    outcome = command(*again(tmp_path, recipes, "--output", tmp_path / "report"))
+    assert outcome.status == 0, outcome.err
+    assert "6 are done" in outcome.out
+    assert not quick
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    for after, before in zip(content["runs"], compared[3]["runs"], strict=True):
+        same = ("recipe", "seed", "epoch", "test_acc", "test_loss", "nll", "calibrated_nll")
+        assert {key: after[key] for key in same} == {key: before[key] for key in same}
+        assert after["val_acc"] == pytest.approx(before["val_acc"])
+    for name in ("none", "se", "cbam"):
+        assert content["recipes"][name]["difference"] == compared[3]["recipes"][name]["difference"]
+    page = (tmp_path / "report/report.html").read_text()
+    assert "none: no pictures: " in page
+    assert "best.ckpt was deleted" in page
+
+    (tmp_path / "logs/se/version_1/test.npz").unlink()
+    options = [*again(tmp_path, recipes, "--output", tmp_path / "report"), "--recompute"]
+    outcome = command(*options)
+    assert outcome.status == 0, outcome.err
+    assert "se seed 1" in (tmp_path / "report/report.md").read_text(), "it can neither be tested nor reported"
+
+
 def test_tests_of_an_earlier_version_are_recomputed_as_they_are_or_tested_again(
     compared, recipes, command, quick, tmp_path
 ):

@@ -99,6 +99,14 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     assert find(job)[0] == "interrupted"
     (checkpoints / "last.ckpt").write_bytes(b"cut")
     assert find(job)[0] == "new"
+    for file in checkpoints.iterdir():
+        file.unlink()
+    assert find(job)[0] == "new", "it is not tested"
+    (logs / "test.json").write_text(json.dumps(tested))
+    assert find(job)[0] == "done", "and needs its checkpoints no more"
+    rows = (logs / "metrics.csv").read_text().splitlines()
+    (logs / "metrics.csv").write_text("\n".join([*rows[:-1], ""]))
+    assert find(job)[0] == "new", "an epoch is missing"
     (logs / "config.yaml").write_text("not: [a run")
     assert find(job) == ("new", None)
 
@@ -213,7 +221,8 @@ def test_a_run_that_fit_is_training_is_waited_for_and_then_only_tested(recipes, 
 def test_waiting_ends_when_all_is_stopped(compared, recipes, quick, lock, tmp_path):
     root = copy_of(compared, tmp_path)
     job = jobs_of(plan_in(root, recipes))[0]
-    (root / "checkpoints/none/version_0/last.ckpt").write_bytes(b"damaged")  # so that there is something to train
+    (root / "checkpoints/none/version_0/last.ckpt").unlink()
+    (root / "logs/none/version_0/test.json").unlink()  # so that there is something to train
     quick.clear()
     stop = threading.Event()
     with FileLock(job.log.with_suffix(".lock") if lock == "job" else root / "logs/none/version_0/.lock"):
