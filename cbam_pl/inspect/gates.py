@@ -18,7 +18,7 @@ from cbam_pl.models.cnn import CNN
 from cbam_pl.models.insertion import map_shapes
 from cbam_pl.models.resnet import ResidualBlock, ResNet
 
-CONSTANT_STD = 1e-3  # a spatial gate with a lower standard deviation over positions counts as constant
+CONSTANT_STD = 1e-3  # a gate with a lower standard deviation over its channels or positions counts as constant
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def upsample(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 def gate_health(maps: AttentionMaps) -> dict[str, float]:
     """Summary statistics of the block's gates, by name, that show whether one is saturated or constant.
 
-    `spatial_std` is the standard deviation over positions, averaged over images; `channel_entropy` the entropy of the
-    gates normalised to sum 1, divided by its maximum: 1 if all channels are equal, 0 if one alone is open.
+    `channel_std` and `spatial_std` are the standard deviations over channels and over positions, averaged over images;
+    `channel_entropy` is the entropy of the gates normalised to sum 1, divided by its maximum: 1 if all channels are
+    equal, 0 if one alone is open.
     """
     health = {}
     for name, gate in (("channel", maps.channel), ("spatial", maps.spatial)):
@@ -125,8 +126,7 @@ def gate_health(maps: AttentionMaps) -> dict[str, float]:
             health[f"{name}_mean"] = gate.mean()
             health[f"{name}_below_0.05"] = (gate < 0.05).float().mean()
             health[f"{name}_above_0.95"] = (gate > 0.95).float().mean()
-    if maps.spatial is not None:
-        health["spatial_std"] = maps.spatial.flatten(1).std(1, correction=0).mean()
+            health[f"{name}_std"] = gate.flatten(1).std(1, correction=0).mean()
     if maps.channel is not None and maps.channel.shape[1] > 1:
         fractions = maps.channel / maps.channel.sum(1, keepdim=True)  # (B, C)
         health["channel_entropy"] = torch.special.entr(fractions).sum(1).mean() / math.log(fractions.shape[1])
@@ -134,11 +134,14 @@ def gate_health(maps: AttentionMaps) -> dict[str, float]:
     return dict(zip(health, values, strict=True))
 
 
-def is_constant(maps: AttentionMaps) -> bool:
-    """Whether the spatial gate is constant over positions in every image; False if there is a single position."""
-    if maps.spatial is None or maps.spatial[0].numel() == 1:
-        return False
-    return bool((maps.spatial.flatten(1).std(1, correction=0) < CONSTANT_STD).all())
+def constant_gates(maps: AttentionMaps) -> dict[str, float]:
+    """The mean of each gate, channel or spatial, that is the same for all channels or positions in every image.
+
+    Such a gate attends to nothing. One of a single channel or position is not among them.
+    """
+    gates = {"channel": maps.channel, "spatial": maps.spatial}
+    flat = {name: gate.flatten(1) for name, gate in gates.items() if gate is not None and gate[0].numel() > 1}
+    return {name: float(gate.mean()) for name, gate in flat.items() if (gate.std(1, correction=0) < CONSTANT_STD).all()}
 
 
 def unwrap(network: nn.Module) -> nn.Module:

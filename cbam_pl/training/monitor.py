@@ -22,6 +22,7 @@ from cbam_pl.process import quiet_tracing
 
 # Sorted after lr, train and val: TensorBoard opens the first groups of charts, and those are the ones to see first.
 _GATES = "val_gates"
+_PLACES = {"channel": "channels", "spatial": "positions"}  # what a gate weighs
 _NUM_PICTURED = 8  # validation images in the pictures
 _NUM_PROBED = 64  # validation images for the gates' statistics; every eighth of them is pictured
 
@@ -109,13 +110,13 @@ class NetworkMonitor(Callback):
             for name, value in gates.gate_health(maps).items():
                 for writer in _writers(trainer):
                     writer.add_scalar(f"{_GATES}/{block}/{name}", value, self._epoch)
-            if gates.is_constant(maps) and maps.spatial is not None:
+            for name, mean in gates.constant_gates(maps).items():
                 self._warn_once(
-                    block,
-                    f"the spatial gate of {block} is constant in epoch {self._epoch}: {float(maps.spatial.mean()):.3f} "
-                    f"everywhere, with a standard deviation below {gates.CONSTANT_STD} in each of {len(self._inputs)} "
-                    "validation images; it scales all positions alike, so the block attends to none, and the gate only "
-                    f"costs time (warned once; {_GATES}/{block}/spatial_std shows whether it stays so)",
+                    f"{block} {name}",
+                    f"the {name} gate of {block} is constant in epoch {self._epoch}: {mean:.3f} everywhere, with a "
+                    f"standard deviation below {gates.CONSTANT_STD} in each of {len(self._inputs)} validation images; "
+                    f"it scales all {_PLACES[name]} alike, so it attends to none, and only costs time (warned once; "
+                    f"{_GATES}/{block}/{name}_std shows whether it stays so)",
                 )
 
     def _log_pictures(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,9 +13,9 @@ from cbam_pl.attention import BAM, CBAM, AttentionConfig, SpatialAttention
 from cbam_pl.inspect.gates import (
     AttentionMaps,
     attention_maps,
+    constant_gates,
     feature_maps,
     gate_health,
-    is_constant,
     unwrap,
 )
 from cbam_pl.inspect.scores import grad_cam
@@ -305,6 +305,7 @@ def test_health_counts_what_is_closed_open_and_uneven():
     assert health["spatial_below_0.05"] == pytest.approx(1 / 8)
     assert health["spatial_above_0.95"] == pytest.approx(1 / 8)
     assert health["spatial_std"] == pytest.approx(math.sqrt(2 * 0.49**2 / 4) / 2)
+    assert health["channel_std"] == pytest.approx(torch.tensor([0.97, 0.02, 0.001, 0.001]).std(correction=0) / 2)
     assert health["channel_below_0.05"] == pytest.approx(3 / 8)
     assert health["channel_above_0.95"] == pytest.approx(1 / 8)
     shares = [value / 0.992 for value in (0.97, 0.02, 0.001, 0.001)]
@@ -315,10 +316,13 @@ def test_health_counts_what_is_closed_open_and_uneven():
 
 def test_a_gate_is_constant_only_where_every_image_is_flat():
     flat = torch.full((2, 4, 4), 0.4)
-    assert is_constant(AttentionMaps(None, flat))
-    assert is_constant(AttentionMaps(None, flat + 1e-4 * torch.arange(16).view(4, 4) / 16))
+    assert constant_gates(AttentionMaps(None, flat)) == {"spatial": pytest.approx(0.4)}
+    assert "spatial" in constant_gates(AttentionMaps(None, flat + 1e-4 * torch.arange(16).view(4, 4) / 16))
     one_alive = flat.clone()
     one_alive[1, 0, 0] = 0.9
-    assert not is_constant(AttentionMaps(None, one_alive))
-    assert not is_constant(AttentionMaps(torch.full((2, 4), 0.4), None))
-    assert not is_constant(AttentionMaps(None, torch.full((2, 1, 1), 0.4)))  # a single place is no finding
+    assert not constant_gates(AttentionMaps(None, one_alive))
+    assert constant_gates(AttentionMaps(torch.full((2, 4), 0.5), one_alive)) == {"channel": 0.5}
+    by_image = torch.tensor([[0.2] * 4, [0.8] * 4])  # which weighs no channel against another either
+    assert constant_gates(AttentionMaps(by_image, None)) == {"channel": 0.5}
+    assert not constant_gates(AttentionMaps(torch.tensor([[0.5, 0.6], [0.5, 0.5]]), None))
+    assert not constant_gates(AttentionMaps(torch.full((2, 1), 0.4), torch.full((2, 1, 1), 0.4)))  # a single place

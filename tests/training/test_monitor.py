@@ -162,7 +162,21 @@ def test_a_constant_gate_is_warned_of_once(tmp_path, command, recipe):
     constant = [message for message in messages if "is constant in epoch 1" in message]
     assert len(constant) == 3  # each block once, though there are two epochs
     assert "0.500 everywhere, with a standard deviation below 0.001 in each of 9 validation images" in constant[0]
-    assert "scales all positions alike, so the block attends to none" in constant[0]
+    assert "scales all positions alike, so it attends to none" in constant[0]
+
+
+def test_a_channel_gate_without_effect_is_warned_of_too(tmp_path, command, recipe):
+    # Weight decay leaves nothing of the weights; in long trainings this has happened to the gates alone.
+    decay = ("--model.optimizer.lr", "1e-6", "--model.optimizer.weight_decay", "1e6", "--pictures_every", 0)
+    options = ("--model.attention.kind", "se", "--model.optimizer", "AdamW", *decay)
+    with pytest.warns(UserWarning, match="the channel gate of blocks") as caught:
+        fit(command, recipe, tmp_path, *options)
+    (message,) = [str(warning.message) for warning in caught if "gate of blocks.0 " in str(warning.message)]
+    assert "is constant in epoch 1: 0.500 everywhere, with a standard deviation below 0.001" in message
+    assert "it scales all channels alike, so it attends to none" in message
+    assert "val_gates/blocks.0/channel_std" in message
+    (first, _) = events_of(tmp_path).Scalars("val_gates/blocks.0/channel_std")
+    assert first.value < 1e-3
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, command, recipe, monkeypatch):
