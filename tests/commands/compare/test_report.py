@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbam_pl.commands.compare.jobs import jobs_of
 from cbam_pl.commands.compare.page import write_gallery
 from cbam_pl.commands.compare.plan import Control, Plan
-from cbam_pl.commands.compare.report import analyse, markdown, signed
+from cbam_pl.commands.compare.report import analyse, markdown, read_results, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
+from tests.helpers import REPOSITORY, plan_of
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
 COSTS |= {"latency_256": 80.0, "memory": None}
@@ -350,6 +352,24 @@ def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, 
     after = json.loads((root / "report/report.json").read_text())
     assert after["recipes"] == before["recipes"]  # the costs, too
     assert (root / "report/report.html").exists()
+
+
+def test_the_report_of_the_committed_runs_says_what_they_say(tmp_path):
+    folder = REPOSITORY / "docs/results/notebooks"
+    with (folder / "report.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    recipes, seeds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("recipe", "seed"))
+    configs = [folder / f"configs/{recipe}.yaml" for recipe in recipes]
+    options = ["--seeds", *seeds, "--output", tmp_path, "--trainer.default_root_dir", folder]
+    plan = plan_of("--configs", *configs, *options)
+    results = read_results(jobs_of(plan))
+    assert len(results) == len(rows)
+    for result, row in zip(results, rows, strict=True):
+        assert (result["recipe"], str(result["seed"])) == (row["recipe"], row["seed"])
+        for name in ("epoch", "val_acc", "test_acc", "test_loss", "nll", "ece", "calibrated_nll"):
+            assert float(row[name]) == pytest.approx(result[name], abs=1e-4), name
+    text = (folder / "report.md").read_text()
+    assert all(sentence in text for sentence in analyse(plan, results, {})["sentences"])
 
 
 def test_odd_names_and_precisions_are_reported(recipes, command, quick, tmp_path):
