@@ -93,7 +93,7 @@ def _load(plan: Plan, name: str, results: Sequence[Result]) -> tuple[int, Loaded
     seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
     path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
     if not path.is_file():
-        raise UserError(f"{path} was deleted")
+        raise UserError(f"{path} is not there")
     return seed, LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name]))
 
 

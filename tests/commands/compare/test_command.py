@@ -68,7 +68,7 @@ def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes,
         assert content["recipes"][name]["difference"] == compared[3]["recipes"][name]["difference"]
     page = (tmp_path / "report/report.html").read_text()
     assert "none: no pictures: " in page
-    assert "best.ckpt was deleted" in page
+    assert "best.ckpt is not there" in page
 
     (tmp_path / "logs/se/version_1/test.npz").unlink()
     options = [*again(tmp_path, recipes, "--output", tmp_path / "report"), "--recompute"]

@@ -335,7 +335,7 @@ def test_a_gallery_that_cannot_be_made_is_left_out_with_the_reason(tmp_path):
     path = tmp_path / "gallery.html"
     path.write_text("of an earlier report")
     results = [result("net-kind=none", 0, 0.8)]  # whose best.ckpt is not there
-    assert "best.ckpt was deleted" in write_gallery(path, plan_for({"net-kind=none": [0.8]}), results)
+    assert "best.ckpt is not there" in write_gallery(path, plan_for({"net-kind=none": [0.8]}), results)
     assert not path.exists()
 
 
