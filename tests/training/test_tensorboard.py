@@ -71,7 +71,7 @@ def test_scalars_have_their_tags_and_step_axes(address):
     figures = {"train/loss", "train/acc", "val/loss", "val/acc", "lr"}
     gates = {tag for tag in tags if tag.startswith("val_gates/")}
     assert tags == figures | gates | {"train/loss_step"}
-    assert len(gates) == 3 * 8
+    assert len(gates) == 3 * 9
 
     def steps(tag):
         return [step for _, step, _ in get(address, "data/plugin/scalars/scalars", run=RUN, tag=tag)]
