@@ -86,12 +86,14 @@ def write_gallery(path: Path, plan: Plan, results: Sequence[Result]) -> str:
 
 
 def _load(plan: Plan, name: str, results: Sequence[Result]) -> tuple[int, LoadedCheckpoint]:
-    """The seed and the network of a recipe, of the first seed that all recipes have."""
-    runs = {(one["recipe"], one["seed"]): one for one in results}
-    trained = {recipe for recipe, _ in runs}
-    own = [seed for seed in plan.seeds if (name, seed) in runs]
-    seed = next((seed for seed in own if all((recipe, seed) in runs for recipe in trained)), own[0])
-    path, data = Path(runs[name, seed]["checkpoint"]), {**nest(plan.configs[name])["data"], "seed": seed}
+    """The seed and the network of a recipe: of the first seed with every recipe's checkpoint, else with its own."""
+    paths = {(one["recipe"], one["seed"]): Path(one["checkpoint"]) for one in results}
+    recipes = {recipe for recipe, _ in paths}
+    there = {run for run, path in paths.items() if path.is_file()}
+    own = [seed for seed in plan.seeds if (name, seed) in paths]
+    # max takes the first of equals.
+    seed = max(own, key=lambda seed: (all((one, seed) in there for one in recipes), (name, seed) in there))
+    path, data = paths[name, seed], {**nest(plan.configs[name])["data"], "seed": seed}
     if not path.is_file():
         raise UserError(f"{path} is not there")
     return seed, LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name]))

@@ -331,6 +331,20 @@ def test_a_gallery_of_the_first_seeds_networks_is_beside_the_report(compared):
         assert 100 * np.mean(right) == pytest.approx(run["test_acc"])
 
 
+def test_pictures_are_of_a_seed_whose_checkpoints_are_there(compared, command, recipes, tmp_path):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    (root / "checkpoints/se/version_0/best.ckpt").unlink()
+    options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report"]
+    outcome = command("compare", *options, "--trainer.default_root_dir", root, "--recompute")
+    assert outcome.status == 0, outcome.err
+    page = (root / "report/report.html").read_text()
+    assert "no pictures" not in page
+    gallery = (root / "report/gallery.html").read_text("utf-8")
+    second = {("none", "1"), ("se", "1"), ("cbam", "1")}
+    assert set(re.findall(r"(none|se|cbam), seed (\d), epoch", page)) == second
+    assert set(re.findall(r"checkpoints/(none|se|cbam)/version_(\d)", gallery)) == second
+
+
 def test_a_gallery_that_cannot_be_made_is_left_out_with_the_reason(tmp_path):
     path = tmp_path / "gallery.html"
     path.write_text("of an earlier report")
