@@ -23,7 +23,7 @@ from cbam_pl.timing import time_in_turns
 from cbam_pl.training.classifier import Classifier
 
 TOLERANCE = 0.05  # how far the time of a step may be from the recipe's
-_CLOSE_ENOUGH = 0.03  # of a trial, so that the measurement that follows is within the tolerance
+_CLOSE = 0.03  # of a trial, in the logarithm of times, so that the measurement that follows is within the tolerance
 _MOST_TRIALS = 8
 _ROUNDS, _SECONDS = 5, 0.3
 # The arguments of each schedule that count steps or epochs; one that is null spans the training by itself.
@@ -197,8 +197,7 @@ def match_width(
         start = baseline["model.width"]
         width = start
         if finest:
-            tried = search_width(lambda width: compare_steps({"": width}, rounds)[1][""], start, finest)
-            width = min(tried, key=lambda width: abs(math.log(tried[width])))
+            width = search_width(lambda width: compare_steps({"": width}, rounds)[1][""], start, finest)
         seconds_per_step, ratios = compare_steps({"baseline": start, "control": width}, 2 * rounds)
         return {
             "width": width,
@@ -215,29 +214,43 @@ def match_width(
     return found
 
 
-def search_width(time_ratio: Callable[[float], float], start: float, finest: int) -> dict[float, float]:
-    """Widths from `start` on that were tried, and the ratio of the time of each to the wanted one.
+def search_width(time_ratio: Callable[[float], float], start: float, finest: int) -> float:
+    """The widest width from `start` on whose time is close to the wanted one; if none is, the one that comes nearest.
 
-    By interpolation between a width that is too fast and one that is too slow, until one is close.
+    The widest, because the time may jump at the first channel more and then hardly grow up to the next multiple of 8 or
+    16: one channel more would be a weak control. Tried are widths between one that is fast enough and one that is too
+    slow, by interpolation until one is close, then by halving.
+
+    Args:
+        time_ratio: width → its time, divided by the wanted one.
+        start: the narrowest width.
+        finest: widths are whole multiples of 1 / finest.
     """
-    tried = {start: time_ratio(start)}
-    while len(tried) < _MOST_TRIALS and min(abs(math.log(ratio)) for ratio in tried.values()) > _CLOSE_ENOUGH:
-        fast = max((width for width, ratio in tried.items() if ratio < 1), default=None)
-        if fast is None:
-            break  # even the baseline is slower than the recipe
-        slow = min((width for width, ratio in tried.items() if ratio > 1 and width > fast), default=None)
+    ratios = {start: math.log(time_ratio(start))}
+    if ratios[start] > _CLOSE:
+        return start  # even the baseline is slower than the recipe
+    fast, slow = start, None
+    for _ in range(_MOST_TRIALS - 1):
+        close = ratios[fast] >= -_CLOSE
         if slow is None:
-            guess = fast * min(2.0, tried[fast] ** (-2 / 3))  # the time grows like the width, or like its square
+            # The time grows like the width, or like its square.
+            guess = fast * min(2.0, max(math.exp(-2 / 3 * ratios[fast]), 1 + 3 * _CLOSE))
+        elif close:
+            guess = (fast + slow) / 2
         else:
-            share = math.log(tried[fast]) / (math.log(tried[fast]) - math.log(tried[slow]))
-            guess = fast * (slow / fast) ** share
+            guess = fast * (slow / fast) ** (ratios[fast] / (ratios[fast] - ratios[slow]))
         number = max(round(guess * finest), math.floor(fast * finest) + 1)
         if slow is not None:
             number = min(number, math.ceil(slow * finest) - 1)
-            if number <= fast * finest:
-                break  # no whole width between them
-        tried[number / finest] = time_ratio(number / finest)
-    return tried
+            if number <= fast * finest or (close and slow <= fast * (1 + _CLOSE)):
+                break
+        width = number / finest
+        ratios[width] = math.log(time_ratio(width))
+        if ratios[width] <= _CLOSE:
+            fast = width
+        else:
+            slow = width
+    return fast if slow is None or abs(ratios[fast]) <= abs(ratios[slow]) else slow
 
 
 def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:

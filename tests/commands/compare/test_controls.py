@@ -26,20 +26,32 @@ FOUND = {"width": 1.25, "recipe": 150.0, "baseline": 100.0, "control": 153.0}
 @pytest.mark.parametrize(("start", "power"), [(1.0, 1.0), (1.0, 2.0), (0.75, 1.4)])
 @pytest.mark.parametrize("wanted", [1.1, 1.8, 4.5])
 def test_the_search_ends_at_the_whole_width_that_takes_as_long(start, power, wanted):
-    tried = search_width(lambda width: (width / start) ** power / wanted, start, 64)
+    tried = {}
+
+    def time_ratio(width):
+        tried[width] = (width / start) ** power / wanted
+        return tried[width]
+
+    chosen = search_width(time_ratio, start, 64)
     assert len(tried) <= 8
     exact = start * wanted ** (1 / power)
-    chosen = min(tried, key=lambda width: abs(math.log(tried[width])))
     assert chosen * 64 == int(chosen * 64)
     # Within 3 %, or the nearest of the whole widths.
     assert abs(math.log(tried[chosen])) <= 0.03 or abs(chosen - exact) < 1 / 64
+    assert not [width for width in tried if width > chosen and abs(math.log(tried[width])) <= 0.03]
 
 
-def test_where_no_width_is_close_the_nearest_are_tried():
-    tried = search_width(lambda width: 0.7 if width < 1.3 else 1.2, 1.0, 16)
-    assert tried[20 / 16] == 0.7
-    assert tried[21 / 16] == 1.2
-    assert search_width(lambda width: 1.3, 1.0, 16) == {1.0: 1.3}  # the baseline is slower than the recipe
+@pytest.mark.parametrize("start", [1.0, 2.0])
+def test_of_the_widths_that_take_as_long_the_widest_is_chosen(start):
+    # One channel more than 32 costs as much as four; beyond, the time jumps again.
+    chosen = search_width(lambda width: (0.85, 1.0, 1.2)[(width > start) + (width > 1.125 * start)], start, 128)
+    assert 1.09 < chosen / start <= 1.125
+
+
+def test_where_no_width_is_close_the_nearest_is_chosen():
+    assert search_width(lambda width: 0.7 if width < 1.3 else 1.2, 1.0, 16) == 21 / 16
+    assert search_width(lambda width: 0.9 if width < 1.3 else 1.2, 1.0, 16) == 20 / 16
+    assert search_width(lambda width: 1.3, 1.0, 16) == 1.0  # the baseline is slower than the recipe
 
 
 def test_the_chosen_width_is_timed_again_against_the_recipe_of_the_same_round(monkeypatch):
