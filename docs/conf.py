@@ -56,14 +56,17 @@ def is_hook(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: An
     return True if of_lightning and name != "forward" else None
 
 
-def copy_entrance(app: Sphinx, error: Exception | None) -> None:
-    """Give the entrance the name that servers open."""
+def copy_pages(app: Sphinx, error: Exception | None) -> None:
+    """Give the entrance the name that servers open, and a report the gallery that it has beside it."""
     if error is None:
-        shutil.copy(Path(app.outdir) / f"{root_doc}.html", Path(app.outdir) / "index.html")
+        site = Path(app.outdir)
+        shutil.copy(site / f"{root_doc}.html", site / "index.html")
+        for report in site.glob("_downloads/*/report.html"):  # which has a folder of its own there
+            shutil.copy(Path(app.srcdir) / "docs/results/notebooks/gallery.html", report.parent)
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", add_contents)
     app.connect("autodoc-skip-member", is_hook)
-    app.connect("build-finished", copy_entrance)
+    app.connect("build-finished", copy_pages)

@@ -48,7 +48,8 @@ def test_the_site_builds_without_a_warning_and_its_links_lead_somewhere(tmp_path
     built = subprocess.run([*words, "-d", tmp_path / "trees"], cwd=REPOSITORY, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     pages = {path: Page(path.read_text()) for path in (tmp_path / "site").rglob("*.html")}
-    for name in ("index", "docs/api", "docs/compare", "docs/notebook", "docs/results/cnn/report", "benchmarks/NOTES"):
+    report = "docs/results/notebooks/report"
+    for name in ("index", "docs/api", "docs/compare", "docs/notebook", report, "benchmarks/NOTES"):
         assert tmp_path / f"site/{name}.html" in pages
     broken = []
     for path, page in pages.items():
