@@ -94,7 +94,7 @@ def _load(plan: Plan, name: str, results: Sequence[Result]) -> tuple[int, Loaded
     # max takes the first of equals.
     seed = max(own, key=lambda seed: (all((one, seed) in there for one in recipes), (name, seed) in there))
     path, data = paths[name, seed], {**nest(plan.configs[name])["data"], "seed": seed}
-    if not path.is_file():
+    if (name, seed) not in there:
         raise UserError(f"{path} is not there")
     return seed, LoadedCheckpoint(path, read_checkpoint(path), data, trusted(plan.configs[name]))
 
