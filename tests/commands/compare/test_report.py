@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbam_pl.commands.compare.controls import add_controls
 from cbam_pl.commands.compare.jobs import jobs_of
 from cbam_pl.commands.compare.page import write_gallery
 from cbam_pl.commands.compare.plan import Control, Plan
@@ -368,14 +369,20 @@ def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, 
     assert (root / "report/report.html").exists()
 
 
-def test_the_report_of_the_committed_runs_says_what_they_say(tmp_path):
-    folder = REPOSITORY / "docs/results/notebooks"
+@pytest.mark.parametrize("report", ["notebooks", "notebooks-controls"])
+def test_the_report_of_the_committed_runs_says_what_they_say(report, tmp_path):
+    folder, runs = (REPOSITORY / "docs/results" / name for name in (report, "notebooks"))
     with (folder / "report.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
+    record = folder / "comparison.json"  # only where there are controls
+    controls = {one["name"] for one in json.loads(record.read_text())["controls"]} if record.exists() else set()
     recipes, seeds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("recipe", "seed"))
-    configs = [folder / f"configs/{recipe}.yaml" for recipe in recipes]
-    options = ["--seeds", *seeds, "--output", tmp_path, "--trainer.default_root_dir", folder]
-    plan = plan_of("--configs", *configs, *options)
+    given = [recipe for recipe in recipes if recipe == recipes[0] or recipe not in controls]
+    configs = [folder / f"configs/{recipe}.yaml" for recipe in given]
+    plan = plan_of("--configs", *configs, "--seeds", *seeds, "--output", tmp_path, "--trainer.default_root_dir", runs)
+    if controls:
+        shutil.copy(record, tmp_path)
+        plan = add_controls(plan, ["time", "parameters"], may_choose=False)
     results = read_results(jobs_of(plan))
     assert len(results) == len(rows)
     for result, row in zip(results, rows, strict=True):
