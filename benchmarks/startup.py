@@ -25,7 +25,7 @@ class StopAfterFirstStep(Callback):
     ) -> None:
         """Fetch the loss, which waits for the device, and end the process."""
         float(outputs["loss"])
-        os._exit(0)  # what ending a training takes is no part of it
+        os._exit(0)  # what ending a training takes is not part of it
 
 
 def _seconds(command: list[str]) -> float:

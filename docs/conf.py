@@ -51,7 +51,7 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def is_hook(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Leave out what Lightning calls, which is no interface for users."""
+    """Leave out what Lightning calls, which is not an interface for users."""
     of_lightning = hasattr(LightningModule, name) or hasattr(LightningDataModule, name)
     return True if of_lightning and name != "forward" else None
 

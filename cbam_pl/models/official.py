@@ -58,7 +58,7 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
             continue
         loaded[ours] = tensor
         if tensor.shape != wanted[ours].shape:
-            problems.append(f"misshapen: {name} has shape {tuple(tensor.shape)}, not {tuple(wanted[ours].shape)}")
+            problems.append(f"wrong shape: {name} is {tuple(tensor.shape)}, not {tuple(wanted[ours].shape)}")
     optional = {name for name in wanted if name.endswith(".num_batches_tracked")}
     problems += [f"missing: the tensor of {name}" for name in wanted if name not in loaded.keys() | optional]
     if problems:

@@ -112,7 +112,7 @@ def test_loaded_network_computes_what_theirs_does(arch, depths, bottleneck, pref
         assert network.stages[3][1].attention.spatial.norm.num_batches_tracked == 7
 
 
-def refused(network, state):
+def rejection_of(network, state):
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(ValueError, match="state_dict does not fit the network") as caught:
         load_official_state_dict(network, state)
@@ -125,11 +125,11 @@ def test_every_tensor_that_does_not_fit_is_listed():
     del state["layer1.0.cbam.ChannelGate.mlp.1.weight"], state["bn1.running_var"]
     state["layer2.0.conv9.weight"] = state["extra"] = torch.zeros(1)
     state["fc.weight"] = torch.zeros(1000, 512)
-    message = refused(official_network("resnet18"), state)
+    message = rejection_of(official_network("resnet18"), state)
     for part in [
         "unknown: layer2.0.conv9.weight",
         "unknown: extra",
-        "misshapen: fc.weight has shape (1000, 512), not (6, 512)",
+        "wrong shape: fc.weight is (1000, 512), not (6, 512)",
         "missing: the tensor of stages.0.0.attention.channel.reduce.weight",
         "missing: the tensor of stem.1.running_var",
     ]:
@@ -137,11 +137,11 @@ def test_every_tensor_that_does_not_fit_is_listed():
     assert message.count("; ") == 4
 
 
-def test_other_networks_are_refused():
+def test_other_networks_are_rejected():
     state = official_state_dict((2, 2, 2, 2), False)
     cifar = build_network("resnet18", CLASSES, AttentionConfig(preset="official"))
-    assert "misshapen: conv1.weight has shape (64, 3, 7, 7), not (64, 3, 3, 3)" in refused(cifar, state)
+    assert "wrong shape: conv1.weight is (64, 3, 7, 7), not (64, 3, 3, 3)" in rejection_of(cifar, state)
     paper = build_network("resnet18", CLASSES, "cbam", stem="imagenet")
-    assert "unknown: layer1.0.cbam.ChannelGate.mlp.1.bias" in refused(paper, state)
-    message = refused(official_network("resnet34"), state)
+    assert "unknown: layer1.0.cbam.ChannelGate.mlp.1.bias" in rejection_of(paper, state)
+    message = rejection_of(official_network("resnet34"), state)
     assert "missing: the tensor of stages.0.2.branch.0.weight" in message
