@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam_pl.attention_parts import (
     Gate,
     IdentityStart,
+    MapConv2d,
     check_at_least,
     check_odd,
     check_one_of,
-    convolve,
     hidden_width,
     in_float32_on_cpu,
     mean,
@@ -92,9 +91,7 @@ class ChannelAttention(Gate):
         else:
             pooled = [_POOLS[pool](x) for pool in self.pools]
         hidden = torch.relu(self.reduce(torch.stack(pooled).flatten(2)))  # (pools, B, hidden)
-        # The second layer is linear, so the sum over the pools may come before it; its bias counts once a pool.
-        bias = None if self.expand.bias is None else len(pooled) * self.expand.bias
-        return x, F.linear(hidden.sum(0), self.expand.weight, bias)[:, :, None, None]
+        return x, self.expand(hidden).sum(0)[:, :, None, None]
 
 
 class SqueezeExcitation(ChannelAttention):
@@ -157,7 +154,7 @@ class SpatialAttention(Gate):
             self.compress = nn.Conv2d(channels, 1, 1, bias=False)
         self.descriptor = descriptor
         in_channels = 2 if descriptor in ("mean_max", "max_mean") else 1
-        self.conv = nn.Conv2d(in_channels, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.conv = MapConv2d(in_channels, 1, kernel_size, padding=kernel_size // 2, bias=bias)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
         self.norm: nn.Module = nn.Identity()
@@ -176,7 +173,7 @@ class SpatialAttention(Gate):
             parts = [average, maximum] if self.descriptor == "mean_max" else [maximum, average]
             # channels_last, in which the backward of so narrow a convolution is several times faster.
             described = torch.stack([part[:, 0] for part in parts], 3).permute(0, 3, 1, 2)  # (B, 2, H, W)
-        return x, self.norm(convolve(described, self.conv))
+        return x, self.norm(self.conv(described))
 
 
 class CBAM(nn.Module):

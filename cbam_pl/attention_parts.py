@@ -12,12 +12,14 @@ from torch import Tensor, nn
 def in_float32_on_cpu(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     """Compute a layer in float32 where autocast would take half precision on a CPU, whose elementwise passes it slows.
 
-    The result has the input's type.
+    The result has the input's type. A layer whose weights are of another type is left to autocast.
     """
 
     @wraps(forward)
     def wrapped(layer: nn.Module, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return forward(layer, x)
+        if any(weights.dtype != torch.float32 for weights in layer.parameters()):
             return forward(layer, x)
         with torch.autocast("cpu", enabled=False):
             return forward(layer, x.float()).to(x.dtype)
@@ -137,13 +139,16 @@ def mean_and_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tens
 _MAX_ROW = 32  # places; the work of convolve_rows grows with their square
 
 
-def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv(x) for a convolution from one or two channels to one, the fastest way: x (B, C, H, W) → (B, 1, H, W)."""
-    shaped = not (torch.jit.is_tracing() or torch.compiler.is_exporting())  # for one size of map alone
-    training = x.requires_grad and torch.is_grad_enabled() and shaped
-    if training and x.device.type == "cpu" and x.shape[3] <= _MAX_ROW:
-        return convolve_rows(x, conv.weight, conv.bias)
-    return conv(x)
+class MapConv2d(nn.Conv2d):
+    """A convolution from one or two channels to one, the fastest way: x (B, C, H, W) → (B, 1, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Conv2d, by convolve_rows where that is faster."""
+        shaped = not (torch.jit.is_tracing() or torch.compiler.is_exporting())  # for one size of map alone
+        training = x.requires_grad and torch.is_grad_enabled() and shaped
+        if training and x.device.type == "cpu" and x.shape[3] <= _MAX_ROW:
+            return convolve_rows(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

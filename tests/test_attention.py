@@ -14,6 +14,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from cbam_pl.attention import (
     BAM,
@@ -276,6 +277,46 @@ def test_bfloat16_autocast_stays_within_its_rounding(config):
     torch.testing.assert_close(rounded.float(), exact, rtol=2**-6, atol=2**-6)
     if config.kind != "bam":  # whose convolutions gain from half precision
         assert torch.equal(rounded, attention(x.bfloat16().float()).bfloat16())
+
+
+@variants
+def test_each_layer_is_called_so_that_its_hooks_run(config):
+    attention = build(config).eval()
+    called = set()
+    for name, module in attention.named_modules():
+        if name and next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(lambda module, arguments, output, name=name: called.add(name))
+    attention(maps(2, 8, 6, 6).requires_grad_())
+    assert called == {name.rpartition(".")[0] for name, _ in attention.named_parameters()} - {""}
+
+
+@pytest.mark.parametrize("change", [prune.l1_unstructured, nn.utils.parametrizations.weight_norm])
+def test_layers_with_other_weights_train(change):
+    cbam = build(AttentionConfig())
+    for layer in (cbam.channel.reduce, cbam.channel.expand, cbam.spatial.conv):
+        change(layer, "weight", **({"amount": 0.5} if change is prune.l1_unstructured else {}))
+    optimizer = torch.optim.SGD(cbam.parameters(), lr=1.0)
+    x, before = maps(4, 8, 6, 6), None
+    for _ in range(2):
+        loss = cbam(x.clone().requires_grad_()).square().sum()
+        assert loss != before
+        loss.backward()
+        optimizer.step()
+        before = loss
+    with torch.no_grad():
+        evaluated = cbam(x)
+    torch.testing.assert_close(cbam(x.clone().requires_grad_()), evaluated)
+    assert len(list(cbam.parameters())) == (3 if change is prune.l1_unstructured else 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@variants
+def test_autocast_of_weights_of_another_type(config, dtype):
+    attention, x = build(config).eval(), maps(4, 8, 6, 6)
+    exact = attention(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = attention.to(dtype)(x.to(dtype))
+    torch.testing.assert_close(rounded.float(), exact, rtol=2**-5, atol=2**-5)
 
 
 @variants
