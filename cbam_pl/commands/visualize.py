@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cbam_pl.data.datamodule import ImageDataModule, in_proportion
+from cbam_pl.data.datamodule import data_for_test, in_proportion
 from cbam_pl.data.folder import decode, find_images
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise
@@ -24,7 +24,7 @@ from cbam_pl.inspect.ablation import ablate_gates
 from cbam_pl.inspect.charts import draw_ablation, draw_randomisation
 from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.gallery import render_gallery, view_network
-from cbam_pl.inspect.gates import attention_maps, attention_modules, feature_maps
+from cbam_pl.inspect.gates import attention_maps, attention_modules, feature_maps, map_layer
 from cbam_pl.inspect.randomisation import cascading_randomisation
 from cbam_pl.inspect.scores import grad_cam, measure
 from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
@@ -65,10 +65,9 @@ class LoadedCheckpoint:
     @cached_property
     def test_images(self) -> Images:
         """The test split of its data."""
-        data = ImageDataModule(**self.data)
+        data = data_for_test(self.content, self.data)
         data.prepare_data()
         data.setup("test")
-        data.load_state_dict(self.content["ImageDataModule"])
         return data.images("test")
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -145,8 +144,8 @@ def _write_pictures(settings: Any, loaded: Sequence[LoadedCheckpoint], folder: P
         for prefix, (one, title) in measured.items() if settings.measure else ():
             images = one.test_images
             subset = images.subset(torch.tensor(_evenly(len(images), settings.measure_images or 1000)))
-            _measure(one, title, subset, folder / f"{prefix}measures.csv")
-            _intervene(one, title, subset, folder, prefix, file_format)
+            _measure(one, title, subset, settings.layer, folder / f"{prefix}measures.csv")
+            _intervene(one, title, subset, settings.layer, folder, prefix, file_format)
     if failures:
         raise UserError("; ".join(failures))
 
@@ -218,13 +217,19 @@ def pictures_of(
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
     features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
-    cams = grad_cam(network, inputs, features.logits.argmax(1), layer)
+    if layer is not None:
+        map_layer(network, inputs, layer)  # rejects an unknown one before anything is drawn
     shown = drawing.CaptionedImages(pixels, drawing.describe(features.logits, classes, headings))
-    drawn = {
+
+    def draw_grad_cam() -> Figure:
+        cams = grad_cam(network, inputs, features.logits.argmax(1), layer)
+        return drawing.draw_grad_cam(shown, cams, maps, f"Grad-CAM\n{title}")
+
+    drawn: dict[str, Callable[[], Figure]] = {
         "features": partial(drawing.draw_features, shown, features, f"Features\n{title}"),
         "heat_maps": partial(drawing.draw_heat_maps, shown, features, f"Most active channels\n{title}"),
         "attention": partial(drawing.draw_attention, shown, maps, f"Attention\n{title}"),
-        "grad_cam": partial(drawing.draw_grad_cam, shown, cams, maps, f"Grad-CAM\n{title}"),
+        "grad_cam": draw_grad_cam,
     }
     return {name: draw for name, draw in drawn.items() if maps or name != "attention"}
 
@@ -317,9 +322,9 @@ def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:
     return drawing.draw_reliability(tested["reliability"], after, f"{title}\n{figures}")
 
 
-def _measure(loaded: LoadedCheckpoint, title: str, images: Images, path: Path) -> None:
+def _measure(loaded: LoadedCheckpoint, title: str, images: Images, layer: str | None, path: Path) -> None:
     """Score the maps: write what is found, and print it."""
-    rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks)
+    rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks, layer=layer)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
@@ -330,7 +335,13 @@ def _measure(loaded: LoadedCheckpoint, title: str, images: Images, path: Path) -
 
 
 def _intervene(
-    loaded: LoadedCheckpoint, title: str, images: Images, folder: Path, prefix: str, file_format: str
+    loaded: LoadedCheckpoint,
+    title: str,
+    images: Images,
+    layer: str | None,
+    folder: Path,
+    prefix: str,
+    file_format: str,
 ) -> None:
     """Replace the gates and randomise the layers: write, draw and print what changes."""
     network, inputs = loaded.network, loaded.normalise(images.pixels)
@@ -349,7 +360,7 @@ def _intervene(
         print(paths)
     else:
         print(f"{title}: this network has no gates, so there is no ablation of them")
-    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY])
+    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY], layer=layer)
     heading = f"Similarity to the trained network's maps\n{title}"
     paths = save("randomisation", randomisation, draw_randomisation(randomisation, heading))
     print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")

@@ -160,7 +160,8 @@ def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in network.named_modules():
-        if callable(getattr(module, "gates", None)) and not path.startswith(inside):
+        # Of the class: a network may have a layer called `gates`, which is callable.
+        if callable(getattr(type(unwrap(module)), "gates", None)) and not path.startswith(inside):
             inside += (path + ".",) if path else ("",)
             name = _plain_name(path)
             while name.endswith("attention"):  # twice where it is in an IdentityStart

@@ -24,7 +24,9 @@ def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
     return np.divide((first * second).sum(1), scale, out=np.full(len(first), np.nan), where=scale > 0)
 
 
-def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int = 250, seed: int = 0) -> dict[str, Any]:
+def cascading_randomisation(
+    network: nn.Module, images: Tensor, batch_size: int = 250, seed: int = 0, layer: str | None = None
+) -> dict[str, Any]:
     """How similar Grad-CAM and the spatial gates stay when layers are re-initialised from the top down.
 
     A map that hardly changes does not show what the network has learned. Source: Adebayo et al., "Sanity Checks for
@@ -37,6 +39,7 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
         images: (N, 3, H, W), normalised.
         batch_size: images in one forward pass.
         seed: decides the new weights.
+        layer: of Grad-CAM, by default its own.
 
     Returns:
         `images`, N; `seed`; `layers`, in the order in which they are re-initialised; `spearman`: Grad-CAM and each
@@ -56,14 +59,14 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
     changed = copy.deepcopy(network)
     batches = images.split(batch_size)
     classes = [feature_maps(network, batch).logits.argmax(1) for batch in batches]
-    before = [_maps(network, *batch) for batch in zip(batches, classes, strict=True)]
+    before = [_maps(network, *batch, layer) for batch in zip(batches, classes, strict=True)]
     spearman: dict[str, list[float | None]] = {name: [] for name in before[0]}
     compared: dict[str, list[int]] = {name: [] for name in spearman}
     for count in range(len(blocks), -1, -1):  # blocks that keep their weights
         changed.load_state_dict(fresh.state_dict())
         for name in blocks[:count]:
             changed.get_submodule(name).load_state_dict(network.get_submodule(name).state_dict())
-        after = [_maps(changed, *batch) for batch in zip(batches, classes, strict=True)]
+        after = [_maps(changed, *batch, layer) for batch in zip(batches, classes, strict=True)]
         for name, values in spearman.items():
             parts = [rank_correlation(*(maps[name] for maps in pair)) for pair in zip(before, after, strict=True)]
             known = np.concatenate(parts)
@@ -74,8 +77,8 @@ def cascading_randomisation(network: nn.Module, images: Tensor, batch_size: int 
     return {"images": len(images), "seed": seed, "layers": layers, "spearman": spearman, "compared": compared}
 
 
-def _maps(network: nn.Module, images: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+def _maps(network: nn.Module, images: Tensor, classes: Tensor, layer: str | None) -> Mapping[str, Tensor]:
     """Grad-CAM and the spatial gates, (B, h, w) each."""
     found = attention_maps(network, images)
     spatial = {name: block.spatial for name, block in found.items() if block.spatial is not None}
-    return {"Grad-CAM": grad_cam(network, images, classes), **spatial}
+    return {"Grad-CAM": grad_cam(network, images, classes, layer), **spatial}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam  # takes a second to import; training does without this file
 from torch import Tensor, nn
 
+from cbam_pl.errors import is_out_of_memory
 from cbam_pl.inspect import gates
 from cbam_pl.inspect.gates import attention_maps, feature_maps, unwrap, upsample
 
@@ -25,6 +26,9 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor, layer: str | N
 
     Shape:
         images (B, 3, H, W), classes (B,) → (B, H, W) ≥ 0, in units of the logits, upsampled bilinearly.
+
+    Raises:
+        ValueError: the layer is unknown, or no gradient of the logits reaches it, as where it runs in torch.no_grad().
     """
     network = unwrap(network)
     with gates.evaluation_mode(network), torch.enable_grad():
@@ -33,7 +37,13 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor, layer: str | N
             gates.last_activation(network, images[:1]) if layer is None else gates.map_layer(network, images, layer)
         )
         explain = LayerGradCam(network, module)
-        coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
+        try:
+            coarse = explain.attribute(images, target=classes.to(images.device), relu_attributions=True)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            which = "the last map" if layer is None else layer
+            raise ValueError(f"no gradient of the classes reaches {which}; name another with --layer") from error
     return upsample(coarse.detach()[:, 0].float(), images.shape[-2:])
 
 
@@ -161,9 +171,14 @@ def _road_scores(
 
 
 def measure(
-    network: nn.Module, images: Tensor, labels: Tensor, masks: Tensor | None, batch_size: int = 250
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    batch_size: int = 250,
+    layer: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Score every spatial gate, Grad-CAM of the predicted class, and a uniform map, whose deletion is random.
+    """Score every spatial gate, Grad-CAM of the predicted class at `layer`, and a uniform map, deleted at random.
 
     For each `map`: `inside` (energy_inside) and `pointing` (pointing_game), means over the images, None without
     masks (N, 1, H, W) bool; `…_error`, their standard errors; `accuracy_without_N_percent` (deletion_curve), 0 for the
@@ -183,7 +198,7 @@ def measure(
         for name, block in attention_maps(network, batch).items():
             if block.spatial is not None:
                 parts.setdefault(name, []).append(upsample(block.spatial, size).cpu())
-        parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes).cpu())
+        parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes, layer).cpu())
     maps = {name: torch.cat(part) for name, part in parts.items()}
     maps["uniform"] = torch.ones(len(images), *size)
     right, some = (predicted == labels).double(), slice(None, None, ROAD_EVERY)

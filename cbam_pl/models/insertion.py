@@ -86,7 +86,7 @@ class _Run(NamedTuple):
 
 
 def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor) -> dict[str, list[_Run]]:
-    """How each of the modules that run runs for the example, the first to end first. The network is left as it was."""
+    """How each of the modules that run runs for the example, the last to end last. The network is left as it was."""
     runs: dict[str, list[_Run]] = {}
     last: tuple[nn.Module | None, tuple[int, ...]] = None, ()
 
@@ -98,7 +98,7 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
 
     def note_run(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
         run = _Run(tuple(output.shape) if isinstance(output, Tensor) else (), *last)
-        runs.setdefault(name, []).append(run)
+        runs[name] = [*runs.pop(name, []), run]  # in the place of its last run
 
     hooks = [module.register_forward_hook(note_layer) for module in network.modules()]
     hooks += [module.register_forward_hook(partial(note_run, name)) for name, module in modules.items()]
@@ -116,7 +116,7 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
 
 
 def map_shapes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int, int]]:
-    """The modules whose output is (B, C, H, W), by name, with C, H and W; the first to end first."""
+    """The modules whose output is (B, C, H, W), by name, with C, H and W; the last to end last."""
     modules = {name: module for name, module in network.named_modules() if name}
     shapes = {}
     for name, runs in _runs(network, modules, example).items():

@@ -106,7 +106,12 @@ class NetworkMonitor(Callback):
             if isinstance(module, IdentityStart):
                 for writer in _writers(trainer):
                     writer.add_scalar(f"{_GATES}/{path.removesuffix('.attention')}/factor", module.factor, self._epoch)
-        for block, maps in gates.attention_maps(pl_module.network, self._inputs).items():  # type: ignore[arg-type]
+        try:
+            blocks = gates.attention_maps(pl_module.network, self._inputs)  # type: ignore[arg-type]
+        except ValueError as error:  # at a network of the user's, which trains all the same
+            self._warn_once("gates", f"no statistics of the gates in TensorBoard: {error}")
+            return
+        for block, maps in blocks.items():
             for name, value in gates.gate_health(maps).items():
                 for writer in _writers(trainer):
                     writer.add_scalar(f"{_GATES}/{block}/{name}", value, self._epoch)
@@ -127,13 +132,18 @@ class NetworkMonitor(Callback):
         step = max(1, len(self._probed) // _NUM_PICTURED)
         chosen = slice(0, step * _NUM_PICTURED, step)
         network, inputs = pl_module.network, self._inputs[chosen]
-        features, maps = gates.feature_maps(network, inputs), gates.attention_maps(network, inputs)  # type: ignore[arg-type]
-        headings = [f"true: {self._classes[label]}" for label in self._probed.labels[chosen]]
-        captions = drawing.describe(features.logits, self._classes, headings)
-        images, epoch = drawing.CaptionedImages(self._probed.pixels[chosen], captions), f"epoch {self._epoch}"
-        pictures = {"features": partial(drawing.draw_features, images, features, f"Features\n{epoch}")}
-        if maps:
-            pictures["attention"] = partial(drawing.draw_attention, images, maps, f"Attention\n{epoch}")
+        epoch, pictures = f"epoch {self._epoch}", {}
+        try:
+            features, maps = gates.feature_maps(network, inputs), gates.attention_maps(network, inputs)  # type: ignore[arg-type]
+        except ValueError as error:
+            self._warn_once("maps", f"no pictures/features and pictures/attention in TensorBoard: {error}")
+        else:
+            headings = [f"true: {self._classes[label]}" for label in self._probed.labels[chosen]]
+            captions = drawing.describe(features.logits, self._classes, headings)
+            images = drawing.CaptionedImages(self._probed.pixels[chosen], captions)
+            pictures["features"] = partial(drawing.draw_features, images, features, f"Features\n{epoch}")
+            if maps:
+                pictures["attention"] = partial(drawing.draw_attention, images, maps, f"Attention\n{epoch}")
         if counts is not None:
             title = f"Confusion of {int(counts.sum()):,} validation images\n{epoch}"
             pictures["confusion"] = partial(drawing.draw_confusion, counts, self._classes, title)

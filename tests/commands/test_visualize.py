@@ -215,6 +215,58 @@ def test_measure_prints_the_table_and_saves_it(command, run, tmp_path):
     assert (tmp_path / "randomisation.png").is_file()
 
 
+def test_measures_are_of_the_layer_that_is_drawn(command, run, tmp_path):
+    found = {}
+    for layer in ("blocks.0", "blocks.2.relu", None):  # the last is the default's
+        output = tmp_path / str(layer)
+        options = () if layer is None else ("--layer", layer)
+        outcome = visualize(command, run, "--measure", "--measure_images", 8, "--output", output, *options)
+        assert outcome.status == 0, outcome.err
+        with (output / "measures.csv").open() as stream:
+            rows = {row["map"]: row for row in csv.DictReader(stream)}
+        randomisation = json.loads((output / "randomisation.json").read_text())
+        found[layer] = rows["Grad-CAM"], randomisation["spearman"]["Grad-CAM"]
+    assert found["blocks.2.relu"] == found[None]
+    assert found["blocks.0"][0] != found[None][0]
+    assert found["blocks.0"][1] != found[None][1]
+
+
+PROBE = """
+import torch
+from torch import nn
+
+class Probe(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.backbone, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x)
+        return self.head(x.mean((2, 3)))
+"""
+
+
+def test_pictures_that_need_no_gradient_are_drawn_where_there_is_none(command, image_folder, tmp_path, monkeypatch):
+    (tmp_path / "probe_net.py").write_text(PROBE)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        "model: {network: probe_net.Probe, attention: {kind: none}}\n"
+        f"data: {{dataset: folder, root: {image_folder}, batch_size: 16}}\n"
+        "trainer: {max_epochs: 1, accelerator: cpu}\n"
+    )
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", tmp_path)
+    assert outcome.status == 0, outcome.err
+    reason = "no gradient of the classes reaches the last map; name another with --layer"
+    outcome = visualize(command, tmp_path, "--trust", "probe_net")
+    assert outcome.err == f"error: no grad_cam.png: {reason}\n"
+    pictures = tmp_path / "logs/tiny/version_0/pictures"
+    assert (pictures / "features.png").is_file()
+    assert (pictures / "heat_maps.png").is_file()
+    assert_rejected(visualize(command, tmp_path, "--trust", "probe_net", "--page"), reason)
+
+
 def test_measure_on_shapes_knows_where_the_object_is(command, tmp_path):
     config = tmp_path / "shapes.yaml"
     config.write_text(

@@ -241,6 +241,34 @@ def test_bad_input():
         feature_maps(nn.Sequential(nn.Flatten()), images_of())
 
 
+def test_a_layer_called_gates_is_not_attention():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gates = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) * torch.sigmoid(self.gates(x))
+
+    assert attention_maps(Gated(), images_of()) == {}
+
+
+def test_the_last_map_is_that_of_the_module_that_ran_last():
+    class Reuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.second(self.relu(self.first(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    network, x = Reuses(), images_of()
+    last = feature_maps(network, x).last
+    torch.testing.assert_close(last, torch.relu(network.second(torch.relu(network.first(x)))).detach())
+    assert (last == 0).any()
+
+
 def test_features_are_the_blocks_outputs_and_the_activations_before_the_last_pool():
     network, x = network_of(), images_of()
     features = feature_maps(network, x)

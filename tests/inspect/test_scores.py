@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer
+from torch import nn
 
 from cbam_pl.inspect.gates import attention_maps, feature_maps, upsample
 from cbam_pl.inspect.scores import (
@@ -65,6 +66,23 @@ def test_a_layer_without_maps_is_named():
     for name, near in (("fc", "layer4, avgpool"), ("layr3", "layer3")):
         with pytest.raises(ValueError, match=rf"^--layer {name} is not a module that gives \(B, C, H, W\); .*{near}"):
             grad_cam(network, torch.randn(1, 3, 64, 64), torch.tensor([0]), name)
+
+
+def test_a_layer_without_a_gradient_is_named():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.backbone(x)
+            return self.head(x.mean((2, 3)))
+
+    message = "^no gradient of the classes reaches {}; name another with --layer$"
+    for layer, which in ((None, "the last map"), ("backbone", "backbone")):
+        with pytest.raises(ValueError, match=message.format(which)):
+            grad_cam(Probe(), torch.randn(1, 3, 8, 8), torch.tensor([0]), layer)
 
 
 def test_energy_inside_is_above_the_maps_minimum():

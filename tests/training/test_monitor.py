@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 
 import numpy as np
@@ -188,6 +189,53 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_training(tmp_path, comm
         fit(command, recipe, tmp_path)
     assert sum("no pictures/features" in str(warning.message) for warning in caught) == 1
     assert set(events_of(tmp_path).Tags()["images"]) == {"pictures/attention", "pictures/confusion"}
+
+
+NETWORKS = """
+from torch import nn
+from cbam_pl import CBAM
+
+class Shares(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.attention, self.head = nn.Conv2d(3, 8, 3), CBAM(8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.attention(self.attention(self.conv(x))).mean((2, 3)))
+
+class Flat(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "message", "count"),
+    [
+        ("Shares", "^no (statistics of the gates|pictures/.*) in TensorBoard: the attention of CBAM runs twice", 2),
+        ("Flat", "^no pictures/features and pictures/attention in TensorBoard: no module of .* gives", 1),
+    ],
+)
+def test_what_cannot_be_seen_in_a_network_does_not_end_its_training(
+    network, message, count, tmp_path, command, image_folder, monkeypatch
+):
+    (tmp_path / "odd_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"model: {{network: odd_networks.{network}, attention: {{kind: none}}}}\n"
+        f"data: {{dataset: folder, root: {image_folder}, batch_size: 16}}\n"
+        "trainer: {max_epochs: 2, accelerator: cpu}\n"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert len([one for one in caught if re.search(message, str(one.message))]) == count
+    assert "pictures/confusion" in events_of(tmp_path).Tags()["images"]
 
 
 @pytest.mark.parametrize("kind", ["none", "se"])

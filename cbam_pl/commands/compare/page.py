@@ -103,10 +103,10 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
     """Gates and Grad-CAM of a recipe's network: the same test images for each."""
     try:
         seed, loaded = _load(plan, name, results)
-    except UserError as error:
+        title = f"{plan.labels[name]}, seed {seed}, epoch {loaded.content['epoch'] + 1}"
+        drawn = pictures_of(loaded, title)
+    except (UserError, ValueError) as error:
         return [{"caption": f"{plan.labels[name]}: no pictures: {error}", "source": ""}]
-    title = f"{plan.labels[name]}, seed {seed}, epoch {loaded.content['epoch'] + 1}"
-    drawn = pictures_of(loaded, title)
     pictures = []
     for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
         try:
