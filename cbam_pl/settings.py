@@ -43,7 +43,7 @@ _TRAINING_ONLY = {
     "max_steps", "max_time", "min_epochs", "min_steps", "num_sanity_val_steps", "overfit_batches",
     "reload_dataloaders_every_n_epochs", "val_check_interval", "barebones", "enable_model_summary",
 }  # fmt: skip
-_OWN_LIMIT = {"test": "limit_test_batches", "validate": "limit_val_batches"}
+OWN_LIMIT = {"test": "limit_test_batches", "validate": "limit_val_batches"}
 # The others are settings of the training, which the checkpoint holds.
 EVALUATION_DATA = ("dataset", "root", "batch_size")
 EXPORT_DATA = ("dataset", "root")
@@ -119,8 +119,10 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
     if command in ("visualize", "export"):
         return parser
-    others = {name for name in _TRAINER_TYPES if name.startswith("limit_")} - {_OWN_LIMIT.get(command)}
+    others = {name for name in _TRAINER_TYPES if name.startswith("limit_")} - {OWN_LIMIT.get(command)}
     skipped = set() if command == "fit" else _TRAINING_ONLY | others
+    if command == "predict":
+        skipped |= {"fast_dev_run"}  # which classifies the first images alone
     parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skipped}, instantiate=False)
     for name, kind in _TRAINER_TYPES.items():
         if name not in skipped:

@@ -14,11 +14,11 @@ from rich.markup import escape
 from scipy.special import log_softmax
 
 from cbam_pl.commands.robustness import CorrectPredictions, choose_conditions, measure_robustness, without_conditions
-from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.data.datamodule import ImageDataModule, data_for_test
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.inspect.calibration import fit_temperature, measure_images, reliability
-from cbam_pl.settings import EVALUATION_DATA, command_parser, parse, split_option
+from cbam_pl.settings import EVALUATION_DATA, OWN_LIMIT, command_parser, parse, split_option
 from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.logger import RunLogger
@@ -42,14 +42,20 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     suffix = f".test-epoch{epoch}"
     earlier = [] if logs is None else list(logs.glob(f"events*{suffix}"))
     evaluated, correct = EvaluatedImages(), CorrectPredictions()
+    if settings.trainer[limit := OWN_LIMIT[command]] == 0:
+        raise UserError(f"trainer.{limit}={settings.trainer[limit]} evaluates no image; leave it out")
+    validates = command == "validate" or settings.calibrate
     with as_user_error():
         values = parser.instantiate(settings)
-        data = ImageDataModule(**saved | dict(values.data))
+        if validates:
+            data = ImageDataModule(**saved | dict(values.data))
+            data.load_state_dict(checkpoint["ImageDataModule"])
+        else:
+            data = data_for_test(checkpoint, dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
         logger = None if logs is None else RunLogger(logs, suffix)
         trainer = evaluating_trainer(values.trainer, logger, [evaluated, correct])
         conditions = choose_conditions(settings, data.image_size)
-    data.load_state_dict(checkpoint["ImageDataModule"])
 
     def measure(split: Literal["test", "val"]) -> dict[str, float]:
         with running(logs):

@@ -28,8 +28,8 @@ from cbam_pl.commands.exported import (
     write_onnx,
     write_pt2,
 )
-from cbam_pl.data.datamodule import ImageDataModule
-from cbam_pl.data.folder import show
+from cbam_pl.data.datamodule import data_for_test, in_proportion
+from cbam_pl.data.folder import show, stored_size
 from cbam_pl.data.loader import Normalise
 from cbam_pl.environment import describe_environment, processor_name
 from cbam_pl.errors import UserError, as_user_error, cannot_write
@@ -120,13 +120,12 @@ def _check_output(output: Path) -> None:
 
 def _verification_images(checkpoint: dict[str, Any], settings: Namespace) -> tuple[Tensor, str]:
     """NUM_IMAGES test images, evenly chosen, (N, 3, H, W) uint8, or noise where they are not at hand; and its name."""
-    data = ImageDataModule(**checkpoint["datamodule_hyper_parameters"] | dict(settings))
+    data = data_for_test(checkpoint, dict(settings))
     reason = f"no test images of {data.dataset} in {show(data.root)}"
     if data.is_at_hand():
         try:
             data.prepare_data()
             data.setup("test")
-            data.load_state_dict(checkpoint["ImageDataModule"])
             test = data.images("test")
             count = min(NUM_IMAGES, len(test))
             return test.take(torch.arange(count) * len(test) // count), f"{count} test images of {data.dataset}"
@@ -159,11 +158,13 @@ def _describe(path: Path, checkpoint: dict[str, Any], classifier: Classifier, se
     """The metadata of a file: what goes in and comes out, where the network is from, and how good it was measured."""
     data, model = checkpoint["ImageDataModule"], checkpoint["hyper_parameters"]
     environment, record = describe_environment(torch.device("cpu")), read_record(path, checkpoint)
+    proportional = in_proportion(checkpoint["datamodule_hyper_parameters"])
     described = {
         "classes": data["classes"],
         "mean": data["mean"],
         "std": data["std"],
         "image_size": model["image_size"],
+        "shorter_side": stored_size(model["image_size"]) if proportional else None,
         "input_type": settings.input_type,
         "precision": settings.precision,
         "test_time_flip": classifier.test_time_flip,

@@ -47,7 +47,8 @@ def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
     for weights in counts.double():
         weights /= weights.sum()
         mean.append(float((weights * values).sum()))
-        std.append(float((weights * (values - mean[-1]) ** 2).sum().sqrt()))
+        # A constant channel, as in images of one colour, is not divided by 0.
+        std.append(float((weights * (values - mean[-1]) ** 2).sum().sqrt()) or 1.0)
     return mean, std
 
 
@@ -77,7 +78,19 @@ def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence
 
 def in_proportion(settings: Mapping[str, Any]) -> bool:
     """Whether images keep their proportions, by the arguments of the ImageDataModule that a network is trained with."""
-    return settings.get("augmentation") == "resized_crop"
+    return settings.get("dataset") == "folder" and settings.get("augmentation") == "resized_crop"
+
+
+def data_for_test(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> "ImageDataModule":
+    """The data of a checkpoint for its test images, without a split for validation, which other images may not allow.
+
+    Args:
+        checkpoint: its content.
+        settings: arguments of the ImageDataModule in place of the checkpoint's.
+    """
+    data = ImageDataModule(**{**checkpoint["datamodule_hyper_parameters"], **settings, "val_size": 0})
+    data.load_state_dict({name: checkpoint["ImageDataModule"][name] for name in ("classes", "mean", "std")})
+    return data
 
 
 class ImageDataModule(LightningDataModule):
@@ -258,6 +271,11 @@ class ImageDataModule(LightningDataModule):
                 f"; the {len(val)} of {len(trained['val'])} held-out images that are left stay held out, all others "
                 "count as training images"
             )
+        elif (seen := torch.isin(ids[len(train) :], trained["train"])).any():  # of the validation images
+            if seen.all():
+                raise UserError(f"{problem}, and all of its validation images were trained on")
+            self._images["val"] = val.subset((~seen).nonzero()[:, 0])
+            problem += f"; {int(seen.sum())} of the {len(val)} validation images were trained on, and are left out"
         rank_zero_warn(problem)
 
     def _set_classes(self, found: list[str], trained: list[str]) -> None:
@@ -280,14 +298,18 @@ class ImageDataModule(LightningDataModule):
             return 0
         return self.trainer.current_epoch
 
+    def _enough_images(self, split: Literal["train", "val", "test"], shard: Shard) -> Images:
+        """The images of a split, of which each process needs one."""
+        images, name = self.images(split), {"train": "training", "val": "validation", "test": "test"}[split]
+        if len(images) < shard.world_size:
+            raise UserError(f"{len(images)} {name} images are fewer than the {shard.world_size} processes")
+        return images
+
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled, augmented batches of `batch_size`."""
         normalise, device, shard = self._placement()
-        images = self.images("train")
-        if len(images) < shard.world_size:
-            raise UserError(f"{len(images)} training images are fewer than the {shard.world_size} processes")
         return TrainingLoader(
-            images,
+            self._enough_images("train", shard),
             self.batch_size,
             self.augmentation,
             normalise,
@@ -302,7 +324,8 @@ class ImageDataModule(LightningDataModule):
     def _evaluation_loader(self, split: Literal["val", "test"], shuffle: bool = True) -> EvaluationLoader:
         normalise, device, shard = self._placement()
         # Without gradients four times as many images need less memory than a training step.
-        return EvaluationLoader(self.images(split), 4 * self.batch_size, normalise, device, shard, shuffle)
+        images = self._enough_images(split, shard)
+        return EvaluationLoader(images, 4 * self.batch_size, normalise, device, shard, shuffle)
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation image once, in a fixed random order."""
@@ -321,7 +344,8 @@ class ImageDataModule(LightningDataModule):
         normalise, device, shard = self._placement()
         # Activations of more images would leave the CPU's cache and the allocator's: 256 take 1.5 times as long each.
         batch_size = min(4 * self.batch_size, 128) if device.type == "cpu" else 4 * self.batch_size
-        return EvaluationLoader(self.images("test"), batch_size, normalise, device, shard, shuffle=True, change=change)
+        images = self._enough_images("test", shard)
+        return EvaluationLoader(images, batch_size, normalise, device, shard, shuffle=True, change=change)
 
 
 def _short(names: list[str]) -> str:

@@ -121,9 +121,11 @@ def run_of(checkpoint: Path) -> Run | None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A stream that becomes the file at `path` once all of it is on the disk; before, and on errors, nothing changes.
 
-    The unfinished file is in the same folder, since a rename is not possible from another file system.
+    The unfinished file is in the same folder, since a rename is not possible from another file system. The folder is
+    made if there is none.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with unfinished.open("wb") as stream:
             yield stream

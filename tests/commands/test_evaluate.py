@@ -195,6 +195,60 @@ def test_limits_of_other_stages_are_not_offered(which, stage, command):
     assert outcome.err.startswith(f"error: unknown key trainer.limit_{stage}_batches")
 
 
+@pytest.mark.parametrize(("which", "limit"), [("test", "limit_test_batches"), ("validate", "limit_val_batches")])
+def test_no_images_are_rejected(which, limit, trained, command):
+    error = one_line(command(which, "--trainer.default_root_dir", trained[0], f"--trainer.{limit}", 0))
+    assert f"trainer.{limit}=0 evaluates no image; leave it out" in error
+
+
+def test_a_test_needs_no_validation_images(trained, command, tmp_path, image_folder):
+    root, other = shutil.copytree(trained[0], tmp_path / "run"), tmp_path / "other"
+    shutil.copytree(image_folder / "test", other / "test")
+    for name in ("blue", "green", "red"):  # of which nothing could be held out
+        (other / "train" / name).mkdir(parents=True)
+        shutil.copy(image_folder / "test" / name / "0.png", other / "train" / name)
+    whole = command("test", "--trainer.default_root_dir", root)
+    options = ["--trainer.default_root_dir", root, "--data.root", other]
+    outcome = command("test", *options)
+    assert outcome.status == 0, outcome.err
+    assert (outcome.out, outcome.err) == (whole.out, whole.err)
+    assert "too few to hold any out" in one_line(command("validate", *options))
+    assert "too few to hold any out" in one_line(command("test", *options, "--calibrate"))
+
+
+def test_validation_images_that_were_trained_on_are_left_out(trained, command, tmp_path, image_folder):
+    root, moved = shutil.copytree(trained[0], tmp_path / "run"), tmp_path / "moved"
+    shutil.copytree(image_folder, moved, ignore=shutil.ignore_patterns(".*"))
+    source = load_folder(str(image_folder)).train
+    held_out = torch.isin(source.ids, checkpoint(root, "best")["ImageDataModule"]["val_ids"])
+    files = sorted((moved / "train").glob("*/*.png"))  # in the order of the ids
+
+    def move(index):
+        (moved / "val" / files[index].parent.name).mkdir(parents=True, exist_ok=True)
+        files[index].rename(moved / "val" / files[index].parent.name / files[index].name)
+
+    seen = (~held_out).nonzero()[:, 0].tolist()
+    for name in ("blue", "green", "red"):
+        move(next(index for index in seen if files[index].parent.name == name))
+    options = ["--trainer.default_root_dir", root, "--data.root", moved]
+    assert "and all of its validation images were trained on" in one_line(command("validate", *options))
+    move(int(held_out.nonzero()[0]))
+    with pytest.warns(UserWarning, match="; 3 of the 4 validation images were trained on, and are left out"):
+        outcome = command("validate", *options)
+    assert outcome.status == 0, outcome.err
+    assert "on 1 val images of folder:" in outcome.out
+
+
+def test_weights_are_tested_without_a_logger(trained, command, tmp_path):
+    place = ["--trainer.default_root_dir", tmp_path]
+    export = ["--format", "safetensors", "--output", tmp_path / "mine"]
+    outcome = command("export", "--trainer.default_root_dir", trained[0], *export)
+    assert outcome.status == 0, outcome.err
+    outcome = command("test", *place, "--ckpt_path", tmp_path / "mine", "--trainer.logger", "false")
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "logs/weights/mine/test.json").is_file()
+
+
 def test_predictions_are_of_the_mirror_image_too_where_that_was_chosen(trained, command, tmp_path, image_folder):
     root = shutil.copytree(trained[0], tmp_path / "run")
     outcome = command("test", "--trainer.default_root_dir", root, "--model.test_time_flip", "true")

@@ -1,6 +1,7 @@
 """`export`: files that give what the network gives, by arithmetic of the test's own, and what is rejected."""
 
 import ast
+import contextlib
 import csv
 import json
 import os
@@ -17,15 +18,17 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cbam_pl.attention import AttentionConfig, AttentionKind
 from cbam_pl.commands.exported import ExportedNetwork, read_onnx, read_pt2, trace, write_onnx, write_pt2
+from cbam_pl.data.folder import decode
 from cbam_pl.inspect.gates import attention_maps
 from cbam_pl.models import NetworkConfig, ResNet, build_network, make_network
 from cbam_pl.models.resnet import RESNETS
 from cbam_pl.training.checkpoint import load_classifier, read_checkpoint
 from cbam_pl.training.classifier import Classifier
-from tests.helpers import COLOURS, REPOSITORY, checkpoint, one_line
+from tests.helpers import COLOURS, REPOSITORY, checkpoint, one_line, photo
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 BEST = "checkpoints/tiny/version_0/best.ckpt"
@@ -132,6 +135,30 @@ def test_the_metadata_say_what_it_is_and_how_good_it_was_measured(pt2):
     found = re.search(r"on 21 test images of folder: probabilities (\S+), gates (\S+) \(at most 1e-04", out)
     assert all(float(text) < 1e-5 for text in found.groups())
     assert str(REPOSITORY).encode() not in file.read_bytes()  # no paths of the machine
+
+
+def test_the_metadata_say_what_was_resized_in_proportion(trained, command, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    content = checkpoint(root, "best")
+    content["datamodule_hyper_parameters"]["augmentation"] = "resized_crop"
+    torch.save(content, root / "checkpoints/tiny/version_0/best.ckpt")
+    outcome = command("export", "--trainer.default_root_dir", root, "--format", "pt2", "--output", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    extra = {"metadata.json": ""}
+    torch.export.load(tmp_path / "out/model.pt2", extra_files=extra)
+    about = json.loads(extra["metadata.json"])
+    assert (about["image_size"], about["shorter_side"]) == (32, 37)
+    # As docs/export.md prepares an image.
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/export.md").read_text(), re.DOTALL)
+    (script,) = (block for block in blocks if "shorter_side" in block)
+    photo(110, 61).save(tmp_path / "my_cat.png")
+    names = {"about": about, "Image": Image}
+    with contextlib.chdir(tmp_path):
+        exec(script, names)
+    expected = decode(tmp_path / "my_cat.png", 32, in_proportion=True).permute(1, 2, 0).numpy()
+    found = np.asarray(names["photo"])
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 @pytest.fixture

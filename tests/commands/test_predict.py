@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
+from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.folder import decode
 from cbam_pl.training.classifier import Classifier
 from tests.helpers import COLOURS, REPOSITORY, TEST_PER_CLASS, checkpoint, one_line, png_bomb
@@ -32,6 +34,33 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
         assert 1 > float(row["probability_1"]) >= float(row["probability_2"]) > 0
         assert {row["class_1"], row["class_2"]} < set(COLOURS)
     assert rows[0]["class_1"] in outcome.out
+
+
+def test_images_of_fixed_size_are_not_enlarged_by_resized_crops(command, tmp_path):
+    config = tmp_path / "shapes.yaml"
+    config.write_text(
+        "model: {arch: cnn, attention: {kind: none}}\n"
+        "data: {dataset: shapes, augmentation: resized_crop, batch_size: 50, image_size: 16}\n"
+        "trainer: {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, accelerator: cpu}\n"
+    )
+    root = ("--trainer.default_root_dir", tmp_path)
+    assert command("fit", "--config", config, *root).status == 0
+    data = ImageDataModule("shapes", image_size=16)
+    data.setup("test")
+    for number, pixels in enumerate(data.images("test").pixels[:20]):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:02}.png")
+    assert command("test", *root).status == 0
+    output = tmp_path / "out.csv"
+    outcome = command("predict", *root, "--images", *sorted(tmp_path.glob("*.png")), "--output", output, "--top", 1)
+    assert outcome.status == 0, outcome.err
+    with output.open() as stream:
+        found = [float(row["probability_1"]) for row in csv.DictReader(stream)]
+    with np.load(tmp_path / "logs/shapes/version_0/test.npz") as file:
+        assert found == pytest.approx(file["probabilities"][:20].max(1), abs=1e-3)
+
+
+def test_a_part_of_the_images_is_not_offered(command):
+    assert "unknown key trainer.fast_dev_run" in one_line(command("predict", "--trainer.fast_dev_run", "true"))
 
 
 def test_images_keep_their_proportions_where_the_network_was_trained_on_resized_crops(trained, command, tmp_path):

@@ -239,6 +239,29 @@ def test_none_of_the_held_out_images_is_left(image_folder):
 # ---------------------------------------------------------------------------------------- epochs that are cut short
 
 
+def test_a_constant_channel_is_not_divided_by_zero(tmp_path):
+    pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    pixels[:2, 1] = 255
+    mean, std = channel_statistics(Images(pixels, torch.zeros(4, dtype=torch.int64)))
+    assert mean == pytest.approx([0, 0.5, 0])
+    assert std == pytest.approx([1, 0.5, 1])
+
+
+def test_each_process_needs_an_image_of_each_split(image_folder):
+    data = ImageDataModule("folder", str(image_folder))
+    data.setup()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer = trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer), "world_size", 100)
+        names = {"training": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}
+        for name, loader in names.items():
+            with pytest.raises(UserError, match=rf"^\d+ {name} images are fewer than the 100 processes$"):
+                loader()
+        with pytest.raises(UserError, match="21 test images are fewer"):
+            data.changed_test_dataloader(lambda pixels, indices: pixels)
+
+
 class Recorder(LightningModule):
     """Keeps the images of each training batch, by epoch."""
 
