@@ -15,6 +15,7 @@ from cbam_pl.commands.compare.plan import nest
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
+from cbam_pl.environment import describe_environment
 from cbam_pl.errors import is_out_of_memory
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.process import configure_process
@@ -81,24 +82,29 @@ def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int,
 
 def time_recipes(
     configs: dict[str, dict[str, Any]], rounds: int, seconds: float, batch_sizes: Sequence[int]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Time all recipes in interleaved rounds, so that a busy moment of the machine affects all alike.
 
     Returns:
         Recipe → trainable parameters; flops of one image's forward pass, a multiplication and an addition being two;
-        train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images.
+        train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images;
+        measured_on, the device.
     """
     recipes = {name: TimedRecipe(settings) for name, settings in configs.items()}
     works = {(name, size): recipe.forward_pass(size) for name, recipe in recipes.items() for size in batch_sizes}
     works |= {(name, 0): recipe.train_step for name, recipe in recipes.items()}
-    turns = time_in_turns(works, rounds, seconds, next(iter(recipes.values())).device)
+    device = next(iter(recipes.values())).device
+    turns = time_in_turns(works, rounds, seconds, device)
     times = {key: statistics.median(values) for key, values in turns.items()}
+    threads = "" if device.type == "cuda" else f", threads: {torch.get_num_threads()}"
+    measured_on = describe_environment(device)["device"] + threads
     return {
         name: {
             "parameters": recipe.parameters,
             "flops": recipe.flops,
             "train_images_per_second": recipe.batch_size / times[name, 0],
             **{f"latency_{size}": 1000 * times[name, size] for size in batch_sizes},
+            "measured_on": measured_on,
         }
         for name, recipe in recipes.items()
     }

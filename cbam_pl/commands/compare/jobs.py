@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -121,7 +122,8 @@ def _state(run: Run, job: Job) -> State:
     if last is not None and last["epochs"] < job.epochs and not 0 <= limit <= last["steps"]:
         return "interrupted"
     same = best is not None and tested.get("epoch") == best["epoch"] and tested.get("options") == job.test_options
-    complete = "calibration" in tested and (run.logs / "test.npz").is_file() and _has_corruptions(run, job, tested)
+    predictions = read_predictions(run, tested)
+    complete = "calibration" in tested and predictions is not None and _has_corruptions(run, job, tested)
     if same and complete and (last is not None or len(read_epochs(run)) == job.epochs):
         return "done"  # whether its checkpoints are still there or not
     if last is None or read_progress(run, "best") is None:
@@ -165,7 +167,7 @@ def read_predictions(run: Run, test: dict[str, Any]) -> dict[str, np.ndarray] | 
             arrays = {name: file[name] for name in file.files if name != "probabilities"}
         counts = np.zeros_like(test["confusion"])
         np.add.at(counts, (arrays["label"], arrays["predicted"]), 1)
-    except (OSError, ValueError, KeyError, IndexError, BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, BadZipFile, zlib.error):
         return None
     correct = (arrays["predicted"] == arrays["label"]).astype(np.float32)
     return arrays | {"correct": correct} if counts.tolist() == test["confusion"] else None

@@ -49,11 +49,16 @@ def compare_measures(own: Sequence[Result], pairs: Pairs) -> dict[str, dict[str,
         if all(run.get(name) is not None for run in (*own, *(run for pair in pairs for run in pair))):
             difference = None
             if pairs:
-                ours, others = ([run[name] for run in side] for side in zip(*pairs, strict=True))
-                found = asdict(compare_pairs(ours, others))
-                difference = found | {"images_interval": intervals.get(name), "significant": False}
+                difference = compare_runs(pairs, name, intervals.get(name))
             measures[name] = asdict(summarise([run[name] for run in own])) | {"difference": difference}
     return measures
+
+
+def compare_runs(pairs: Pairs, name: str, images_interval: list[float] | None) -> dict[str, Any]:
+    """The paired difference of a figure; its interval over seeds and images, too, needs a spread of the seeds."""
+    difference = compare_pairs(*([run[name] for run in side] for side in zip(*pairs, strict=True)))
+    interval = None if difference.interval is None else images_interval
+    return asdict(difference) | {"images_interval": interval, "significant": False}
 
 
 def bootstrap_intervals(pairs: Pairs, factors: dict[str, float]) -> dict[str, list[float]]:

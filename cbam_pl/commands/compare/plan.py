@@ -104,7 +104,7 @@ class Plan:
             with atomic_write(record) as stream:
                 stream.write((json.dumps(content, indent=1) + "\n").encode())
             return chosen
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
 
 
@@ -247,7 +247,8 @@ def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
 
 def _own_grid(file: str, recipe: dict[str, Any], parser: Any) -> dict[str, list[Any]]:
     grid = recipe.pop("grid", {})
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+    pairs = grid.items() if isinstance(grid, dict) else [("", None)]
+    if not all(isinstance(key, str) and isinstance(values, list) and values for key, values in pairs):
         raise UserError(f"grid in {file} must give a list of values for each key, such as attention.kind: [none, cbam]")
     try:
         parse(parser, [], recipe)  # by itself, so that a mistake is reported with its file
@@ -266,7 +267,10 @@ def _read_grid(words: Iterable[str], parser: Any) -> dict[str, list[Any]]:
             parsed = None
         if not equals or not parsed:
             raise UserError(f"--grid {word} must have the form KEY=VALUE,VALUE,…, such as attention.kind=none,se,cbam")
-        grid[_full_key(key, parser)] = parsed
+        full = _full_key(key, parser)
+        if full in grid:
+            raise UserError(f"--grid {word}: duplicate key {full}; give all its values at once")
+        grid[full] = parsed
     return grid
 
 
@@ -295,7 +299,9 @@ def _variations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
 def _unused_options(variation: dict[str, Any]) -> set[str]:
     """Options of the attention that its kind in a grid does not use, wherever they are given."""
     kind = variation.get("model.attention.kind")
-    return set() if kind is None else {field.name for field in fields(AttentionConfig)} - {"kind", *options_of(kind)}
+    if not isinstance(kind, str):  # the parser rejects what is no kind
+        return set()
+    return {field.name for field in fields(AttentionConfig)} - {"kind", *options_of(kind)}
 
 
 def labels_of(variation: dict[str, Any]) -> list[str]:

@@ -17,12 +17,12 @@ from cbam_pl.commands.compare.jobs import (
     read_predictions,
     read_robustness,
     read_test,
-    threads_per_job,
 )
 from cbam_pl.commands.compare.measures import (
     Result,
     bootstrap_intervals,
     compare_measures,
+    compare_runs,
     count_images,
     mcnemar_table,
     measures_table,
@@ -156,14 +156,11 @@ def _pairs(runs: dict[tuple[str, int], Result], name: str, other: str) -> list[t
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str, Any]:
-    ours, baseline = ([one["test_acc"] for one in side] for side in zip(*pairs, strict=True))
-    difference = compare_pairs(ours, baseline)
-    return asdict(difference) | {
-        "pairs": [one - other for one, other in zip(ours, baseline, strict=True)],
-        "images_interval": bootstrap_intervals(pairs, {"correct": 100}).get("correct"),
-        "images": difference.mean / 100 * images,
-        "seeds_needed": None if difference.sd is None else seeds_needed(EFFECT, difference.sd),
-        "significant": False,
+    difference = compare_runs(pairs, "test_acc", bootstrap_intervals(pairs, {"correct": 100}).get("correct"))
+    return difference | {
+        "pairs": [ours["test_acc"] - baseline["test_acc"] for ours, baseline in pairs],
+        "images": difference["mean"] / 100 * images,
+        "seeds_needed": seeds_needed(EFFECT, difference["sd"]) if difference["sd"] else None,
     }
 
 
@@ -181,9 +178,10 @@ def _per_class(pairs: Sequence[tuple[Result, Result]]) -> dict[str, dict[str, An
         return None
     rows = {}
     for index, name in enumerate(ours[0]["classes"]):
-        if count := sum(ours[0]["confusion"][index]):
-            correct = ([100 * one["confusion"][index][index] / count for one in side] for side in (ours, baseline))
-            difference = compare_pairs(*correct)
+        # With --unequal, the two sides may not have the same images.
+        of_class = [[one["confusion"][index] for one in side] for side in (ours, baseline)]
+        if all(sum(row) for side in of_class for row in side):
+            difference = compare_pairs(*([100 * row[index] / sum(row) for row in side] for side in of_class))
             rows[name] = {"mean": difference.mean, "interval": difference.interval}
     return rows
 
@@ -205,7 +203,8 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
 def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons: int) -> str:
     begin = f"{label} − {baseline}: {signed(difference['mean'])} percentage points"
     if difference["interval"] is None:
-        return f"{begin}, n = 1: one pair has no interval, so its significance is unknown"
+        reason = "one pair has" if difference["n"] == 1 else "equal differences have"
+        return f"{begin}, n = {difference['n']}: {reason} no interval, so its significance is unknown"
     begin += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}, n = {difference['n']}: "
     if difference["significant"]:
         return f"{begin}{label} is {'better' if difference['mean'] > 0 else 'worse'}"
@@ -219,19 +218,22 @@ def _findings(
     """Each sentence, and whether its difference is significant: first whether attention beats the same cost."""
     findings = []
     for name in dict.fromkeys(control["recipe"] for control in controls):
-        own = [control for control in controls if control["recipe"] == name and control["difference"]]
-        if own:
+        own = [control for control in controls if control["recipe"] == name]
+        if any(control["difference"] for control in own):
             findings.append(_verdict(labels[name], own, labels))
     return findings + [{key: one[key] for key in ("sentence", "significant")} for one in differences.values()]
 
 
 def _verdict(label: str, controls: Sequence[dict[str, Any]], labels: dict[str, str]) -> dict[str, Any]:
-    """Attention beats its controls where it is better than each; the sentence gives the strongest."""
-    strongest = min(controls, key=lambda control: control["difference"]["mean"])
+    """Attention beats its controls where it is better than each; the sentence gives the strongest that decides."""
+    done = sorted((one for one in controls if one["difference"]), key=lambda one: one["difference"]["mean"])
+    missing = dict.fromkeys(labels[one["name"]] for one in controls if not one["difference"])
+    lost = [one for one in done if one["difference"]["significant"] and one["difference"]["mean"] < 0]
+    undecided = [one for one in done if not one["difference"]["significant"]]
+    strongest = (lost or undecided or done)[0]
     difference = strongest["difference"]
-    better = all(one["difference"]["significant"] and one["difference"]["mean"] > 0 for one in controls)
-    worse = difference["significant"] and difference["mean"] < 0
-    if difference["interval"] is None:
+    worse, better = bool(lost), not (lost or undecided or missing)
+    if difference["interval"] is None or (missing and not (lost or undecided)):
         begin = f"Whether {label} beats the same cost spent otherwise is unknown"
     elif worse:
         begin = f"The same cost spent otherwise beats {label}"
@@ -244,8 +246,10 @@ def _verdict(label: str, controls: Sequence[dict[str, Any]], labels: dict[str, s
     figures = f"{signed(difference['mean'])} percentage points"
     if difference["interval"] is not None:
         figures += f", {100 * LEVEL:.0f} % interval {show_interval(difference['interval'])}"
-    count = len({one["name"] for one in controls})
-    which = f", the strongest of {count} controls" if count > 1 else ""
+    count = len({one["name"] for one in done})
+    which = f", {'the strongest' if strongest is done[0] else 'one'} of {count} controls" if count > 1 else ""
+    if missing:
+        which += f"; not done: {', '.join(missing)}"
     sentence = f"{begin}: {figures}, n = {difference['n']}, against {control}{which}"
     return {"sentence": sentence, "significant": better or worse}
 
@@ -283,8 +287,8 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
         "Test accuracy of the epoch with the highest validation accuracy: mean ± standard deviation over n seeds. "
         "Differences are paired by seed; pp: percentage points. No significant difference does not mean no "
         f"difference: the interval gives the differences that remain possible. Seeds to detect {EFFECT} pp: pairs at "
-        f"which a true difference of that size would be significant with a probability of {100 * POWER:.0f} %, if the "
-        "pairs vary as they did here."
+        f"which a true difference of that size would be significant with a probability of {100 * POWER:.0f} %, before "
+        "the correction, if the pairs vary as they did here."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
 
@@ -314,11 +318,12 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
         values = [((recipe["cost"] or {}).get(key), *column) for key, column in COSTS.items()]
         cells = ["" if value is None else f"{value / divisor:,.{digits}f}" for value, _, divisor, digits in values]
         rows.append([recipe["label"], *cells])
-    device = content["runs"][0]["device"]
-    threads = "" if device.startswith("cuda") else f", threads: {threads_per_job()}"
+    # Not of the machine that trained; unknown for costs that an earlier version measured.
+    costs = [recipe["cost"] for recipe in content["recipes"].values() if recipe["cost"]]
+    place = next((f" on {cost['measured_on']}" for cost in costs if "measured_on" in cost), "")
     meaning = (
-        "A multiplication and an addition are two FLOP; one forward pass. Speeds: medians of interleaved rounds on "
-        f"{device}{threads}. Memory: of a process that trains."
+        "A multiplication and an addition are two FLOP; one forward pass. Speeds: medians of interleaved rounds"
+        f"{place}. Memory: of a process that trains."
     )
     return {"headings": ["recipe", *(column[0] for column in COSTS.values())], "rows": rows, "meaning": meaning}
 

@@ -23,7 +23,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """Paired differences, in the unit of the measurements; without sd, interval and p where there is one pair."""
+    """Paired differences, in the unit of the measurements; without interval and p where they have no spread."""
 
     interval: tuple[float, float] | None = None  # Student's, for the mean
     p: float | None = None  # of the two-sided paired t-test that the mean is 0
@@ -39,11 +39,9 @@ def compare_pairs(ours: Sequence[float], baseline: Sequence[float]) -> Differenc
     """The differences ours − baseline, of n ≥ 1 values each in the same order of pairs."""
     differences = [one - other for one, other in zip(ours, baseline, strict=True)]
     summary = summarise(differences)
-    if summary.sd is None:
-        return Difference(summary.mean, None, 1)
-    if summary.sd <= 1e-12 * max(1.0, abs(summary.mean)):
-        # Without any spread t is not defined.
-        return Difference(summary.mean, 0.0, summary.n, (summary.mean,) * 2, 0.0 if summary.mean else 1.0)
+    # Of one pair, or of equal differences, which are chance: accuracies are multiples of one image.
+    if summary.sd is None or summary.sd <= 1e-12 * max(1.0, abs(summary.mean)):
+        return Difference(summary.mean, summary.sd and 0.0, summary.n)
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(LEVEL)
     return Difference(summary.mean, summary.sd, summary.n, (float(low), float(high)), float(test.pvalue))
@@ -129,7 +127,5 @@ def power_of_pairs(effect: float, sd: float, n: int) -> float:
 
 def seeds_needed(effect: float, sd: float) -> int:
     """The least number of pairs at which `power_of_pairs` reaches POWER, for an effect other than 0."""
-    if sd == 0:
-        return 2
     candidates = range(2, 1_000_000_000)
     return candidates[bisect_left(candidates, POWER, key=lambda n: power_of_pairs(effect, sd, n))]

@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -119,8 +121,13 @@ def test_predictions_are_those_of_the_test(compared, recipes, tmp_path):
     assert 100 * arrays["correct"].mean() == pytest.approx(100 * test["test/acc"])
     assert "probabilities" not in arrays
     assert jobs_module.read_predictions(run, test | {"confusion": [[21, 0, 0], [0, 0, 0], [0, 0, 0]]}) is None
-    (run.logs / "test.npz").write_bytes(b"cut")
-    assert jobs_module.read_predictions(run, test) is None
+    whole = (run.logs / "test.npz").read_bytes()
+    number = BytesIO()
+    np.save(number, 1)
+    for damaged in (b"", b"cut", whole[:60] + bytes(8) + whole[68:], number.getvalue()):
+        (run.logs / "test.npz").write_bytes(damaged)
+        assert jobs_module.read_predictions(run, test) is None
+        assert find(jobs_of(plan_in(root, recipes))[0])[0] == "tested", "and is tested again"
     (run.logs / "test.npz").unlink()
     assert find(jobs_of(plan_in(root, recipes))[0])[0] == "tested"
 

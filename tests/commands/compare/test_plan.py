@@ -91,6 +91,13 @@ def test_a_grid_may_stand_in_the_recipe(recipes, tmp_path):
     assert list(plan.configs) == ["order-order=channel_spatial", "order-order=parallel"]
 
 
+def test_a_grid_in_the_recipe_has_names_as_keys(recipes, tmp_path):
+    path = tmp_path / "orders.yaml"
+    path.write_text(recipes["cbam"].read_text() + "grid: {1: [2, 3]}\n")
+    with pytest.raises(UserError, match=r"grid in .*orders.yaml must give a list of values for each key"):
+        plan_of("--configs", path, "--output", tmp_path)
+
+
 def test_grid_values_are_yaml():
     parser = command_parser("fit")
     grid = _read_grid(["attention.kernel_size=3,7", "optimizer.lr=1e-3,x"], parser)
@@ -133,6 +140,9 @@ BAD = {
     "an unknown key": (["--configs", "{cbam}", "--grid", "attention.ordr=parallel"], "did you mean .*attention.order"),
     "a grid without values": (["--configs", "{cbam}", "--grid", "attention.kind="], "must have the form KEY=VALUE"),
     "a bad grid value": (["--configs", "{cbam}", "--grid", "attention.kind=none,sem"], "sem"),
+    "a grid of a list": (["--configs", "{cbam}", "--grid", "attention.kind=[none,se]"], "attention.kind"),
+    "a grid's key twice": (["--configs", "{cbam}", "--grid", "attention.kind=none,se", "model.attention.kind=cbam,bam"],
+                           "duplicate key model.attention.kind; give all its values at once"),
     "a key without its group": (["--configs", "{cbam}", "--grid", "kernel_size=3"], "attention.kernel_size"),
     "an option without use": (["--configs", "{none}", "{se}", "--model.attention.kernel_size", "3"], "kernel_size"),
     "the clock as budget": (["--configs", "{none}", "{se}", "--trainer.max_time", "00:00:01:00"], "trainer.max_time"),
@@ -178,9 +188,10 @@ def test_an_output_with_other_settings_is_rejected(recipes, command, tmp_path):
         with pytest.raises(UserError, match="of other recipes, settings or seeds; name another folder"):
             plan_of(*words, *other).claim_output(dry_run=True)
     plan_of(*words, "--pictures_every", 3).claim_output()
-    (tmp_path / "report/comparison.json").write_text(json.dumps({"seeds": [0]})[:-3])
-    with pytest.raises(UserError, match=r"cannot use .*report"):
-        plan.claim_output()
+    for damaged in ('{"seeds": [0', json.dumps({"seeds": plan.seeds, "configs": []})):
+        (tmp_path / "report/comparison.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"cannot use .*report|of other recipes"):
+            plan.claim_output()
 
 
 def test_unequal_recipes_may_be_allowed(recipes, tmp_path):

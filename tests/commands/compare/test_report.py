@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cbam_pl.commands.compare.controls import add_controls
@@ -17,6 +18,7 @@ from cbam_pl.commands.compare.page import write_gallery
 from cbam_pl.commands.compare.plan import Control, Plan
 from cbam_pl.commands.compare.report import analyse, markdown, read_results, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
+from cbam_pl.environment import describe_environment
 from tests.helpers import REPOSITORY, plan_of
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
@@ -73,7 +75,7 @@ def test_the_differences_are_those_of_the_pairs():
     # All mistakes are in class a, of which there are half as many images.
     classes = content["recipes"]["net-kind=cbam"]["per_class"]
     assert classes["a"]["mean"] == pytest.approx(2 * found["mean"])
-    assert classes["b"] == {"mean": 0, "interval": (0, 0)}
+    assert classes["b"] == {"mean": 0, "interval": None}
     curve = content["recipes"]["net-kind=none"]["curve"]
     assert curve["epoch"] == [1, 2]
     assert curve["mean"] == pytest.approx([none.mean() - 10, none.mean() + 1])
@@ -107,11 +109,11 @@ def test_each_measure_is_compared_in_pairs_with_one_correction_for_all():
     expected = {
         "acc": compare_pairs([85, 84, 86], [80, 81, 79]),
         "nll": compare_pairs([0.15, 0.16, 0.14], [0.2, 0.19, 0.21]),
-        "brier": compare_pairs([0.5] * 3, [0.5] * 3),
         "ece": compare_pairs([0.1, 84.1, 172.1], [0.1, 81.1, 158.1]),
     }
     found = {"acc": cbam["difference"]} | {name: one["difference"] for name, one in cbam["measures"].items()}
     adjusted = holm([one.p for one in expected.values()])
+    assert found.pop("brier")["p"] is None  # equal in each pair
     for (name, difference), other, p in zip(found.items(), expected.values(), adjusted, strict=True):
         assert difference["mean"] == pytest.approx(other.mean), name
         assert difference["interval"] == pytest.approx(other.interval), name
@@ -192,6 +194,30 @@ def test_one_seed_is_allowed_and_said():
     assert content["tables"]["accuracy"]["rows"][1] == ["k=se", "90.00", "1", "+10.00", "", "", "", "+20", ""]
 
 
+def test_equal_differences_are_not_significant():
+    runs = [
+        result(f"k={kind}", seed, accuracy + ours) | {"predictions": predicted(accuracy + ours)}
+        for kind, ours in (("none", 0), ("se", 0.05))
+        for seed, accuracy in enumerate((0.8, 0.82))
+    ]
+    content = analyse(plan_for({"k=none": [0, 0], "k=se": [0, 0]}), runs, {})
+    assert content["sentences"] == [
+        "k=se − k=none: +5.00 percentage points, n = 2: equal differences have no interval, so its significance is "
+        "unknown"
+    ]
+    row = ["k=se", "86.00 ± 1.41", "2", "+5.00", "", "", "", "+10", ""]
+    assert content["tables"]["accuracy"]["rows"][1] == row
+
+
+def test_each_class_is_a_share_of_that_sides_images():
+    runs = [result(f"k={kind}", seed, 0.8 + 0.1 * seed) for kind in ("none", "se") for seed in (0, 1)]
+    for run in runs[2:]:
+        right = run["test"]["confusion"][0][0]
+        run["test"]["confusion"] = [[right, 100 - right], [0, 200]]
+    recipe = analyse(plan_for({"k=none": [0, 0], "k=se": [0, 0]}, ["data.root"]), runs, {})["recipes"]["k=se"]
+    assert {name: one["mean"] for name, one in recipe["per_class"].items()} == {"a": 0, "b": 0}
+
+
 CONTROLLED = {
     "base=none": [0.80, 0.81, 0.79, 0.80, 0.82],
     "net=cbam": [0.83, 0.845, 0.82, 0.83, 0.85],
@@ -228,6 +254,39 @@ def test_the_first_sentence_says_whether_attention_beats_its_strongest_control()
     assert worse["sentences"][0].startswith("The same cost spent otherwise beats net=cbam: −2.90 percentage points")
     one = content_of({name: values[:1] for name, values in CONTROLLED.items()}, controls=[WIDE])
     assert one["sentences"][0].startswith("Whether net=cbam beats the same cost spent otherwise is unknown: +2.00")
+
+
+LONG = Control("net=cbam", "time", "epochs", "long=none", {"trainer.max_epochs": 3}, {"recipe": 9.0, "control": 6.0})
+
+
+def first_finding(*, long, missing=()):
+    """What is said of cbam, which beats the wider baseline, and of a control with these accuracies."""
+    accuracies = CONTROLLED | {"long=none": long}
+    runs = [result(name, seed, one) for name in accuracies for seed, one in enumerate(accuracies[name])]
+    plan = plan_for(accuracies, controls=[WIDE, LONG])
+    for settings in plan.configs.values():
+        settings["trainer.max_epochs"] = 2
+    return analyse(plan, [run for run in runs if run["recipe"] not in missing], {})["findings"][0]
+
+
+def test_attention_beats_the_same_cost_only_if_it_beats_each_control():
+    spread = [0.60, 0.99, 0.60, 0.99, 0.60]  # much lower in the mean, and it varies too much to tell
+    undecided = first_finding(long=spread)
+    assert undecided["sentence"].startswith("net=cbam does not significantly beat the same cost spent otherwise: +7.90")
+    assert undecided["sentence"].endswith("long=none (the baseline trained for longer, same time), one of 2 controls")
+    assert not undecided["significant"]
+    assert first_finding(long=[0.80, 0.81, 0.79, 0.80, 0.81])["significant"]
+
+
+def test_attention_does_not_beat_a_control_that_has_no_runs():
+    found = first_finding(long=[0.9] * 5, missing=["long=none"])
+    assert found["sentence"].startswith("Whether net=cbam beats the same cost spent otherwise is unknown: +2.00")
+    assert found["sentence"].endswith("against wide=none (the baseline wider, same time); not done: long=none")
+    assert not found["significant"]
+    # It does not change that another control is better.
+    lost = first_finding(long=[0.92, 0.93, 0.92, 0.92, 0.94], missing=["wide=none"])
+    assert lost["sentence"].startswith("The same cost spent otherwise beats net=cbam: −9")
+    assert lost["significant"]
 
 
 def test_what_is_missing_or_unequal_is_said():
@@ -282,6 +341,8 @@ def test_the_files_agree_with_the_tests_of_the_runs(compared):
         assert f"cbam − none: {signed(mean)} percentage points" in shown
     assert "| cbam |" in text
     assert content["recipes"]["se"]["cost"]["parameters"] == 1_147_011  # 3,591 fewer than with ten classes
+    here = describe_environment(torch.device("cpu"))["device"]
+    assert f"medians of interleaved rounds on {here}, threads: {torch.get_num_threads()}." in text
 
 
 class _Page(HTMLParser):
