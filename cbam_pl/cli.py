@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(f"unknown command {command!r}; {hint}" if command else f"no command given; {hint}")
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted before the first step; there is nothing to save", file=sys.stderr)
+        print("interrupted outside of the training; there is nothing to save", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):

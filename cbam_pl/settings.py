@@ -195,6 +195,7 @@ _PLAIN_TYPES = {
     r"tuple\[(.+), \.\.\.\]": r"a list [...] of \1",
     r"list\[([^]]+)\]": r"a list [...] of \1",
     r"jsonargparse\.typing\.": "",
+    r"typing\.Callable\[.+\]": "the import path of a class, package and all,",
     r"\bv(?=[<>])": "",
 }
 

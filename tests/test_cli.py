@@ -88,7 +88,7 @@ def test_ctrl_c_before_the_first_step_says_so(command, monkeypatch):
 
     monkeypatch.setattr("cbam_pl.commands.fit.fit", interrupt)
     outcome = command("fit")
-    assert (outcome.status, outcome.err) == (130, "interrupted before the first step; there is nothing to save\n")
+    assert (outcome.status, outcome.err) == (130, "interrupted outside of the training; there is nothing to save\n")
 
 
 def test_the_help_of_a_class_stands_beside_other_options(command):

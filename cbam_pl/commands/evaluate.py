@@ -81,16 +81,16 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     figures = measure(split)
     # What changes no other figure is left out.
     options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
-    measure_robustness(trainer, model, data, conditions, correct, figures, logs, options)
+    tested = {"epoch": epoch, "step": checkpoint["global_step"], **figures}
+    measure_robustness(trainer, model, data, conditions, correct, tested, logs, options)
     if not trainer.is_global_zero:
         return
     count, total = model.num_evaluated, len(data.images(split))
     described, arrays = _describe(evaluated, data.classes, calibration)
     if logs is not None:
         record = {
-            "epoch": epoch,
+            **tested,
             "images": count,
-            **figures,
             **described,
             "options": options,
             "environment": describe_environment(trainer.strategy.root_device),

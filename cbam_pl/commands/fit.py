@@ -83,7 +83,7 @@ def fit(options: list[str]) -> None:
             if interruption is None or not interruption.number:
                 _ensure_best(trainer, model, data, run)
     if is_first and run is not None:
-        _print_outcome(run, interruption, options)
+        _print_outcome(run, interruption, options, bool(trainer.checkpoint_callbacks))
     if interruption is not None and interruption.number:
         raise interruption
 
@@ -183,9 +183,11 @@ def _trained_parts(model: Classifier) -> list[str]:
     return lines
 
 
-def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str]) -> None:
+def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str], is_saved: bool) -> None:
     """How to go on where the training was stopped; else the best epoch, its figures, and the command that tests it."""
-    if interruption is not None:
+    if interruption is not None and not is_saved:
+        print(f"{interruption}; nothing is saved, since trainer.enable_checkpointing is false", file=sys.stderr)
+    elif interruption is not None:
         again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.checkpoints / "last.ckpt")]
         print(f"{interruption}; the state is saved", file=sys.stderr)
         print(f"resume: {PROGRAM} fit {shlex.join(again)}", file=sys.stderr)

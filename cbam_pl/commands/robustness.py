@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -114,14 +114,14 @@ def measure_robustness(
     data: ImageDataModule,
     conditions: Sequence[tuple[str, int]],
     correct: CorrectPredictions,
-    clean: dict[str, float],
+    tested: Mapping[str, Any],
     logs: Path | None,
     options: Sequence[str],
 ) -> None:
     """Test a classifier on the corrupted test images; print a table, and write robustness.json and .png.
 
-    All processes take part. `correct` is among the trainer's callbacks; `clean` has the figures of the images as they
-    are, which `trainer` has measured before.
+    All processes take part. `correct` is among the trainer's callbacks; `tested` has the checkpoint's epoch and step,
+    and the figures of the images as they are, which `trainer` has measured before.
     """
     if not conditions:
         return
@@ -144,10 +144,11 @@ def measure_robustness(
     if not trainer.is_global_zero:
         return
     record = {
-        "epoch": model.tested_epoch,
+        "epoch": tested["epoch"],
+        "step": tested["step"],
         "images": len(data.images("test")),
         "seed": SEED,
-        "test/acc": clean["test/acc"],
+        "test/acc": tested["test/acc"],
         "accuracy": accuracies,
         "mean": means(accuracies),
         "seconds": time.monotonic() - begin,
@@ -159,7 +160,7 @@ def measure_robustness(
     }
     if logs is not None:
         title = f"{logs.parent.name} {logs.name.replace('version_', 'version ')}, epoch {record['epoch']}\n"
-        title += f"{100 * clean['test/acc']:.1f} % without corruption"
+        title += f"{100 * tested['test/acc']:.1f} % without corruption"
         with atomic_write(logs / "robustness.png") as stream:
             draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
         with atomic_write(logs / "robustness.json") as stream:

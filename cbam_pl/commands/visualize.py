@@ -308,8 +308,8 @@ def _read_histories(loaded: Sequence[LoadedCheckpoint]) -> list[History]:
 
 
 def _read_test(loaded: LoadedCheckpoint) -> dict[str, Any]:
-    """What `test` wrote of this checkpoint; empty without a test, or where that was of another epoch."""
-    tested = read_result(loaded.logs, "test.json", loaded.content["epoch"] + 1) or {}
+    """What `test` wrote of this checkpoint; empty without a test, or where that was of another one."""
+    tested = read_result(loaded.logs, "test.json", loaded.content) or {}
     return tested if "reliability" in tested else {}
 
 

@@ -48,13 +48,13 @@ class InterruptCheckpoint(Callback):
 
     It is to stop on SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (which SLURM sends before the time is up), and where max_steps
     or max_time are used up; `Interrupted` is raised then. Lightning would take the epoch for a complete one, or leave
-    no checkpoint. `last` is the callback that writes last.ckpt.
+    no checkpoint. `last` is the callback that writes last.ckpt; with None, nothing is saved.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     AGREE_EVERY = 10  # batches, after which processes agree whether to stop
 
-    def __init__(self, last: RunCheckpoint, minutes: float) -> None:
+    def __init__(self, last: RunCheckpoint | None, minutes: float) -> None:
         self._last = last
         self._seconds = 60 * minutes
         self._saved_at = 0.0
@@ -92,7 +92,7 @@ class InterruptCheckpoint(Callback):
             agree = (batch_idx + 1) % self.AGREE_EVERY == 0
             stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
             due = agree and trainer.strategy.reduce_boolean_decision(due, all=False)
-        if stop or due or budget:
+        if self._last is not None and (stop or due or budget):
             trainer.save_checkpoint(self._last.format_checkpoint_name({}))
             self._saved_at = time.monotonic()
         if stop or budget:

@@ -53,7 +53,7 @@ class Classifier(LightningModule):
             attention in them is trained unless a pattern names it.
         lr_factors: by pattern, what the learning rate is multiplied with for the modules' weights, those of attention
             in them excepted unless the pattern names it; of several that match, the last counts.
-        optimizer: any of torch.optim, without its parameters.
+        optimizer: any of torch.optim, without its parameters; SparseAdam, for sparse gradients, cannot train images.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
             by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
         lr_interval: step the schedule once an epoch or once an optimizer step.
@@ -292,7 +292,10 @@ class Classifier(LightningModule):
     @property
     def schedule_spans_training(self) -> bool:
         """Whether the schedule's length is left to the trainer."""
-        return isinstance(self.lr_scheduler, partial) and self.lr_scheduler.keywords.get("total_steps", 0) is None
+        if not isinstance(self.lr_scheduler, partial):
+            return False
+        given = self.lr_scheduler.keywords  # OneCycleLR takes its length in two ways
+        return given.get("total_steps", 0) is None and given.get("epochs") is None
 
     @property
     def optimization(self) -> dict[str, Any]:
@@ -322,6 +325,10 @@ class Classifier(LightningModule):
             raise UserError(f"model.optimizer: {error}") from error
         if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
             raise UserError(f"model.optimizer: lr={optimizer.param_groups[0]['lr']} must be finite")
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise UserError("model.optimizer: SparseAdam needs sparse gradients, which images do not give; use Adam")
+        if isinstance(optimizer, torch.optim.LBFGS) and self.channels_last is not False:
+            raise UserError("model.optimizer: LBFGS works with --model.channels_last false alone; add it")
         return optimizer
 
     def configure_optimizers(self) -> Any:
@@ -356,16 +363,24 @@ class Classifier(LightningModule):
                 "model.lr_scheduler: a phase of the schedule has no step between its ends; train for more epochs, or "
                 "change the share of the rise (pct_start) so that it and the fall take two steps or more"
             ) from error
+        if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
+            raise UserError(
+                "model.lr_interval=step has no effect with ReduceLROnPlateau, which val/loss steps after each epoch; "
+                "leave it out"
+            )
         # Lightning asks for a monitor; on_train_epoch_end steps a plateau by val/loss.
         schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": "train/loss"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _training_steps(self) -> int:
         """Steps of the schedule over the whole training, in the unit of `lr_interval`."""
-        if self.lr_interval == "epoch":
-            total: float = self.trainer.max_epochs or -1
+        trainer = self.trainer
+        if self.lr_interval == "epoch" and trainer.max_steps < 0:
+            total: float = trainer.max_epochs or -1
         else:
-            total = self.trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps()
+            total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps()
+            if self.lr_interval == "epoch":
+                total = math.ceil(total / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         if total < 1 or total == math.inf:
             raise ValueError("a schedule over the whole training needs its end; set trainer.max_epochs")
         return int(total)

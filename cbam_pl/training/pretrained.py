@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from lightning import Trainer
 from scipy.special import log_softmax
 
-from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.data.datamodule import data_for_test
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.calibration import NUM_BINS, measure_images
@@ -97,8 +97,7 @@ def read_record(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved_at"])) if "saved_at" in checkpoint else None,
     }
     test, robustness = (
-        None if run is None else read_result(run.logs, name, checkpoint["epoch"] + 1)
-        for name in ("test.json", "robustness.json")
+        None if run is None else read_result(run.logs, name, checkpoint) for name in ("test.json", "robustness.json")
     )
     if test is not None:
         figures = {"accuracy": test["test/acc"], **test.get("measures", {})}
@@ -144,8 +143,7 @@ def _find_reports(run: Run) -> list[dict[str, Any]]:
 def _measure(model: Any, checkpoint: Mapping[str, Any], predicted: np.ndarray | None) -> dict[str, Any]:
     """Test a classifier as `test` does by default, and count the predictions that are not those of the run's test."""
     with running():
-        data = ImageDataModule(**checkpoint["datamodule_hyper_parameters"])
-        data.load_state_dict(checkpoint["ImageDataModule"])
+        data = data_for_test(checkpoint, {})
         try:
             data.prepare_data()
             data.setup("test")

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,13 +99,22 @@ def results_folder(checkpoint: Path, root: Path) -> Path | None:
     return None if run is None or not run.logs.is_dir() else run.logs
 
 
-def read_result(logs: Path, name: str, epoch: int) -> dict[str, Any] | None:
-    """What a JSON file in a log folder holds of the checkpoint of `epoch`, from 1; None where it has nothing of it."""
+def read_result(logs: Path, name: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a JSON file in a log folder holds of this checkpoint; None where it has nothing of it."""
     try:
         content = json.loads((logs / name).read_text())
     except (OSError, ValueError):
         return None
-    return content if content.get("epoch") == epoch else None
+    return content if is_result_of(content, checkpoint["epoch"] + 1, checkpoint["global_step"]) else None
+
+
+def is_result_of(result: Mapping[str, Any], epoch: int | None, step: int | None) -> bool:
+    """Whether a result is of the checkpoint of that epoch, from 1, after that step, if both are known.
+
+    An epoch that was interrupted, and the same epoch once it is complete, have other weights; earlier versions did not
+    note the step.
+    """
+    return result.get("epoch") == epoch and (step is None or result.get("step", step) == step)
 
 
 def run_of(checkpoint: Path) -> Run | None:

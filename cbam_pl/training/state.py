@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor, stack, tensor
 
 from cbam_pl.errors import UserError
@@ -124,6 +124,7 @@ class TrainingState(Callback):
 
     def __init__(self, resumed: dict[str, Any] | None = None) -> None:
         self._resumed = resumed
+        self._all_batches_done = False  # of the interrupted epoch, of which the validation alone is left
         self._interrupted: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -139,26 +140,30 @@ class TrainingState(Callback):
             # With other processes or another accumulation than before, an epoch has another number of steps.
             batches = _loader_state(self._resumed)["batches_done"]
             per_epoch = total // max(1, trainer.max_epochs or 1)
-            epochs = completed_epochs(self._resumed) + (_is_interrupted(self._resumed) and batches == 0)
+            epochs = completed_epochs(self._resumed) + self._all_batches_done
             behind = epochs * per_epoch + batches // trainer.accumulate_grad_batches
             total += self._resumed["global_step"] - behind
         return max(1, total)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adapt the checkpoint to the trainer's number of processes and epochs, as far as these differ."""
+        """Adapt the checkpoint to the trainer's processes and epochs, as far as these differ."""
         upgrade(checkpoint)
         self._resumed = checkpoint
         if not trainer.training:
             return
-        loader = _loader_state(checkpoint)
-        processes = checkpoint["run_conditions"].get("processes", trainer.world_size)
+        loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         if _is_interrupted(checkpoint):
             self._interrupted = {"figures": checkpoint["figures"], **checkpoint["interrupted_epoch"]}
-        if loader["batches_done"] and processes != trainer.world_size:
-            # One order of the images is dealt out to all processes: as many are done as before, rounded down.
-            batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-            loader["batches_done"] = min(loader["batches_done"] * processes // trainer.world_size, batches - 1)
+            self._all_batches_done = not loader["batches_done"]
+        decisive = ("processes", "limit_train_batches", "overfit_batches", "accumulate_grad_batches")
+        if loader["batches_done"] and any(before.get(name, here[name]) != here[name] for name in decisive):
+            # One order of the images is dealt out to all processes: as many are done as before, rounded down to whole
+            # steps; at least one batch is left, as Lightning begins an epoch without any again.
+            done = loader["batches_done"] * before.get("processes", here["processes"]) // trainer.world_size
+            batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches  # type: ignore[attr-defined]
+            done = min(done, (min(batches, limit) if isinstance(limit, int) else int(batches * limit)) - 1)
+            loader["batches_done"] = done - done % trainer.accumulate_grad_batches
             completed = loader["batches_done"] + progress["completed"] - progress["ready"]
             progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
             progress["completed"] = completed
@@ -192,10 +197,12 @@ class TrainingState(Callback):
         measured = {"val": classifier.validated, "train": classifier.epoch_ended, "lr": classifier.epoch_ended}
         metrics = sorted(trainer.callback_metrics.items())
         figures = {name: float(value) for name, value in metrics if measured.get(name.partition("/")[0], True)}
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        out_of_time = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
         checkpoint |= {
             "format": FORMAT,
             "saved_at": time.time(),  # all that was logged up to now is on the disk
-            "stopped_early": trainer.should_stop,
+            "stopped_early": trainer.should_stop and not out_of_time,
             "run_conditions": run_conditions(trainer),
             "optimization": classifier.optimization,
             "figures": figures,

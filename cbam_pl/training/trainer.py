@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.training.callbacks import (
@@ -64,9 +65,14 @@ def training_trainer(
     losses = StepLosses()
     callbacks = [*own, *users, losses, TrainingState(resumed)]
     if options["max_time"] is not None:
-        callbacks.append(Timer(options["max_time"]))  # before InterruptCheckpoint, which acts on it
+        try:
+            callbacks.append(Timer(options["max_time"]))  # before InterruptCheckpoint, which acts on it
+        except (MisconfigurationException, TypeError) as error:
+            raise UserError(f"trainer.max_time={options['max_time']} must be DD:HH:MM:SS, as 00:12:00:00") from error
         options["max_time"] = None
-    if options["enable_checkpointing"] is not False:
+    if options["enable_checkpointing"] is False:
+        callbacks.append(InterruptCheckpoint(None, minutes))
+    else:
         folder = None if run is None else run.checkpoints  # the first process's folder is everyone's
         checkpoint = partial(RunCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
         # In this order last.ckpt knows of the best.
@@ -115,6 +121,10 @@ def running(logs: Path | None = None) -> Iterator[None]:
     try:
         with as_user_error():
             yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # at which Lightning ends the process with status 1
+            raise KeyboardInterrupt from error
+        raise
     except (OSError, UserError) as error:
         if logs is not None and existed and not logs.is_dir():
             raise UserError(f"{logs} was deleted or moved meanwhile; start the run again") from error

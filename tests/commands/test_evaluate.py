@@ -13,20 +13,28 @@ from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.data.folder import load_folder
 from cbam_pl.training.classifier import Classifier
-from tests.helpers import checkpoint, one_line, scalars
+from tests.helpers import callbacks, checkpoint, one_line, scalars
 
 
-class Terminate(Callback):
-    """Sends SIGTERM after the first batch."""
+class Send(Callback):
+    """Sends a signal after the first batch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self.number)
 
 
-def test_sigterm_ends_a_test(trained, command, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_test(number, trained, command, tmp_path):
     root = shutil.copytree(trained[0], tmp_path / "run")
-    callbacks = ["--trainer.callbacks", "[{class_path: tests.commands.test_evaluate.Terminate}]"]
-    assert command("test", "--trainer.default_root_dir", root, *callbacks).status == 128 + signal.SIGTERM
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        outcome = command("test", "--trainer.default_root_dir", root, *callbacks(Send, number=int(number)))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # which Lightning ignores from then on
+    assert outcome.status == 128 + number
     assert not (root / "logs/tiny/version_0/test.json").exists()
 
 
@@ -59,6 +67,7 @@ def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, co
         counts[true][predicted] += 1
     assert record["confusion"] == counts  # of one test, though two were made
     assert (record["epoch"], record["images"], record["classes"]) == (best["epoch"] + 1, 21, ["blue", "green", "red"])
+    assert record["step"] == best["global_step"]
     assert record["test/acc"] == pytest.approx(sum(counts[label][label] for label in range(3)) / 21)
     assert record["options"] == ["--trainer.default_root_dir", str(root)]
     assert record["class_accuracy"] == {

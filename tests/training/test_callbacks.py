@@ -48,6 +48,16 @@ class Stop(Callback):
         raise UserError("enough")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_without_checkpoints_ends_the_training_and_says_so(number, command, recipe, tmp_path):
+    options = [*callbacks(Break, step=STEPS + 1, number=int(number)), "--trainer.enable_checkpointing", "false"]
+    outcome = command(*fit(recipe, tmp_path, *options))
+    assert outcome.status == 128 + number
+    assert f"stopped by {number.name} in epoch 2 after step {STEPS + 1}; nothing is saved" in outcome.err
+    assert "resume" not in outcome.err
+    assert len((tmp_path / "logs" / RUN / "metrics.csv").read_text().splitlines()) == 2  # nothing of the second epoch
+
+
 def test_signal_handlers_are_restored(recipe, command, tmp_path):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
+from cbam_pl.schedules import WarmupCosineLR
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.state import StepLosses
 
@@ -84,6 +85,29 @@ def test_one_cycle_gets_the_trainings_steps_and_moves_at_each(data, tmp_path):
     assert seen == pytest.approx(expected)
 
 
+def test_a_one_cycle_of_a_given_length_keeps_it():
+    for given, spans in (({}, True), ({"epochs": 4, "steps_per_epoch": 100}, False), ({"total_steps": 9}, False)):
+        cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, **{"total_steps": None, **given})
+        assert Classifier(3, lr_scheduler=cycle).schedule_spans_training == spans
+
+
+def test_an_epoch_schedule_over_the_training_ends_where_max_steps_does(data, tmp_path):
+    seen = [
+        learning_rates(Classifier(3, lr_scheduler=partial(WarmupCosineLR, total_steps=None)), data, tmp_path, **options)
+        for options in ({"max_epochs": 4}, {"max_epochs": 50, "max_steps": 24}, {"max_epochs": 50, "max_steps": 19})
+    ]
+    assert seen[1] == pytest.approx(seen[0])
+    assert seen[2] == pytest.approx(seen[0][:19])
+    assert len(set(seen[0])) == 4
+
+
+def test_a_plateau_has_no_interval():
+    model = Classifier(3, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau, lr_interval="step")
+    model._trainer = Trainer(logger=False, accelerator="cpu")
+    with pytest.raises(UserError, match=r"model\.lr_interval=step has no effect with ReduceLROnPlateau"):
+        model.configure_optimizers()
+
+
 def test_an_epoch_schedule_moves_once_an_epoch(data, tmp_path):
     model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1))
     seen = learning_rates(model, data, tmp_path, max_epochs=3)
@@ -115,6 +139,21 @@ def test_an_optimizer_that_rejects_its_settings_is_a_mistake_of_the_user(data, t
     model = Classifier(3, optimizer=partial(torch.optim.SGD, lr=-1.0))
     with pytest.raises(UserError, match=r"model\.optimizer: Invalid learning rate"):
         trainer(tmp_path, max_epochs=1).fit(model, data)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (torch.optim.SparseAdam, "model.optimizer: SparseAdam needs sparse gradients"),
+        (torch.optim.LBFGS, "model.optimizer: LBFGS works with --model.channels_last false alone; add it"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_is_named(optimizer, message):
+    model = Classifier(3, optimizer=optimizer)
+    # Both want parameters without groups.
+    model.parameter_groups = model.parameters
+    with pytest.raises(UserError, match=message):
+        model.make_optimizer()
 
 
 def test_a_schedule_that_fails_at_a_step_is_a_mistake_of_the_user(data, tmp_path):
@@ -217,9 +256,3 @@ def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
     flipping.validation_step((images, labels), 0)
     expected = float(torch.nn.functional.cross_entropy((straight + back) / 2, labels))
     assert flipping.eval_metric.compute()[0] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_schedule_that_divides_by_zero_is_a_mistake_of_the_user(data, tmp_path):
-    model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=0))
-    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero"):
-        trainer(tmp_path, max_epochs=2).fit(model, data)

@@ -146,6 +146,43 @@ def test_early_stopping_that_ended_a_training_is_remembered(command, recipe, tmp
     assert (further.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_early_stopping_did_not_end_what_max_time_ended(command, recipe, tmp_path):
+    stop = ["--trainer.callbacks", "[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: "
+            "{monitor: val/loss, patience: 100}}]"]  # fmt: skip
+    outcome = command(*fit(recipe, tmp_path, *stop, "--trainer.max_time", "{milliseconds: 1}"))
+    assert "stopped by trainer.max_time" in outcome.err
+    further = command(*fit(recipe, tmp_path, *stop, "--trainer.max_time", "01:00:00:00", "--ckpt_path", "last"))
+    assert (further.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS)
+
+
+# Stopped after a step of the second epoch, resumed with other settings → steps in the end. One order of the images is
+# dealt out to all processes: of the three batches of one process, eight have done more than two with the first step.
+CHANGES = {
+    "fewer batches": (STEPS + 2, ["--trainer.limit_train_batches", 2], 1, STEPS + 2 + 1 + 2 * 2),
+    "a part of the batches": (STEPS + 2, ["--trainer.limit_train_batches", 0.7], 1, STEPS + 2 + 1 + 2 * 2),
+    "more batches a step": (STEPS + 1, ["--trainer.accumulate_grad_batches", 2], 1, STEPS + 1 + 2 + 2 * 2),
+    "fewer processes": (STEPS + 1, [], 8, STEPS + 1 + 1 + 2 * STEPS),
+    "fewer processes and batches": (STEPS + 1, ["--trainer.limit_train_batches", 2], 8, STEPS + 1 + 1 + 2 * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_epoch_goes_on_with_other_batches(change, command, recipe, tmp_path):
+    stop, options, processes, steps = CHANGES[change]
+    assert command(*fit(recipe, tmp_path, *ONE_CYCLE, "--trainer.max_steps", stop)).status == 0
+    path = tmp_path / "checkpoints" / RUN / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["run_conditions"]["processes"] = processes
+    torch.save(content, path)
+    outcome = command(*fit(recipe, tmp_path, *ONE_CYCLE, *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    last = checkpoint(tmp_path)
+    assert last["global_step"] == steps
+    assert last["lr_schedulers"][0]["total_steps"] == steps
+    assert [int(row["epoch"]) for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("value", [2, 0.7])
 def test_a_validation_inside_an_epoch_is_rejected(value, command, recipe, tmp_path):
     outcome = command(*fit(recipe, tmp_path, "--trainer.val_check_interval", value))

@@ -210,6 +210,15 @@ def test_what_was_not_measured_is_called_so(best, root, trained, tmp_path):
     assert "This file was not tested: " in text
 
 
+def test_a_test_of_other_weights_of_the_same_epoch_is_not_in_the_card(root, tmp_path):
+    run = shutil.copytree(root, tmp_path / "run")
+    path = run / "checkpoints/tiny/version_0/best.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["global_step"] += 1  # as after the rest of an epoch that was interrupted, and tested
+    torch.save(content, path)
+    assert write_pretrained(path, tmp_path / "w")[-1].startswith("the run was not tested")
+
+
 def test_corruptions_are_in_the_card_as_they_were_measured(best, root, tmp_path):
     run = shutil.copytree(root, tmp_path / "run")
     epoch = read_checkpoint(best)["epoch"] + 1

@@ -16,6 +16,8 @@ REJECTED = {
     ("--trainer.max_epochs", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
     ("--trainer.max_steps", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
     ("--trainer.limit_train_batches", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
+    ("--trainer.max_time", "abc"): "trainer.max_time=abc must be DD:HH:MM:SS, as 00:12:00:00",
+    ("--trainer.max_time", "{weeks: x}"): "trainer.max_time={weeks: x} must be DD:HH:MM:SS, as 00:12:00:00",
     ("--trainer.barebones", "true"): "trainer.barebones=true leaves no checkpoint and no figures; leave it out",
     ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "foo"): (
         "trainer.callbacks: monitor=foo is not logged; use one of val/loss, val/acc, train/loss, train/acc, lr"
@@ -23,7 +25,7 @@ REJECTED = {
 }
 
 
-@pytest.mark.parametrize("options", REJECTED, ids=lambda options: options[0])
+@pytest.mark.parametrize("options", REJECTED, ids=lambda options: f"{options[0]} {options[1]}")
 def test_a_setting_that_cannot_give_true_figures_is_rejected(options, command, recipe, tmp_path):
     assert REJECTED[options] in one_line(command(*fit(recipe, tmp_path, *options)))
     assert not list(tmp_path.glob("*/*"))

@@ -29,7 +29,7 @@ from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
-from cbam_pl.training.run import Run
+from cbam_pl.training.run import Run, is_result_of
 from cbam_pl.training.state import completed_epochs
 
 State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
@@ -121,7 +121,8 @@ def _state(run: Run, job: Job) -> State:
     limit = job.settings.get("trainer.max_steps", -1)
     if last is not None and last["epochs"] < job.epochs and not 0 <= limit <= last["steps"]:
         return "interrupted"
-    same = best is not None and tested.get("epoch") == best["epoch"] and tested.get("options") == job.test_options
+    is_of_best = best is not None and is_result_of(tested, best["epoch"], best.get("steps"))
+    same = is_of_best and tested.get("options") == job.test_options
     predictions = read_predictions(run, tested)
     complete = "calibration" in tested and predictions is not None and _has_corruptions(run, job, tested)
     if same and complete and (last is not None or len(read_epochs(run)) == job.epochs):
@@ -179,8 +180,8 @@ def read_robustness(run: Run, test: dict[str, Any]) -> dict[str, Any]:
         record = json.loads((run.logs / "robustness.json").read_text())
     except (OSError, ValueError):
         return {}
-    same = all(record.get(key) == test.get(key) for key in ("epoch", "options")) and record.get("seed") == SEED
-    return record if same else {}
+    same = record.get("options") == test.get("options") and record.get("seed") == SEED
+    return record if same and is_result_of(record, test.get("epoch"), test.get("step")) else {}
 
 
 def _has_corruptions(run: Run, job: Job, test: dict[str, Any]) -> bool:
