@@ -84,7 +84,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add(
             "--num_images", type=PositiveInt, help="images to show (default: 3; with --page 200), unless they are named"
         )
-        add("--layer", type=str, help="module for Grad-CAM and its measures (default: the last that gives (B, C, H, W))")
+        add("--layer", type=str, help="module for Grad-CAM and measures (default: the last that gives (B, C, H, W))")
         add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
         add("--format", type=Literal["png", "svg", "pdf"] | None, help="of the pictures (default: png)")
         add("--page", action="store_true", help="instead of pictures, gallery.html: a page to look through test images")
