@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -228,7 +229,8 @@ def test_controls_are_added_to_a_finished_comparison_and_kept(compared, recipes,
     assert len([line for line in content["sentences"] if " − " in line.split(":")[0]]) == 6
     text = (report / "report.md").read_text()
     sentence = content["sentences"][0]
-    assert sentence.startswith("se does not significantly beat the same cost spent otherwise: ")
+    # Unknown where the differences of both seeds are equal, as two of 21 images may be.
+    assert re.match("(se does not significantly beat|Whether se beats) the same cost spent otherwise", sentence)
     assert text.split("\n\n")[1].startswith(f"- {sentence}\n")
     assert not any("same data and budget" in note for note in content["notes"])
     page = (report / "report.html").read_text()
