@@ -55,7 +55,12 @@ class RunLogger(TensorBoardLogger):
         """Write scalars at `step`, each once; an epoch's figures go to metrics.csv too."""
         new = {name: value for name, value in metrics.items() if self._written.get(name) != step}
         self._written |= dict.fromkeys(new, step)
-        super().log_metrics(new, step)
+        try:
+            super().log_metrics(new, step)
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError):  # such as of a full disk, for which Lightning blames the value
+                raise error.__cause__ from None
+            raise
         if "train/loss" in new:
             is_new = not self.table.exists()
             try:

@@ -29,7 +29,7 @@ class Send(Callback):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_test(number, trained, command, tmp_path):
     root = shutil.copytree(trained[0], tmp_path / "run")
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background lacks
     try:
         outcome = command("test", "--trainer.default_root_dir", root, *callbacks(Send, number=int(number)))
     finally:

@@ -1,6 +1,7 @@
 """metrics.csv and TensorBoard's points: the same figures, each once, also after going back."""
 
 import csv
+import errno
 import shutil
 
 import pytest
@@ -47,3 +48,17 @@ def test_a_point_is_written_once(tmp_path):
         logger.log_metrics({"val/loss": value}, step)
     logger.finalize("success")
     assert scalars(folder) == {"val/loss": [(1, 0.5), (2, 0.25)]}
+
+
+def test_a_point_that_cannot_be_written_is_reported_as_the_disk_says(tmp_path, monkeypatch):
+    logger = RunLogger(tmp_path / "logs/tiny/version_0")
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logger.experiment, "add_scalar", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        logger.log_metrics({"train/loss_step": 1.0}, 1)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="currently not supported"):
+        logger.log_metrics({"train/loss_step": "high"}, 2)
