@@ -247,8 +247,9 @@ def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
 
 def _own_grid(file: str, recipe: dict[str, Any], parser: Any) -> dict[str, list[Any]]:
     grid = recipe.pop("grid", {})
-    pairs = grid.items() if isinstance(grid, dict) else [("", None)]
-    if not all(isinstance(key, str) and isinstance(values, list) and values for key, values in pairs):
+    if not isinstance(grid, dict) or not all(
+        isinstance(key, str) and isinstance(values, list) and values for key, values in grid.items()
+    ):
         raise UserError(f"grid in {file} must give a list of values for each key, such as attention.kind: [none, cbam]")
     try:
         parse(parser, [], recipe)  # by itself, so that a mistake is reported with its file
