@@ -75,7 +75,7 @@ class Plan:
         return {name: settings for name, settings in self.configs.items() if name not in self.added}
 
     def claim_output(self, dry_run: bool = False) -> list[Control]:
-        """Write the settings into the output folder, which must not hold another comparison.
+        """Write the settings into the output folder, which must not hold another comparison; seeds may be added to one.
 
         Returns:
             The controls that were chosen there before, which stay in its record.
@@ -85,12 +85,12 @@ class Plan:
         try:
             if record.exists():
                 saved, given = json.loads(record.read_text()), self.given
-                same = saved["seeds"] == self.seeds and list(saved["configs"]) == list(given)
+                same = {*saved["seeds"]} <= {*self.seeds} and list(saved["configs"]) == list(given)
                 pairs = zip(saved["configs"].values(), given.values(), strict=False)
                 if not same or not all(same_settings(*pair, self.defaults) for pair in pairs):
                     raise UserError(
-                        f"{self.output} holds a comparison of other recipes, settings or seeds; name another folder "
-                        "with --output (runs that are done are not repeated)"
+                        f"{self.output} holds a comparison of other recipes or settings, or of seeds that are not "
+                        "given; name another folder with --output (runs that are done are not repeated)"
                     )
                 chosen = [Control(**control) for control in saved.get("controls", [])]
             if dry_run:

@@ -1,10 +1,12 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from cbam_pl.commands.compare.jobs import jobs_of
 from cbam_pl.commands.compare.plan import (
+    Control,
     _full_key,
     _read_grid,
     _variations,
@@ -185,13 +187,26 @@ def test_an_output_with_other_settings_is_rejected(recipes, command, tmp_path):
     plan = plan_of(*words)
     plan.claim_output()
     for other in (["--seeds", 0, 1], ["--trainer.max_epochs", 3], ["--grid", "attention.kind=none,se"]):
-        with pytest.raises(UserError, match="of other recipes, settings or seeds; name another folder"):
+        with pytest.raises(UserError, match="recipes or settings, or of seeds that are not given; name another"):
             plan_of(*words, *other).claim_output(dry_run=True)
     plan_of(*words, "--pictures_every", 3).claim_output()
     for damaged in ('{"seeds": [0', json.dumps({"seeds": plan.seeds, "configs": []})):
         (tmp_path / "report/comparison.json").write_text(damaged)
         with pytest.raises(UserError, match=r"cannot use .*report|of other recipes"):
             plan.claim_output()
+
+
+def test_seeds_may_be_added_and_keep_the_controls_that_were_chosen(recipes, tmp_path):
+    words = ("--configs", recipes["none"], recipes["se"], "--output", tmp_path)
+    change = {"model.width": 1.5}
+    control = Control("se", "time", "width", "none-width=1.5", change, {"recipe": 2.0, "control": 2.1})
+    first = plan_of(*words, "--seeds", 0, 1)
+    replace(first, controls=[control]).claim_output()
+    more = plan_of(*words, "--seeds", 3, 1, 0)
+    assert more.claim_output() == [control]
+    assert more.claim_output() == [control], "and are kept"
+    with pytest.raises(UserError, match="of seeds that are not given"):
+        first.claim_output()
 
 
 def test_unequal_recipes_may_be_allowed(recipes, tmp_path):

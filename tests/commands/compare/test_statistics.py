@@ -9,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
-from benchmarks.simulation import PREFERENCES, false_findings, simulate
+from benchmarks.simulation import PREFERENCES, false_findings, found_by_adding, simulate
 from cbam_pl.commands.compare.statistics import (
     compare_pairs,
     holm,
@@ -141,3 +141,12 @@ def test_false_findings_over_seeds_and_images_are_one_in_twenty():
         assert 2 < shares["over seeds and images"] < 8.5  # ± three standard errors
     # Where each recipe has images of its own, seeds alone are not enough.
     assert found["each recipe has images of its own", 5]["paired t over seeds"] > 8.5
+
+
+def test_adding_seeds_until_a_difference_is_significant_finds_more_than_one_in_twenty():
+    share = found_by_adding(3, 5, 500, np.random.default_rng(0))
+    found = 0
+    for differences in np.random.default_rng(0).standard_normal((500, 5)).tolist():
+        found += any(compare_pairs(differences[:n], [0.0] * n).p < 0.05 for n in (3, 4, 5))
+    assert share == pytest.approx(100 * found / 500)
+    assert share > 7.5
