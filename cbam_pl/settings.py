@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
@@ -336,6 +337,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise UserError(f"--config {name} cannot be read ({getattr(error, 'strerror', error)})") from error
     try:
         content = yaml.load(text, _StrictLoader)
+        json.dumps(content, skipkeys=True, default=str)  # a ValueError where an alias stands in its own anchor
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as an integer of 5,000 digits
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

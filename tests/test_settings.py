@@ -132,6 +132,7 @@ def test_the_ends_of_the_ranges_are_valid() -> None:
         (b"model: {optimizer: {init_args: {lr: 1, lr: 2}}}", "duplicate key lr"),
         (b"trainer: {callbacks: [{class_path: a, class_path: b}]}", "duplicate key class_path"),
         (b"seed: " + b"1" * 5000, "is not valid YAML"),
+        (b"model: &a {attention: *a}", "is not valid YAML: Circular reference"),
         (b"seed: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a constructor"),
         (b"data: {root: null}", "data.root=null must have a value"),
         (b"data:\nseed: 1", "data=null must be a mapping of its keys, or left out"),
