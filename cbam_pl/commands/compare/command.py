@@ -135,11 +135,12 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
                 epochs[job] = job.epochs if future.done() else len(rows)
                 state = _state(future, remote and bool(runs))  # a cluster's future does not tell that it runs
                 name = f"{job.name} seed {job.seed}"
-                accuracy = f"{100 * rows[-1]['val/acc']:.2f} %" if rows and "val/acc" in rows[-1] else ""
+                validated = [row["val/acc"] for row in rows if "val/acc" in row]
+                best = f", best val/acc {100 * max(validated):.2f} %" if validated else ""
                 if state != states[job]:
-                    progress.console.print(f"{name}: {state} {accuracy}".rstrip(), highlight=False, markup=False)
+                    progress.console.print(f"{name}: {state}{best}", highlight=False, markup=False)
                     states[job] = state
-                text = escape(f"{name} epoch {epochs[job]}/{job.epochs} {accuracy}")
+                text = escape(f"{name} epoch {epochs[job]}/{job.epochs}{best}")
                 progress.update(tasks[job], description=text, completed=epochs[job], visible=state == "running")
             progress.update(overall, completed=sum(epochs.values()))
             if ended:

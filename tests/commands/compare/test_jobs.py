@@ -352,12 +352,17 @@ def test_each_gpu_has_one_job_unless_more_are_asked_for(monkeypatch):
     assert places(None, devices=4) == [{}]
 
 
-def test_a_line_is_printed_for_each_job_that_begins_or_ends(compared, recipes, capsys, tmp_path):
+def test_a_line_with_the_best_epoch_is_printed_for_each_job_that_begins_or_ends(compared, recipes, capsys, tmp_path):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     for kind in ("checkpoints", "logs"):
         (root / kind / "none").rename(root / kind / "none[v1]")
     path = tmp_path / "none[v1].yaml"
     shutil.copy(recipes["none"], path)
+    metrics = root / "logs/none[v1]/version_0/metrics.csv"
+    header, *rows = metrics.read_text().splitlines()
+    accuracies = ["0.75", *["0.5"] * (len(rows) - 1)]
+    rows = [",".join([row.rpartition(",")[0], value]) for row, value in zip(rows, accuracies, strict=True)]
+    metrics.write_text("\n".join([header, *rows]))
     jobs = jobs_of(plan_in(root, {"none": path, "cbam": recipes["cbam"]}))
     futures = {job: Future() for job in jobs}
     look = watch(futures, remote=False, seconds=0.01)
@@ -370,15 +375,16 @@ def test_a_line_is_printed_for_each_job_that_begins_or_ends(compared, recipes, c
         next(look)
         change()
     assert list(look) == []
-    accuracies = []
+    best = []
     for name, version in (("none[v1]", 0), ("cbam", 0), ("none[v1]", 1), ("cbam", 1)):
-        last = (root / f"logs/{name}/version_{version}/metrics.csv").read_text().splitlines()[-1]
-        accuracies.append(f"{100 * float(last.split(',')[-1]):.2f} %")
+        rows = (root / f"logs/{name}/version_{version}/metrics.csv").read_text().splitlines()[1:]
+        best.append(f"best val/acc {100 * max(float(row.split(',')[-1]) for row in rows):.2f} %")
+    assert best[0] == "best val/acc 75.00 %"
     assert capsys.readouterr().err.splitlines() == [
-        f"none[v1] seed 0: running {accuracies[0]}",
-        f"none[v1] seed 0: done {accuracies[0]}",
-        f"cbam seed 0: running {accuracies[1]}",
-        f"cbam seed 0: failed {accuracies[1]}",
-        f"none[v1] seed 1: failed {accuracies[2]}",
-        f"cbam seed 1: stopped {accuracies[3]}",
+        f"none[v1] seed 0: running, {best[0]}",
+        f"none[v1] seed 0: done, {best[0]}",
+        f"cbam seed 0: running, {best[1]}",
+        f"cbam seed 0: failed, {best[1]}",
+        f"none[v1] seed 1: failed, {best[2]}",
+        f"cbam seed 1: stopped, {best[3]}",
     ]
