@@ -138,7 +138,8 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
                 validated = [row["val/acc"] for row in rows if "val/acc" in row]
                 best = f", best val/acc {100 * max(validated):.2f} %" if validated else ""
                 if state != states[job]:
-                    progress.console.print(f"{name}: {state}{best}", highlight=False, markup=False)
+                    if (states[job], state) != ("waiting", "stopped"):  # those that never began would fill the screen
+                        progress.console.print(f"{name}: {state}{best}", highlight=False, markup=False)
                     states[job] = state
                 text = escape(f"{name} epoch {epochs[job]}/{job.epochs}{best}")
                 progress.update(tasks[job], description=text, completed=epochs[job], visible=state == "running")

@@ -363,14 +363,15 @@ def test_a_line_with_the_best_epoch_is_printed_for_each_job_that_begins_or_ends(
     accuracies = ["0.75", *["0.5"] * (len(rows) - 1)]
     rows = [",".join([row.rpartition(",")[0], value]) for row, value in zip(rows, accuracies, strict=True)]
     metrics.write_text("\n".join([header, *rows]))
-    jobs = jobs_of(plan_in(root, {"none": path, "cbam": recipes["cbam"]}))
+    jobs = jobs_of(plan_in(root, {"none": path, "cbam": recipes["cbam"]}, "--seeds", 0, 1, 2))
     futures = {job: Future() for job in jobs}
     look = watch(futures, remote=False, seconds=0.01)
-    first, second, third, fourth = futures.values()
+    first, second, third, fourth, *others = futures.values()
     for change in (
         lambda: first.set_running_or_notify_cancel(),
         lambda: (first.set_result(None), second.set_running_or_notify_cancel()),
-        lambda: (second.set_result("no memory"), third.set_exception(OSError("disk")), fourth.set_result(STOPPED)),
+        lambda: (second.set_result("no memory"), fourth.set_running_or_notify_cancel()),
+        lambda: (third.set_exception(OSError("disk")), *(one.set_result(STOPPED) for one in (fourth, *others))),
     ):
         next(look)
         change()
@@ -385,6 +386,7 @@ def test_a_line_with_the_best_epoch_is_printed_for_each_job_that_begins_or_ends(
         f"none[v1] seed 0: done, {best[0]}",
         f"cbam seed 0: running, {best[1]}",
         f"cbam seed 0: failed, {best[1]}",
+        f"cbam seed 1: running, {best[3]}",
         f"none[v1] seed 1: failed, {best[2]}",
         f"cbam seed 1: stopped, {best[3]}",
     ]
