@@ -31,6 +31,7 @@ from cbam_pl.commands.compare.jobs import (
 )
 from cbam_pl.commands.compare.page import render, write_gallery
 from cbam_pl.commands.compare.plan import Plan, make_plan, nest, option_parser
+from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
 from cbam_pl.tables import print_table
@@ -168,17 +169,19 @@ def _print_estimate(plan: Plan, jobs: int | None) -> None:
         data.setup("fit")
         train, limit = len(data.images("train")), settings.get("trainer.limit_train_batches", 1.0)
         train = min(train, limit * data.batch_size) if isinstance(limit, int) else int(train * limit)
-        sizes[name] = train, len(data.images("val"))
+        sizes[name] = train, len(data.images("val")), len(data.images("test"))
     rows = []
     hours, work = 0.0, 0.0
     for job in jobs_of(plan):
         state, run = find(job)
         left = job.epochs - (len(read_epochs(run)) if run else 0)
-        train, val = sizes[job.name]
+        train, val, test = sizes[job.name]
         cost = measured[job.name]
-        # A forward pass is a third of a training step.
-        needed = left * (train + val / 3) / cost["train_images_per_second"] / 3600
-        teraflop = left * (3 * train + val) * cost["flops"] / 1e12
+        # A training step takes as long as three forward passes. To calibrate takes one over the validation images.
+        tests = 0 if state == "done" else val + test * (1 + len(SEVERITIES) * len(job.corruptions))
+        passes = left * (3 * train + val) + tests
+        needed = passes / (3 * cost["train_images_per_second"]) / 3600
+        teraflop = passes * cost["flops"] / 1e12
         hours, work = hours + needed, work + teraflop
         rows.append([job.name, str(job.seed), state, str(left), f"{needed:.2f}", f"{teraflop:,.1f}"])
     print_table(["recipe", "seed", "state", "epochs left", "hours", "TFLOP"], rows)
