@@ -31,14 +31,14 @@ def peak_memory(device: torch.device) -> float:
 
 
 def time_in_turns(
-    works: Mapping[Key, Callable[[], Any]],
-    rounds: int,
-    seconds: float,
-    device: torch.device,
-    clock: Callable[[], float] | None = None,
+    works: Mapping[Key, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
 ) -> dict[Key, list[float]]:
-    """Seconds per call of each work, round by round, in turns, by a clock; each is called twice before."""
-    clock = clock or time.perf_counter
+    """Seconds per call of each work, round by round, in turns; each is called twice before.
+
+    On a CPU with one thread they are those of the processor, which other programs change less.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     for work in works.values():
         work()
         work()

@@ -1,5 +1,6 @@
 import time
 
+import pytest
 import torch
 
 from cbam_pl.timing import peak_memory, time_in_turns
@@ -7,9 +8,14 @@ from cbam_pl.timing import peak_memory, time_in_turns
 CPU = torch.device("cpu")
 
 
-def test_each_work_is_timed_in_every_round(monkeypatch):
+@pytest.mark.parametrize(
+    ("threads", "clock", "other"), [(1, "process_time", "perf_counter"), (2, "perf_counter", "process_time")]
+)
+def test_each_work_is_timed_in_every_round(threads, clock, other, monkeypatch):
     now, calls = [0.0], []
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(time, clock, lambda: now[0])
+    monkeypatch.setattr(time, other, None)
 
     def work(name, seconds):
         calls.append(name)

@@ -36,7 +36,7 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
 from cbam_pl.tables import print_table
 
-_COST_ROUNDS, _COST_SECONDS = 5, 0.3
+_COST_ROUNDS, _COST_SECONDS = 9, 0.5
 
 
 def compare(arguments: list[str]) -> None:

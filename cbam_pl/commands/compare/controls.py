@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -180,14 +179,11 @@ def match_width(
         are measured once more, in turns, since the time by which a width was chosen is low or high by chance.
     """
     theirs = TimedRecipe(recipe)
-    # Time of the processor, where that is all that a step takes: other programs hardly change it.
-    alone = theirs.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
 
     def compare_steps(widths: dict[str, float], rounds: int) -> tuple[float, dict[str, float]]:
         works = {"recipe": theirs.train_step}
         works |= {key: TimedRecipe(baseline | {"model.width": width}).train_step for key, width in widths.items()}
-        times = time_in_turns(works, rounds, seconds, theirs.device, clock)
+        times = time_in_turns(works, rounds, seconds, theirs.device)
         # Of the same round each, which a busy moment of the machine affects alike.
         pairs = {key: zip(times[key], times["recipe"], strict=True) for key in widths}
         ratios = {key: statistics.median(ours / other for ours, other in pair) for key, pair in pairs.items()}
