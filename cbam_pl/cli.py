@@ -56,6 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(command: str, options: list[str]) -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read once, when torch is loaded: how often a thread looks whether the others are done before it sleeps. By
+        # default 300,000 times, milliseconds in which it may keep a core from the very thread that it waits for; with
+        # another program on one of two cores, steps took over ten times as long (benchmarks/NOTES.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from cbam_pl.errors import Interrupted, UserError
     from cbam_pl.process import configure_process
 

@@ -1,4 +1,4 @@
-"""What the program changes of the process that it runs in, all of it here, each with its reason."""
+"""What the program changes of its process, each with its reason; what must precede torch is in cli.py."""
 
 import ctypes
 import io

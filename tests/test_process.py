@@ -1,5 +1,6 @@
 """What a command changes of its process, in a process of its own, since it stays so."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -64,3 +65,36 @@ def test_a_warning_is_one_line_and_an_error_of_the_disk_is_not_reported_by_a_thr
     assert "warning: two lines" in lines
     assert "full" not in done.stderr
     assert lines[-1] == "KeyError: 'lost'"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_how_long_threads_wait_awake_is_set_before_torch_reads_it(given, expected):
+    script = """
+import os, sys
+from cbam_pl.cli import main
+
+class Torch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Torch())
+main(["test"])
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env=environment | given,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == f"{expected}\n"
