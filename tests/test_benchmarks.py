@@ -120,6 +120,7 @@ def endless_part(setup):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_what_a_part_found_is_there_at_once_and_it_ends_when_its_time_is_over(tmp_path):
     setup = gpu.Setup("cpu", True, tmp_path, [], False, False)
     rows = gpu.run_bounded("endless", endless_part, setup, seconds=500)

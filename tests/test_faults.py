@@ -67,6 +67,7 @@ def test_kill_at_fifty_moments(launch, recipe, tmp_path):
     assert inside >= 10
 
 
+@pytest.mark.slow
 def test_two_runs_started_at_once_share_nothing(launch, recipe, tmp_path):
     outputs = [tmp_path / f"output{index}" for index in range(2)]
     processes = [launch(output, *fit(recipe, tmp_path / "both")) for output in outputs]
@@ -85,6 +86,7 @@ def test_two_runs_started_at_once_share_nothing(launch, recipe, tmp_path):
     assert_same_run(tmp_path / "second", tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_too_little_memory_says_what_to_lower(launch, recipe, tmp_path):
     # Enough for all but activations, of which one layer's take 268 MB: what meets the limit is one of them, not, by
     # chance, the start of a thread.
@@ -165,6 +167,7 @@ def test_a_disk_that_is_full_of_checkpoints(command, recipe, tmp_path):
         assert_same_run(tmp_path / "full", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["events", "metrics.csv"])
 def test_a_disk_that_is_full_of_logs(what, command, recipe, tmp_path):
     whole, root = tmp_path / "whole", tmp_path / "full"

@@ -116,6 +116,7 @@ def test_images_that_cannot_be_classified_are_named(trained, command, recipe, tm
     assert not (tmp_path / "predictions.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_csv_is_complete_where_the_reader_of_the_table_leaves(trained, image_folder, tmp_path):
     output = tmp_path / "out.csv"
     words = ["--images", image_folder / "test", "--trainer.default_root_dir", trained[0], "--output", output]

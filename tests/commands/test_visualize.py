@@ -54,6 +54,7 @@ def test_it_writes_every_picture_beside_the_logs_and_prints_the_paths(command, r
         assert len(np.unique(pixels.astype(int) @ [65536, 256, 1])) > 100
 
 
+@pytest.mark.slow
 def test_images_are_spread_over_the_classes_unless_they_are_chosen(command, run, tmp_path, image_folder):
     def first_column(*options):
         outcome = visualize(command, run, "--output", tmp_path / "out", *options)
@@ -145,6 +146,7 @@ def test_two_checkpoints_of_one_run_have_files_of_their_own_and_one_curve(comman
     assert (tmp_path / "curves.svg").read_text().count("tiny-version_0 (cbam)") == 1
 
 
+@pytest.mark.slow
 def test_runs_of_the_same_name_have_files_and_curves_of_their_own(command, run, plain, tmp_path):
     paths = [root / "checkpoints/tiny/version_0/best.ckpt" for root in (run, plain)]
     options = ("--output", tmp_path, "--format", "svg", "--measure", "--measure_images", 5)
@@ -215,6 +217,7 @@ def test_measure_prints_the_table_and_saves_it(command, run, tmp_path):
     assert (tmp_path / "randomisation.png").is_file()
 
 
+@pytest.mark.slow
 def test_measures_are_of_the_layer_that_is_drawn(command, run, tmp_path):
     found = {}
     for layer in ("blocks.0", "blocks.2.relu", None):  # the last is the default's
@@ -267,6 +270,7 @@ def test_pictures_that_need_no_gradient_are_drawn_where_there_is_none(command, i
     assert_rejected(visualize(command, tmp_path, "--trust", "probe_net", "--page"), reason)
 
 
+@pytest.mark.slow
 def test_measure_on_shapes_knows_where_the_object_is(command, tmp_path):
     config = tmp_path / "shapes.yaml"
     config.write_text(

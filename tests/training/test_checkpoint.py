@@ -194,6 +194,7 @@ def test_a_checkpoint_with_a_flipped_bit(trained, damaged, command):
         assert "cannot be read as a checkpoint" in rejected(command, damaged, "validate")
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_what_is_read(trained, tmp_path):
     content = checkpoint(trained[0])
     content["state_dict"] = {"weight": torch.arange(64.0)}
@@ -333,6 +334,7 @@ def test_weights_that_are_not_finite_are_reported(original, command, image_folde
     assert not list(logs.iterdir())  # nothing is written of them
 
 
+@pytest.mark.slow
 def test_names_of_recipes_are_not_patterns(trained, command, tmp_path, recipe):
     odd = tmp_path / "a[1]|b.yaml"
     odd.write_text(recipe.read_text())

@@ -87,6 +87,7 @@ def test_stops_at_each_quarter_equal_one_go(setting, stop, schedule, command, re
         assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_next_epoch_begins_at_its_own_first_batch(command, recipe, tmp_path):
     """Two epochs of two of three batches are the first two batches of the first two whole epochs."""
     losses = {}

@@ -67,6 +67,7 @@ def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_p
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,6 +90,7 @@ def test_mixed_precision_resumes_exactly(options, command, recipe, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_averaged_weights_resume_exactly(command, recipe, tmp_path):
     averaging = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}"
     outcome = command(*fit(recipe, tmp_path / "whole", "--trainer.callbacks", f"[{averaging}]"))
@@ -107,6 +109,7 @@ def test_averaged_weights_resume_exactly(command, recipe, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_resume_exactly(command, recipe, tmp_path):
     options = ["--trainer.accumulate_grad_batches", 2, *SCHEDULES["one cycle"]]
     outcome = command(*fit(recipe, tmp_path / "whole", *options))
@@ -117,6 +120,7 @@ def test_accumulated_gradients_resume_exactly(command, recipe, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe, tmp_path):
     small = ["--data.batch_size", 2, "--trainer.max_epochs", 3, *SCHEDULES["one cycle"]]
 
@@ -161,6 +165,7 @@ def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe,
     assert saved["lr_schedulers"][0]["total_steps"] == saved["global_step"]
 
 
+@pytest.mark.slow
 def test_epochs_of_a_single_batch_stop_and_resume_too(command, recipe, tmp_path):
     options = ["--data.batch_size", 64]
     assert command(*fit(recipe, tmp_path / "whole", *options)).status == 0

@@ -115,6 +115,7 @@ def test_hyperparameters_and_the_graph_are_there(address):
     assert b"attention" in fetch(address, "data/plugin/graphs/graph", run=RUN, conceptual="false")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with apt-get install chromium")
 @pytest.mark.parametrize("page", ["scalars", "images"])
 def test_a_browser_shows_the_charts_and_the_pictures(address, tmp_path, page):

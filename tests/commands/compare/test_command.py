@@ -75,6 +75,7 @@ def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes,
     assert "se seed 1" in (tmp_path / "report/report.md").read_text(), "it can neither be tested nor reported"
 
 
+@pytest.mark.slow
 def test_tests_of_an_earlier_version_are_recomputed_as_they_are_or_tested_again(
     compared, recipes, command, quick, tmp_path
 ):
@@ -104,6 +105,7 @@ def test_tests_of_an_earlier_version_are_recomputed_as_they_are_or_tested_again(
     assert content["recipes"]["cbam"]["measures"] == compared[3]["recipes"]["cbam"]["measures"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_and_the_others_go_on(compared, recipes, command, quick, tmp_path, monkeypatch):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     for kind in ("se", "cbam"):

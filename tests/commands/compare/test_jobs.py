@@ -291,6 +291,7 @@ def test_a_budget_below_one_epoch_is_trained_tested_and_found_again(recipes, qui
         assert 0 <= run["val_acc"] <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in its training", "after its training"])
 def test_a_run_that_is_deleted_is_reported_in_one_line(moment, recipes, quick, command, tmp_path, monkeypatch):
     ordinary, logs = jobs_module._call, tmp_path / "logs/se/version_0"

@@ -454,6 +454,7 @@ def test_the_report_of_the_committed_runs_says_what_they_say(report, tmp_path):
     assert all(sentence in text for sentence in analyse(plan, results, {})["sentences"])
 
 
+@pytest.mark.slow
 def test_odd_names_and_precisions_are_reported(recipes, command, quick, tmp_path):
     paths = {name: tmp_path / f"{name}.yaml" for name in ("a|b[v1]", "<i>*x*")}
     for path in paths.values():

@@ -69,6 +69,7 @@ def test_the_mean_is_a_measure_where_it_is_of_all_fifteen():
     assert with_robustness({"measures": {"nll": 1}}, record)["measures"] == {"nll": 1}
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_is_only_tested_again(compared, command, quick, recipes, tmp_path):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     options = ["--configs", recipes["none"], recipes["cbam"], "--seeds", 0, 1, "--output", root / "two"]
