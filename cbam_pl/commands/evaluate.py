@@ -82,30 +82,30 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     # What changes no other figure is left out.
     options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
     tested = {"epoch": epoch, "step": checkpoint["global_step"], **figures}
-    measure_robustness(trainer, model, data, conditions, correct, tested, logs, options)
-    if not trainer.is_global_zero:
-        return
-    count, total = model.num_evaluated, len(data.images(split))
-    described, arrays = _describe(evaluated, data.classes, calibration)
-    if logs is not None:
-        record = {
-            **tested,
-            "images": count,
-            **described,
-            "options": options,
-            "environment": describe_environment(trainer.strategy.root_device),
-        }
-        with atomic_write(logs / "test.npz") as stream:
-            np.savez_compressed(stream, allow_pickle=False, **arrays)
-        with atomic_write(logs / "test.json") as stream:
-            stream.write(f"{json.dumps(record)}\n".encode())
-        _remove_events(earlier)  # testing again replaces the point
-    part = "" if count == total else f" of {total:,}"
-    print(f"{path}, epoch {epoch}, on {count:,}{part} {split} images of {data.dataset}:")
-    for name, value in figures.items():
-        print(f"{name}  {value:.4f}")
-    if command == "test":
-        _print(described)
+    if trainer.is_global_zero:
+        count, total = model.num_evaluated, len(data.images(split))
+        described, arrays = _describe(evaluated, data.classes, calibration)
+        if logs is not None:
+            record = {
+                **tested,
+                "images": count,
+                **described,
+                "options": options,
+                "environment": describe_environment(trainer.strategy.root_device),
+            }
+            with atomic_write(logs / "test.npz") as stream:
+                np.savez_compressed(stream, allow_pickle=False, **arrays)
+            with atomic_write(logs / "test.json") as stream:
+                stream.write(f"{json.dumps(record)}\n".encode())
+            _remove_events(earlier)  # testing again replaces the point
+        part = "" if count == total else f" of {total:,}"
+        print(f"{path}, epoch {epoch}, on {count:,}{part} {split} images of {data.dataset}:")
+        for name, value in figures.items():
+            print(f"{name}  {value:.4f}")
+        if command == "test":
+            _print(described)
+    # Last, so that a long measurement that is stopped loses nothing else.
+    measure_robustness(trainer, model, data, conditions, correct, {**tested, "options": options}, logs)
 
 
 def _remove_events(files: Iterable[Path]) -> None:

@@ -24,7 +24,7 @@ from cbam_pl.errors import UserError
 from cbam_pl.inspect.charts import draw_robustness
 from cbam_pl.tables import print_table
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.run import atomic_write
+from cbam_pl.training.run import atomic_write, is_result_of
 from cbam_pl.training.trainer import running
 
 SEED = 0  # of the corruptions' random numbers: every network is tested on the same images
@@ -116,12 +116,12 @@ def measure_robustness(
     correct: CorrectPredictions,
     tested: Mapping[str, Any],
     logs: Path | None,
-    options: Sequence[str],
 ) -> None:
     """Test a classifier on the corrupted test images; print a table, and write robustness.json and .png.
 
     All processes take part. `correct` is among the trainer's callbacks; `tested` has the checkpoint's epoch and step,
-    and the figures of the images as they are, which `trainer` has measured before.
+    the figures of the images as they are, which `trainer` has measured before, and the options of that test. What the
+    files have of the same test on other corruptions stays in them.
     """
     if not conditions:
         return
@@ -143,6 +143,7 @@ def measure_robustness(
                 progress.console.print(f"{name}: {text} %  ({time.monotonic() - begin:.0f} s)", highlight=False)
     if not trainer.is_global_zero:
         return
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow"))
     record = {
         "epoch": tested["epoch"],
         "step": tested["step"],
@@ -150,22 +151,46 @@ def measure_robustness(
         "seed": SEED,
         "test/acc": tested["test/acc"],
         "accuracy": accuracies,
-        "mean": means(accuracies),
         "seconds": time.monotonic() - begin,
-        "options": list(options),
-        "environment": {
-            **describe_environment(trainer.strategy.root_device),
-            "libraries": ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow")),
-        },
+        "options": tested["options"],
+        "environment": {**describe_environment(trainer.strategy.root_device), "libraries": libraries},
     }
     if logs is not None:
+        record = _with_earlier(record, read_robustness(logs, tested))
+        record["mean"] = means(record["accuracy"])
         title = f"{logs.parent.name} {logs.name.replace('version_', 'version ')}, epoch {record['epoch']}\n"
         title += f"{100 * tested['test/acc']:.1f} % without corruption"
         with atomic_write(logs / "robustness.png") as stream:
             draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
         with atomic_write(logs / "robustness.json") as stream:
             stream.write(f"{json.dumps(record)}\n".encode())
-    _print(record)
+    _print(record | {"accuracy": accuracies})
+
+
+def read_robustness(logs: Path, tested: Mapping[str, Any]) -> dict[str, Any]:
+    """What robustness.json holds of the checkpoint that was `tested`, with the same options; empty if there is none."""
+    try:
+        record = json.loads((logs / "robustness.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    same = record.get("options") == tested.get("options") and record.get("seed") == SEED
+    return record if same and is_result_of(record, tested.get("epoch"), tested.get("step")) else {}
+
+
+def _with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """A record with the accuracies of an earlier one, too, if that was measured by the same machine and program.
+
+    And if all corruptions then have the same severities, which their means are over.
+    """
+    before, now = ({**one.get("environment", {}), "date": ""} for one in (earlier, record))
+    if before != now:
+        return record
+    old, new = earlier["accuracy"], record["accuracy"]
+    names = [name for name in CORRUPTIONS if name in old or name in new]
+    both = {name: dict(sorted({**old.get(name, {}), **new.get(name, {})}.items())) for name in names}
+    if len({tuple(row) for row in both.values()}) > 1:
+        return record
+    return record | {"accuracy": both, "seconds": earlier["seconds"] + record["seconds"]}
 
 
 def _corrupt(name: str, severity: int, pixels: Tensor, indices: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from cbam_pl import environment
+from cbam_pl.commands import robustness
 from cbam_pl.commands.robustness import find_corruptions, means, without_conditions
 from cbam_pl.data.corruptions import CORRUPTIONS, corrupt
 from cbam_pl.data.folder import load_folder
@@ -51,6 +53,44 @@ def test_accuracies_are_those_of_the_corrupted_images(trained, command, tmp_path
     assert "mean of 1 extra" in outcome.out
     assert (logs / "robustness.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^saturate: [\d.]+ [\d.]+ %", outcome.err, re.MULTILINE)
+
+
+def test_what_was_measured_before_stays(trained, command, tmp_path, monkeypatch):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    logs = root / "logs/tiny/version_0"
+
+    def measure(*words):
+        outcome = command("test", "--trainer.default_root_dir", root, "--corruptions", *words)
+        assert outcome.status == 0, outcome.err
+        record = json.loads((logs / "robustness.json").read_text())
+        return record, {name: list(row) for name, row in record["accuracy"].items()}, outcome.out
+
+    first, _, _ = measure("saturate", "fog", "--severities", 1, 5)
+    record, rows, out = measure("contrast", "--severities", 1, 5)
+    assert rows == {name: ["1", "5"] for name in ("fog", "contrast", "saturate")}
+    assert {**record["accuracy"], **first["accuracy"]} == record["accuracy"]
+    assert record["mean"]["extra"] == first["mean"]["extra"]
+    assert record["mean"] == means(record["accuracy"])
+    assert record["seconds"] > first["seconds"]
+    assert "saturate" not in out  # what was asked for now
+    assert measure("fog", "--severities", 5)[0]["accuracy"] == record["accuracy"]
+    # Not where the means would be over other severities of each, or the figures of another program.
+    assert measure("jpeg", "--severities", 2)[1] == {"jpeg_compression": ["2"]}
+    assert measure("jpeg", "--severities", 1)[1] == {"jpeg_compression": ["1", "2"]}
+    monkeypatch.setattr(environment, "commit", lambda: "another")
+    assert measure("fog", "--severities", 1, 2)[1] == {"fog": ["1", "2"]}
+
+
+def test_a_measurement_that_is_stopped_leaves_the_test(trained, command, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    monkeypatch.setattr(robustness, "_corrupt", stop)
+    outcome = command("test", "--trainer.default_root_dir", root, "--corruptions", "fog")
+    assert outcome.status == 130
+    assert json.loads((root / "logs/tiny/version_0/test.json").read_text())["images"] == 21
+    assert "test/acc" in outcome.out
 
 
 def test_a_test_without_corruptions_measures_none(trained, command, tmp_path):

@@ -1,5 +1,6 @@
 """python train.py compare: plan, run, report."""
 
+import math
 import signal
 import sys
 import threading
@@ -169,13 +170,17 @@ def _print_estimate(plan: Plan, jobs: int | None) -> None:
         data.setup("fit")
         train, limit = len(data.images("train")), settings.get("trainer.limit_train_batches", 1.0)
         train = min(train, limit * data.batch_size) if isinstance(limit, int) else int(train * limit)
-        sizes[name] = train, len(data.images("val")), len(data.images("test"))
+        batch = data.batch_size * settings.get("trainer.accumulate_grad_batches", 1)
+        steps, epochs = settings.get("trainer.max_steps", -1), settings["trainer.max_epochs"]
+        if steps >= 0:
+            epochs = min(epochs, math.ceil(steps / math.ceil(train / batch)))
+        sizes[name] = epochs, train, len(data.images("val")), len(data.images("test"))
     rows = []
     hours, work = 0.0, 0.0
     for job in jobs_of(plan):
         state, run = find(job)
-        left = job.epochs - (len(read_epochs(run)) if run else 0)
-        train, val, test = sizes[job.name]
+        epochs, train, val, test = sizes[job.name]
+        left = epochs - (len(read_epochs(run)) if run else 0) if state in ("new", "interrupted") else 0
         cost = measured[job.name]
         # A training step takes as long as three forward passes. To calibrate takes one over the validation images.
         tests = 0 if state == "done" else val + test * (1 + len(SEVERITIES) * len(job.corruptions))
@@ -185,7 +190,8 @@ def _print_estimate(plan: Plan, jobs: int | None) -> None:
         hours, work = hours + needed, work + teraflop
         rows.append([job.name, str(job.seed), state, str(left), f"{needed:.2f}", f"{teraflop:,.1f}"])
     print_table(["recipe", "seed", "state", "epochs left", "hours", "TFLOP"], rows)
-    places, unit = len(environments(plan, jobs)), "GPU" if uses_cuda(plan) else "core"
+    unit = "GPU" if uses_cuda(plan) else "core"
+    places = max(1, min(len(environments(plan, jobs)), sum(state != "done" for _, _, state, *_ in rows)))
     rates = ", ".join(f"{name} {cost['train_images_per_second']:,.0f}" for name, cost in measured.items())
     print(f"training images/s, measured for two seconds each: {rates}")
     print(f"about {hours:.2f} {unit} hours and {work:,.1f} TFLOP; {places} at once: {hours / places:.2f} hours")

@@ -64,9 +64,10 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
             "name one without as the first"
         )
     if "parameters" in costs and not _has_width(settings):
+        fixed = "model.weights" if settings.get("model.weights") else "model.network"
         raise UserError(
-            f"--controls parameters: model.width cannot widen the model.network of {baseline}; use --controls time, "
-            "which trains it for longer"
+            f"--controls parameters: the {fixed} of {baseline} cannot be widened; use --controls time, which trains it "
+            "for longer"
         )
     recipes = [name for name in others if plan.configs[name]["model.attention.kind"] != "none"]
     if not recipes:
@@ -104,13 +105,19 @@ def describe(control: Control, plan: Plan) -> dict[str, Any]:
         texts = [f"{count} epochs, {text}" for count, text in zip(epochs, texts, strict=True)]
         recipe, own = recipe * epochs[0], own * epochs[1]
     excess = own / recipe - 1
-    note = None
-    if (control.cost, control.means) == ("time", "width") and abs(excess) > TOLERANCE:
-        note = (
-            f"The training step of {plan.labels[control.name]} was measured {abs(excess):.0%} "
-            f"{'slower' if excess > 0 else 'faster'} than that of {plan.labels[control.recipe]}; none of the widths "
-            "tried came nearer."
-        )
+    note, names = None, [plan.labels[name] for name in (control.name, control.recipe)]
+    if control.cost == "time" and abs(excess) > TOLERANCE:
+        if control.means == "width":
+            note = (
+                f"The training step of {names[0]} was measured {abs(excess):.0%} "
+                f"{'slower' if excess > 0 else 'faster'} than that of {names[1]}; none of the widths tried came nearer."
+            )
+        else:
+            end = ", without more epochs" if excess > 0 else "; one epoch more would take longer"
+            note = (
+                f"The training of {names[0]} takes {abs(excess):.0%} {'more' if excess > 0 else 'less'} time than that "
+                f"of {names[1]}{end}."
+            )
     return {"recipe_cost": texts[0], "control_cost": texts[1], "excess": excess, "note": note}
 
 
@@ -118,7 +125,8 @@ def control_line(control: Control, plan: Plan) -> str:
     """What was chosen, as printed before the runs."""
     costs, name = describe(control, plan), plan.labels[control.name]
     which = f"{name}: {costs['control_cost']}, {costs['excess']:+.1%}"
-    nearest = "; the baseline itself comes nearest" if not control.change else ""
+    unchanged = {"width": "; the baseline itself comes nearest", "epochs": "; one epoch more would take longer"}
+    nearest = unchanged[control.means] if not control.change else ""
     return f"control of {plan.labels[control.recipe]} ({costs['recipe_cost']}), same {control.cost}: {which}{nearest}"
 
 
@@ -127,8 +135,9 @@ def _step(milliseconds: float) -> str:
 
 
 def _has_width(settings: dict[str, Any]) -> bool:
-    """Whether these settings have a network of this program, which alone can be widened."""
-    return not any(key.startswith("model.network") and value is not None for key, value in settings.items())
+    """Whether these settings have a network of this program without given weights, which alone can be widened."""
+    fixed = ("model.network", "model.weights")
+    return not any(key.startswith(fixed) and value is not None for key, value in settings.items())
 
 
 def _changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

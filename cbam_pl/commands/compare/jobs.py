@@ -24,7 +24,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, trusted, with_effect
-from cbam_pl.commands.robustness import SEED
+from cbam_pl.commands.robustness import read_robustness
 from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
@@ -174,19 +174,9 @@ def read_predictions(run: Run, test: dict[str, Any]) -> dict[str, np.ndarray] | 
     return arrays | {"correct": correct} if counts.tolist() == test["confusion"] else None
 
 
-def read_robustness(run: Run, test: dict[str, Any]) -> dict[str, Any]:
-    """What robustness.json holds of the same checkpoint, tested with the same options; empty if there is none."""
-    try:
-        record = json.loads((run.logs / "robustness.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    same = record.get("options") == test.get("options") and record.get("seed") == SEED
-    return record if same and is_result_of(record, test.get("epoch"), test.get("step")) else {}
-
-
 def _has_corruptions(run: Run, job: Job, test: dict[str, Any]) -> bool:
     """Whether the job's corruptions, if any, were measured at all severities."""
-    accuracy = read_robustness(run, test).get("accuracy", {}) if job.corruptions else {}
+    accuracy = read_robustness(run.logs, test).get("accuracy", {}) if job.corruptions else {}
     return all(len(accuracy.get(name, {})) == len(SEVERITIES) for name in job.corruptions)
 
 
@@ -299,13 +289,13 @@ def uses_cuda(plan: Plan) -> bool:
 
 def environments(plan: Plan, jobs: int | None) -> list[dict[str, str]]:
     """The variables of each place where a job may run: so many `jobs` at once, or one per GPU, or as cores allow."""
-    devices = {settings.get("trainer.devices", 1) for settings in plan.configs.values()}
+    devices = [settings.get("trainer.devices", 1) for settings in plan.configs.values()]  # a number, a list or a word
     if not uses_cuda(plan):
         threads = threads_per_job()
         processes = max([1, *(count for count in devices if isinstance(count, int))])
         return [{"OMP_NUM_THREADS": str(threads)}] * (jobs or max(1, num_cores() // (threads * processes)))
-    if devices != {1}:
-        return [{}] * (jobs or 1)  # each job takes several GPUs, and Lightning chooses which
+    if any(count != 1 for count in devices):
+        return [{}] * (jobs or 1)  # each job takes those that it names, or several, which Lightning chooses
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     return [{"CUDA_VISIBLE_DEVICES": names[index % len(names)]} for index in range(jobs or len(names))]

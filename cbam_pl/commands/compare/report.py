@@ -15,7 +15,6 @@ from cbam_pl.commands.compare.jobs import (
     read_best,
     read_epochs,
     read_predictions,
-    read_robustness,
     read_test,
 )
 from cbam_pl.commands.compare.measures import (
@@ -34,6 +33,7 @@ from cbam_pl.commands.compare.measures import (
 from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.robustness import add_robustness, robustness_table, with_robustness
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
+from cbam_pl.commands.robustness import read_robustness
 from cbam_pl.tables import print_table
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
@@ -58,7 +58,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
         tested = state in ("tested", "done")
         if tested and run is not None and (best := read_best(run)) and (test := read_test(run)):
             path, here = run.checkpoints / "best.ckpt", Path.cwd()
-            test = with_robustness(test, read_robustness(run, test))
+            test = with_robustness(test, read_robustness(run.logs, test))
             result = {
                 "recipe": job.name,
                 "seed": job.seed,

@@ -10,7 +10,14 @@ import yaml
 from torch import nn
 
 from cbam_pl.commands.compare import controls as controls_module
-from cbam_pl.commands.compare.controls import add_controls, match_width, search_width, with_more_epochs
+from cbam_pl.commands.compare.controls import (
+    add_controls,
+    control_line,
+    describe,
+    match_width,
+    search_width,
+    with_more_epochs,
+)
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.errors import UserError
 from cbam_pl.models import build_network
@@ -257,12 +264,35 @@ def test_recipes_share_an_equal_control(recipes, tmp_path, measured):
     assert list(plan.given) == ["none", "se", "cbam"]
 
 
-def test_a_network_without_a_width_is_only_trained_for_longer(recipes, tmp_path, measured):
+@pytest.mark.parametrize(("key", "short"), [("model.network.class_path", "model.network"), ("model.weights",) * 2])
+def test_a_network_of_fixed_width_is_only_trained_for_longer(key, short, recipes, tmp_path, measured):
     plan = plan_of("--configs", recipes["none"], recipes["cbam"], "--output", tmp_path)
-    plan.configs["none"]["model.network.class_path"] = "torchvision.models.resnet18"
+    plan.configs["none"][key] = "given"
     assert add_controls(plan, ["time"], may_choose=True).added == ["none-max_epochs=3"]
-    with pytest.raises(UserError, match=r"model\.width cannot widen the model\.network of none; use --controls time"):
+    with pytest.raises(UserError, match=rf"the {short} of none cannot be widened; use --controls time"):
         add_controls(plan, ["time", "parameters"], may_choose=True)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "epochs", "line", "note"),
+    [
+        (149.0, 2, "none: 2 epochs, 100 ms a step, -32.9%; one epoch more would take longer",
+         "The training of none takes 33% less time than that of cbam; one epoch more would take longer."),
+        (199.0, 3, "none max_epochs=3: 3 epochs, 100 ms a step, -24.6%",
+         "The training of none max_epochs=3 takes 25% less time than that of cbam; one epoch more would take longer."),
+        (90.0, 2, "none: 2 epochs, 100 ms a step, +11.1%; one epoch more would take longer",
+         "The training of none takes 11% more time than that of cbam, without more epochs."),
+        (152.0, 3, "none max_epochs=3: 3 epochs, 100 ms a step, -1.3%", None),
+    ],
+)  # fmt: skip
+def test_epochs_that_do_not_fill_the_time_are_noted(milliseconds, epochs, line, note, recipes, tmp_path, measured):
+    measured.found["cbam"] = FOUND | {"recipe": milliseconds}
+    plan = plan_of("--configs", recipes["none"], recipes["cbam"], "--output", tmp_path)
+    plan = add_controls(plan, ["time"], may_choose=True)
+    control = plan.controls[1]
+    assert control_line(control, plan).endswith(f"same time: {line}")
+    assert describe(control, plan)["note"] == note
+    assert plan.configs[control.name]["trainer.max_epochs"] == epochs
 
 
 def test_memory_that_runs_out_is_reported(recipes, tmp_path, monkeypatch):

@@ -350,7 +350,7 @@ def test_each_gpu_has_one_job_unless_more_are_asked_for(monkeypatch):
     assert places(None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [one["CUDA_VISIBLE_DEVICES"] for one in places(3)] == ["3", "5", "3"]
-    assert places(None, devices=4) == [{}]
+    assert places(None, devices=4) == places(None, devices=[1]) == [{}]
 
 
 def test_a_line_with_the_best_epoch_is_printed_for_each_job_that_begins_or_ends(compared, recipes, capsys, tmp_path):
