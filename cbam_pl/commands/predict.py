@@ -18,7 +18,7 @@ from cbam_pl.settings import command_parser, parse
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.trainer import evaluating_trainer, running
 
-_BATCH_SIZE = 256
+_MAX_BATCH_SIZE = 256
 
 
 def predict(options: list[str]) -> None:
@@ -37,7 +37,9 @@ def predict(options: list[str]) -> None:
     pixels = torch.stack([decode(file, size, proportional) for file in files])
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     data, device = checkpoint["ImageDataModule"], trainer.strategy.root_device
-    loader = EvaluationLoader(images, _BATCH_SIZE, Normalise(data["mean"], data["std"], device), device, Shard())
+    # No more than `test` takes at once, whose memory the network was trained in.
+    batch_size = min(_MAX_BATCH_SIZE, 4 * checkpoint["datamodule_hyper_parameters"]["batch_size"])
+    loader = EvaluationLoader(images, batch_size, Normalise(data["mean"], data["std"], device), device, Shard())
     with running():
         batches: Any = trainer.predict(model, loader)
     probabilities = torch.cat(batches).cpu()  # (N, classes)

@@ -93,6 +93,22 @@ def data_for_test(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
     return data
 
 
+def may_have_seen(trained: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether weights may have been trained on images that are held out for validation here.
+
+    Args:
+        trained: arguments of the ImageDataModule that they were trained with; empty where they are not known.
+        here: those of the data here.
+    """
+    if here["val_size"] == 0 or trained.get("dataset") != here["dataset"]:
+        return False
+    if here["dataset"] == "folder":
+        roots = [Path(str(one.get("root"))).resolve() for one in (trained, here)]
+        if roots[0] != roots[1] or (roots[1] / "val").is_dir():
+            return False
+    return any(trained.get(name) != here[name] for name in ("seed", "val_size"))
+
+
 class ImageDataModule(LightningDataModule):
     """Images of one source, in memory or mapped from a folder's cache, as augmented and normalised batches.
 

@@ -18,10 +18,12 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from cbam_pl.attention import AttentionConfig
+from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
 from cbam_pl.models.network import as_logits
@@ -55,7 +57,7 @@ class Classifier(LightningModule):
             in them excepted unless the pattern names it; of several that match, the last counts.
         optimizer: any of torch.optim, without its parameters; SparseAdam, for sparse gradients, cannot train images.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
-            by val/loss; where it takes total_steps and none are given, the trainer's are filled in.
+            by val/loss; where its total_steps is None (null), the trainer's are filled in.
         lr_interval: step the schedule once an epoch or once an optimizer step.
         label_smoothing: share of the target that is spread evenly over all classes, in training and evaluation.
         channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
@@ -119,6 +121,7 @@ class Classifier(LightningModule):
         saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
         self.save_hyperparameters({**saved, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip})
         self.weights = weights  # the file that is still to be loaded
+        self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         self.lr_factors = dict(lr_factors or {})
         self._frozen_norms = freeze_modules(self.network, self.freeze_patterns)
@@ -176,8 +179,13 @@ class Classifier(LightningModule):
         return [make() for make in (StepLosses, TrainingState) if make not in present]
 
     def setup(self, stage: str) -> None:
-        """Load the weights to start from, and choose what is fast on the device."""
+        """Load the weights to start from, choose what is fast on the device, and forget what was cut off before."""
         self.load_weights()
+        self.eval_metric.reset()
+        if stage == "fit":
+            self.train_metric.reset()
+            self.validated = self.epoch_ended = False
+            self._warn_of_seen_images()
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
@@ -205,9 +213,9 @@ class Classifier(LightningModule):
         """Images (B, 3, H, W), normalised → logits (B, num_classes), compiled where that was chosen."""
         if self._compiled is None:
             return self(images)
-        self._compiled_size = self._compiled_size or len(images)
-        if len(images) != self._compiled_size:
+        if len(images) < self._compiled_size:
             return self(images)  # an epoch's last, smaller batch is not worth a compilation of its own
+        self._compiled_size = len(images)
         return as_logits(self._compiled(images.to(memory_format=self._memory_format)))
 
     def evaluation_logits(self, images: Tensor) -> Tensor:
@@ -223,7 +231,20 @@ class Classifier(LightningModule):
     def load_weights(self) -> str:
         """Start from the file of weights, if one is given and not loaded yet. Returns what was loaded, and what not."""
         path, self.weights = self.weights, None
-        return "" if path is None else load_weights(self.network, path)
+        if path is None:
+            return ""
+        loaded, self.weights_data = load_weights(self.network, path)
+        return loaded
+
+    def _warn_of_seen_images(self) -> None:
+        trained, data = self.weights_data, getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageDataModule) and may_have_seen(trained, data.hparams):
+            rank_zero_warn(
+                f"model.weights were trained on {data.dataset} with seed={trained.get('seed')} and "
+                f"data.val_size={trained.get('val_size')}: they may have seen images that are held out for validation "
+                "now, so that val/loss, val/acc and the epoch chosen by them are too good; give the same seed and "
+                "val_size"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note of which epoch the weights are."""

@@ -16,7 +16,7 @@ from cbam_pl.models.insertion import matching_modules
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 
-def load_weights(network: nn.Module, path: str) -> str:
+def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
     """Load what fits of a file of weights into `network`, and say what does not.
 
     A classifier for another number of classes is left at its start; so is what the file lacks, such as attention.
@@ -26,10 +26,13 @@ def load_weights(network: nn.Module, path: str) -> str:
         path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, a checkpoint of this
             program, or a folder of weights. No code in it is run.
 
+    Returns:
+        What was loaded, and the settings of the data that it was trained on, empty where the file does not have them.
+
     Raises:
         ValueError: the file cannot be read, holds no weights, or those of another network, with their shapes.
     """
-    saved, ours = _read(Path(path)), network.state_dict()
+    (saved, data), ours = _read(Path(path)), network.state_dict()
     heads, differing = [], []
     for name in ours.keys() & saved.keys():
         there, here = tuple(saved[name].shape), tuple(ours[name].shape)
@@ -54,10 +57,10 @@ def load_weights(network: nn.Module, path: str) -> str:
     parts += [f"not in the file, at their start: {_few(others)}"] if others else []
     unused = [name for name in saved if name not in ours]
     parts += [f"in the file, not in the network: {_few(unused)}"] if unused else []
-    return "; ".join(parts)
+    return "; ".join(parts), data
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -74,6 +77,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever the readers of archives and of their contents may raise
         reason = getattr(error, "strerror", None) or "it is incomplete, damaged, or not a file of weights"
         raise ValueError(f"weights={path} cannot be read ({reason})") from error
+    data = content.get("datamodule_hyper_parameters") if isinstance(content, dict) else None
     for key in ("state_dict", "model"):  # as most training programs wrap it
         if isinstance(content, dict) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -83,7 +87,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     for prefix in ("module.", "network."):  # of DistributedDataParallel, and of this program's checkpoints
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+    return weights, data if isinstance(data, dict) else {}
 
 
 def _few(names: Any, count: int = 3) -> str:

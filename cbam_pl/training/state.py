@@ -173,10 +173,14 @@ class TrainingState(Callback):
                     state.pop(name, None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on in an epoch that was interrupted."""
+        """Go on in an epoch that was interrupted, and on a schedule that was stretched."""
         interrupted, self._interrupted = self._interrupted, {}
+        classifier = cast("Classifier", pl_module)
+        # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.
+        if self._resumed is not None and classifier.schedule_spans_training and not interrupted:
+            for config in trainer.lr_scheduler_configs:
+                _set_rates(config.scheduler)
         if interrupted:
-            classifier = cast("Classifier", pl_module)
             classifier.epoch_lr = interrupted["lr"]
             classifier.val_figures = {name: v for name, v in interrupted["figures"].items() if name.startswith("val/")}
             classifier.validated = bool(classifier.val_figures)
@@ -208,6 +212,14 @@ class TrainingState(Callback):
             "figures": figures,
             "interrupted_epoch": {"lr": classifier.epoch_lr, "sums": classifier.train_metric.sums()},
         }
+
+
+def _set_rates(scheduler: Any) -> None:
+    """Give the optimizer the rates of a schedule's present step, which those of another length differ from."""
+    state = scheduler.state_dict()
+    scheduler.last_epoch -= 1
+    scheduler.step()
+    scheduler.load_state_dict({**state, "_last_lr": scheduler.get_last_lr()})  # with the count of its steps
 
 
 def _is_interrupted(checkpoint: dict[str, Any]) -> bool:

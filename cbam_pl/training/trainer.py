@@ -56,12 +56,13 @@ def training_trainer(
     options = dict(**settings)
     check_settings(settings)
     users = _listed(options["callbacks"])
-    logs_more = any(not isinstance(callback, (EarlyStopping, ModelCheckpoint)) for callback in users)
-    for callback in users:
-        if isinstance(callback, EarlyStopping) and callback.monitor not in METRICS and not logs_more:
-            raise UserError(
-                f"trainer.callbacks: monitor={callback.monitor} is not logged; use one of {', '.join(METRICS)}"
-            )
+    logged = [name for name in METRICS if settings.limit_val_batches != 0 or not name.startswith("val/")]
+    known = (EarlyStopping, ModelCheckpoint)
+    logs_more = any(not isinstance(callback, known) for callback in users)
+    for monitor in (str(callback.monitor) for callback in users if isinstance(callback, known) and callback.monitor):
+        # Another callback may log what it likes, but hardly what differs from ours by a sign alone.
+        if monitor not in logged and (not logs_more or monitor.replace("_", "/") in METRICS):
+            raise UserError(f"trainer.callbacks: monitor={monitor} is not logged; use one of {', '.join(logged)}")
     losses = StepLosses()
     callbacks = [*own, *users, losses, TrainingState(resumed)]
     if options["max_time"] is not None:

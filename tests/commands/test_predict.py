@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from cbam_pl.commands import predict as predict_module
 from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.folder import decode
+from cbam_pl.data.loader import EvaluationLoader
 from cbam_pl.training.classifier import Classifier
 from tests.helpers import COLOURS, REPOSITORY, TEST_PER_CLASS, checkpoint, one_line, png_bomb
 
@@ -34,6 +36,19 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
         assert 1 > float(row["probability_1"]) >= float(row["probability_2"]) > 0
         assert {row["class_1"], row["class_2"]} < set(COLOURS)
     assert rows[0]["class_1"] in outcome.out
+
+
+def test_as_many_images_are_predicted_at_once_as_are_tested(trained, command, image_folder, tmp_path, monkeypatch):
+    sizes = []
+
+    def loader(images, batch_size, *more):
+        sizes.append(batch_size)
+        return EvaluationLoader(images, batch_size, *more)
+
+    monkeypatch.setattr(predict_module, "EvaluationLoader", loader)
+    words = ["--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red"]
+    assert command("predict", *words, "--output", tmp_path / "out.csv").status == 0
+    assert sizes == [4 * 16]
 
 
 def test_images_of_fixed_size_are_not_enlarged_by_resized_crops(command, tmp_path):

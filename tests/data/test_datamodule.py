@@ -6,7 +6,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, stratified_split
+from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, may_have_seen, stratified_split
 from cbam_pl.data.folder import decode
 from cbam_pl.data.images import Images
 from cbam_pl.errors import UserError
@@ -20,6 +20,22 @@ def test_statistics_are_those_of_all_pixels():
     values = pixels.numpy().astype(np.float64) / 255
     assert mean == pytest.approx(values.mean((0, 2, 3)).tolist())
     assert std == pytest.approx(values.std((0, 2, 3)).tolist())
+
+
+def test_weights_may_have_seen_what_another_split_of_the_same_images_holds_out(tmp_path):
+    here = {"dataset": "cifar10", "root": "data", "seed": 0, "val_size": 5000}
+    assert not may_have_seen(here, here)
+    assert not may_have_seen({}, here)
+    assert not may_have_seen(here | {"dataset": "cifar100", "seed": 1}, here)
+    assert may_have_seen(here | {"seed": 1, "root": "elsewhere"}, here)
+    assert may_have_seen(here | {"val_size": 2000}, here)
+    assert may_have_seen(here | {"val_size": 0}, here)
+    assert not may_have_seen(here, here | {"val_size": 0})  # which validates on the test images
+    folder = here | {"dataset": "folder", "root": str(tmp_path)}
+    assert may_have_seen(folder | {"seed": 1}, folder)
+    assert not may_have_seen(folder | {"seed": 1, "root": "elsewhere"}, folder)
+    (tmp_path / "val").mkdir()
+    assert not may_have_seen(folder | {"seed": 1}, folder)
 
 
 def test_a_split_holds_out_the_same_fraction_of_every_class():

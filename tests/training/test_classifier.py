@@ -223,6 +223,15 @@ def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(i
         assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
 
 
+def test_a_training_that_begins_with_a_smaller_batch_compiles_the_full_ones_too():
+    compiled = []
+    model = Classifier(3)
+    model._compiled = lambda images: (compiled.append(len(images)), model.network(images))[1]
+    for size in (2, 4, 2, 4):
+        assert model.training_logits(torch.zeros(size, 3, 32, 32)).shape == (size, 3)
+    assert compiled == [2, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("device", "stage", "expected"), [("cuda", "fit", True), ("cuda", "test", False), ("cpu", "fit", False)]
 )

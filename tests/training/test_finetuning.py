@@ -1,6 +1,7 @@
 """Weights from a file, frozen modules, and learning rates by module."""
 
 import os
+import warnings
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.training.classifier import Classifier
-from tests.helpers import assert_equal, checkpoint, one_line
+from tests.helpers import RUN, assert_equal, checkpoint, one_line, plan_of
 
 RESNET = {"class_path": "torchvision.models.resnet18", "init_args": {}}
 CBAM = AttentionConfig("cbam", where="layer?.*.bn2")
@@ -137,6 +138,21 @@ def test_frozen_modules_keep_weights_and_statistics_and_train_their_attention(da
     for name, after in model.network.state_dict().items():
         frozen = name.startswith(("conv1", "bn1", "layer1", "layer2", "layer3")) and ".attention." not in name
         assert torch.equal(after, before[name]) == frozen, name
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_weights_that_may_have_seen_the_validation_images_are_noted(seed, trained, command, recipe, tmp_path):
+    weights = trained[0] / "checkpoints" / RUN / "best.ckpt"
+    words = ["--seed", seed, "--model.weights", weights, "--trainer.default_root_dir", tmp_path]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert command("fit", "--config", recipe, *words).status == 0
+    messages = [str(one.message) for one in caught]
+    assert sum("model.weights were trained on folder with seed=3" in one for one in messages) == (seed != 3)
+    plan = plan_of("--configs", recipe, "--grid", "dropout=0.1,0.2", "--seeds", 3, seed + 1, "--output", tmp_path,
+                   "--model.weights", weights)  # fmt: skip
+    assert len(plan.notes) == 2
+    assert f"with seed=3 and data.val_size=None. With the seeds {seed + 1} they may" in plan.notes[0]
 
 
 @pytest.mark.parametrize(

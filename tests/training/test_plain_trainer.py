@@ -1,13 +1,15 @@
 """A plain lightning.Trainer, as in a notebook: nothing of what `train.py fit` adds may be missing without a word."""
 
+import copy
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,6 +95,40 @@ def test_a_resumed_training_ends_as_one_that_was_never_stopped(name, image_folde
     assert again.keys() == logged.keys()
     for tag, points in again.items():
         assert points == logged[tag][-len(points) :], tag
+
+
+class Stop(Callback):
+    """Stops the first run through a stage after some batches, as a notebook's stop button does."""
+
+    def __init__(self, hook):
+        def stop(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == 1 and not self.stopped:
+                self.stopped = True
+                raise ZeroDivisionError
+
+        self.stopped = False
+        setattr(self, hook, stop)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_test_batch_end"])
+def test_what_was_stopped_is_not_in_the_next_figures(hook, image_folder, tmp_path):
+    found = {}
+    for stop in (None, Stop(hook)):
+        model, _ = parts(image_folder)
+        data = ImageDataModule("folder", str(image_folder), batch_size=2, val_size=24)
+        state = copy.deepcopy(model.network.state_dict())
+        for attempt in range(2 if stop else 1):
+            model.train().network.load_state_dict(state)
+            name = f"{stop is None} {attempt}"
+            one = trainer(tmp_path, name, *filter(None, [stop]), max_epochs=1, num_sanity_val_steps=0)
+            with suppress(ZeroDivisionError):
+                if hook == "on_test_batch_end":
+                    one.test(model, data, verbose=False)
+                else:
+                    one.fit(model, data)
+        assert stop is None or stop.stopped
+        found[stop is None] = {name: float(value) for name, value in one.callback_metrics.items()}
+    assert found[True] == found[False]
 
 
 def test_weights_are_loaded_once_before_whatever_comes_first(image_folder, tmp_path):

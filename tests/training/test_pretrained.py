@@ -141,7 +141,9 @@ def test_a_folder_is_no_state_to_resume_from_but_weights_to_start_from(folder, h
     assert f"--model.weights {folder}" in error
     assert not (tmp_path / "checkpoints").exists()
     model = Classifier(**read_checkpoint(folder)["hyper_parameters"])
-    assert load_weights(model.network, str(folder)) == f"34 of 34 tensors from {folder}"
+    loaded, data = load_weights(model.network, str(folder))
+    assert loaded == f"34 of 34 tensors from {folder}"
+    assert (data["dataset"], data["seed"], data["val_size"]) == ("folder", 3, None)
     assert_equal(in_order(model.state_dict()), in_order(read_checkpoint(folder)["state_dict"]))
 
 

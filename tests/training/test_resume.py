@@ -1,5 +1,7 @@
 """A training that was interrupted and resumed equals one that was never stopped, bit for bit."""
 
+import csv
+import math
 import re
 import shutil
 import socket
@@ -197,6 +199,17 @@ def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe
             optimizer.step()
             by_hand.step()
         assert checkpoint(tmp_path)["lr_schedulers"][0]["_last_lr"] == pytest.approx(by_hand.get_last_lr(), abs=1e-12)
+
+
+def test_a_stretched_schedule_by_epochs_is_followed_from_the_next_epoch_on(command, recipe, tmp_path):
+    options = ["--model.lr_scheduler", "cbam_pl.schedules.WarmupCosineLR", "--model.lr_scheduler.warmup", 0]
+    for more in (["--trainer.max_epochs", 2], ["--ckpt_path", "last"]):
+        outcome = command(*fit(recipe, tmp_path, *options, *more))
+        assert outcome.status == 0, outcome.err
+    with (tmp_path / "logs" / RUN / "metrics.csv").open(newline="") as stream:
+        rates = [float(row["lr"]) for row in csv.DictReader(stream)]
+    cosine = [[0.001 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)] for epochs in (2, 4)]
+    assert rates == pytest.approx(cosine[0] + cosine[1][2:])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -12,6 +12,8 @@ from cbam_pl.training.trainer import running
 from tests.helpers import fit, one_line
 
 # Setting → what its line says. test_cut_epochs.py has what changes an epoch.
+EARLY = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor")
+MORE = ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",)  # which logs, too
 REJECTED = {
     ("--trainer.max_epochs", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
     ("--trainer.max_steps", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
@@ -19,13 +21,20 @@ REJECTED = {
     ("--trainer.max_time", "abc"): "trainer.max_time=abc must be DD:HH:MM:SS, as 00:12:00:00",
     ("--trainer.max_time", "{weeks: x}"): "trainer.max_time={weeks: x} must be DD:HH:MM:SS, as 00:12:00:00",
     ("--trainer.barebones", "true"): "trainer.barebones=true leaves no checkpoint and no figures; leave it out",
-    ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "foo"): (
+    (*EARLY, "foo"): (
         "trainer.callbacks: monitor=foo is not logged; use one of val/loss, val/acc, train/loss, train/acc, lr"
+    ),
+    (*EARLY, "val_loss", *MORE): "trainer.callbacks: monitor=val_loss is not logged; use one of val/loss, val/acc, ",
+    (*EARLY, "val/loss", "--trainer.limit_val_batches", 0): (
+        "trainer.callbacks: monitor=val/loss is not logged; use one of train/loss, train/acc, lr"
+    ),
+    ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_acc"): (
+        "trainer.callbacks: monitor=val_acc is not logged; use one of val/loss"
     ),
 }
 
 
-@pytest.mark.parametrize("options", REJECTED, ids=lambda options: f"{options[0]} {options[1]}")
+@pytest.mark.parametrize("options", REJECTED, ids=lambda options: " ".join(map(str, options)))
 def test_a_setting_that_cannot_give_true_figures_is_rejected(options, command, recipe, tmp_path):
     assert REJECTED[options] in one_line(command(*fit(recipe, tmp_path, *options)))
     assert not list(tmp_path.glob("*/*"))

@@ -16,7 +16,7 @@ from jsonargparse.typing import PositiveInt
 from cbam_pl.attention import AttentionConfig, options_of
 from cbam_pl.commands.robustness import find_corruptions
 from cbam_pl.data.corruptions import check_size
-from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.settings import Seed, closest, command_parser, parse, read_recipe, setting_names
 from cbam_pl.training.classifier import Classifier
@@ -61,6 +61,7 @@ class Plan:
     defaults: dict[str, Any]  # value of each setting that is not given
     output: Path  # folder of the report
     unequal: list[str]  # settings of the data or the budget that differ between the recipes, with their values
+    notes: list[str] = field(default_factory=list)  # what a reader of the report should know
     corruptions: tuple[str, ...] = ()  # of images that the runs are tested on, too
     controls: list[Control] = field(default_factory=list)
     added: list[str] = field(default_factory=list)  # the recipes that are there as controls alone
@@ -155,6 +156,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
     grid = _read_grid(options.grid, parser)
     configs: dict[str, dict[str, Any]] = {}
     labels: dict[str, str] = {}
+    notes: list[str] = []
     for file in options.configs:
         recipe = read_recipe(file)
         own_grid = _own_grid(file, recipe, parser)
@@ -165,7 +167,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
             parsed = parse(parser, [*settings, *(f"--{key}={value}" for key, value in values.items())], recipe)
             for option in _unused_options(variation):
                 parsed[f"model.attention.{option}"] = parser.get_defaults()[f"model.attention.{option}"]
-            _check(name, parser, parsed)
+            notes += _check(name, parser, parsed, options.seeds)
             if name in configs:
                 raise UserError(f"two recipes are called {name}; rename a file, since runs are stored by that name")
             configs[name] = _as_saved(parser, parsed)
@@ -186,7 +188,7 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
     for size in [config["data.image_size"] for config in configs.values()] if corruptions else ():
         check_size(size, size)
     defaults = _as_saved(parser, parser.get_defaults())
-    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal, corruptions)
+    return Plan(configs, labels, options.seeds, defaults, Path(options.output), unequal, notes, corruptions)
 
 
 def trusted(settings: dict[str, Any]) -> list[str]:
@@ -320,7 +322,8 @@ def name_of(recipe: str, variation: dict[str, Any]) -> str:
     return "-".join([recipe, *(re.sub(r"[^\w.+=-]+", "_", label) for label in labels_of(variation))])
 
 
-def _check(name: str, parser: Any, settings: Any) -> None:
+def _check(name: str, parser: Any, settings: Any, seeds: Sequence[int]) -> list[str]:
+    """Reject what cannot be compared. Returns what the report should say of a recipe."""
     trainer = settings.trainer
     for key, is_bad, rule in (
         ("data.val_size", settings.data.val_size == 0, "would select the epoch on the test images; leave it out"),
@@ -347,4 +350,14 @@ def _check(name: str, parser: Any, settings: Any) -> None:
     with as_user_error():
         values = parser.instantiate(settings)
         data = ImageDataModule(**values.data)
-        Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model).load_weights()
+        classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        classifier.load_weights()
+    trained = classifier.weights_data
+    seen = [str(seed) for seed in seeds if may_have_seen(trained, {**data.hparams, "seed": seed})]
+    if not seen:
+        return []
+    return [
+        f"The weights that {name} starts from were trained on {data.dataset} with seed={trained.get('seed')} and "
+        f"data.val_size={trained.get('val_size')}. With the seeds {', '.join(seen)} they may have seen validation "
+        "images, by which the epoch is chosen; the test images are not concerned."
+    ]

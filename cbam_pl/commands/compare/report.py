@@ -187,7 +187,7 @@ def _per_class(pairs: Sequence[tuple[Result, Result]]) -> dict[str, dict[str, An
 
 
 def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> list[str]:
-    notes = []
+    notes = [*plan.notes]
     if len(plan.seeds) == 1:
         notes.append("One seed: there are no intervals and no significance tests. Give several with --seeds.")
     if plan.unequal:
