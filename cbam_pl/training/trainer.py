@@ -41,6 +41,13 @@ def check_settings(settings: Namespace) -> None:
         raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
     if settings.barebones:
         raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
+    for name, default, fix in (
+        ("limit_test_batches", None, "give it to test"),
+        ("limit_predict_batches", None, "leave it out"),
+        ("use_distributed_sampler", True, "leave it out, since each process gets images of its own"),
+    ):
+        if settings[name] != default:
+            raise UserError(f"trainer.{name}={settings[name]} has no effect on a training; {fix}")
 
 
 def training_trainer(

@@ -21,6 +21,9 @@ REJECTED = {
     ("--trainer.max_time", "abc"): "trainer.max_time=abc must be DD:HH:MM:SS, as 00:12:00:00",
     ("--trainer.max_time", "{weeks: x}"): "trainer.max_time={weeks: x} must be DD:HH:MM:SS, as 00:12:00:00",
     ("--trainer.barebones", "true"): "trainer.barebones=true leaves no checkpoint and no figures; leave it out",
+    ("--trainer.limit_test_batches", 2): "trainer.limit_test_batches=2 has no effect on a training; give it to test",
+    ("--trainer.limit_predict_batches", 0.5): "trainer.limit_predict_batches=0.5 has no effect on a training; leave it",
+    ("--trainer.use_distributed_sampler", "false"): "use_distributed_sampler=False has no effect on a training; leave",
     (*EARLY, "foo"): (
         "trainer.callbacks: monitor=foo is not logged; use one of val/loss, val/acc, train/loss, train/acc, lr"
     ),

@@ -337,10 +337,6 @@ def _check(name: str, parser: Any, settings: Any, seeds: Sequence[int]) -> list[
         ),
         ("trainer.max_epochs", (trainer.max_epochs or 0) < 1, "must be at least 1"),
         ("trainer.limit_val_batches", trainer.limit_val_batches == 0, "must be above 0: validation selects the epoch"),
-        *(
-            (f"trainer.limit_{name}_batches", trainer[f"limit_{name}_batches"] is not None, "must be left out: " + why)
-            for name, why in (("test", "all test images are tested"), ("predict", "nothing is predicted"))
-        ),
     ):
         if is_bad:
             raise UserError(f"{name}: {key}={settings[key]} {rule}")
