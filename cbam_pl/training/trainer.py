@@ -66,10 +66,15 @@ def training_trainer(
     logged = [name for name in METRICS if settings.limit_val_batches != 0 or not name.startswith("val/")]
     known = (EarlyStopping, ModelCheckpoint)
     logs_more = any(not isinstance(callback, known) for callback in users)
-    for monitor in (str(callback.monitor) for callback in users if isinstance(callback, known) and callback.monitor):
+    for callback in users:
+        names = [*logged, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else logged  # which Lightning adds
+        if not isinstance(callback, known) or callback.monitor in (None, *names):
+            continue
         # Another callback may log what it likes, but hardly what differs from ours by a sign alone.
-        if monitor not in logged and (not logs_more or monitor.replace("_", "/") in METRICS):
-            raise UserError(f"trainer.callbacks: monitor={monitor} is not logged; use one of {', '.join(logged)}")
+        if not logs_more or str(callback.monitor).replace("_", "/") in METRICS:
+            raise UserError(
+                f"trainer.callbacks: monitor={callback.monitor} is not logged; use one of {', '.join(names)}"
+            )
     losses = StepLosses()
     callbacks = [*own, *users, losses, TrainingState(resumed)]
     if options["max_time"] is not None:

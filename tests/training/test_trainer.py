@@ -11,9 +11,9 @@ from cbam_pl.training.run import new_run
 from cbam_pl.training.trainer import running
 from tests.helpers import fit, one_line
 
-# Setting → what its line says. test_cut_epochs.py has what changes an epoch.
 EARLY = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor")
 MORE = ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",)  # which logs, too
+# Setting → what its line says. test_cut_epochs.py has what changes an epoch.
 REJECTED = {
     ("--trainer.max_epochs", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
     ("--trainer.max_steps", 0): "trainer.max_epochs, max_steps and limit_train_batches must not be 0",
@@ -41,6 +41,15 @@ REJECTED = {
 def test_a_setting_that_cannot_give_true_figures_is_rejected(options, command, recipe, tmp_path):
     assert REJECTED[options] in one_line(command(*fit(recipe, tmp_path, *options)))
     assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("monitor", ["step", "val/loss"])
+def test_what_is_logged_can_be_monitored(monitor, command, recipe, tmp_path):
+    words = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", monitor]
+    words += ["--trainer.callbacks.dirpath", tmp_path / "own", "--trainer.callbacks.mode", "max"]
+    outcome = command(*fit(recipe, tmp_path, *words))
+    assert outcome.status == 0, outcome.err
+    assert list((tmp_path / "own").glob("*.ckpt"))
 
 
 @pytest.mark.parametrize(
