@@ -1,7 +1,7 @@
 # `make train`, `make demo` and `make test` set up .venv by themselves. Another Python (3.10 or later; for the tests 3.11): make train PYTHON=python3.12
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-# Two workers of one thread each; tests/conftest.py keeps together the tests that share what is dear to make.
+# Two workers of one thread each; tests/conftest.py keeps together the tests that share what takes long to make.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup --durations 15
 
 .PHONY: train demo test test-all test-slow lint docs

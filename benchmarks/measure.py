@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def take_turns(
 
 def machine(device: str, threads: int) -> dict[str, str]:
     """What was measured on: processor, device, versions, commit, date, and what else the machine was doing."""
-    names = ("torch", "torchvision", "lightning", "timm")
+    names = [name for name in ("torch", "torchvision", "lightning", "timm") if find_spec(name)]
     return {
         "processor": f"{processor_name()}, {os.cpu_count()} cores, {threads} threads used",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

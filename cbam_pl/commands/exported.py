@@ -192,4 +192,4 @@ def import_onnxruntime() -> Any:
     try:
         return [import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
     except ImportError as error:
-        raise UserError("ONNX needs three more packages: pip install 'cbam_pl[onnx]'") from error
+        raise UserError("ONNX needs three more packages: pip install onnx onnxscript onnxruntime") from error

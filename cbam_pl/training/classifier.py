@@ -164,7 +164,7 @@ class Classifier(LightningModule):
             hub = import_module("cbam_pl.training.hub")  # an optional package, and slow to import
         except ImportError as error:
             raise UserError(
-                "from_pretrained needs huggingface_hub: pip install 'cbam_pl[hub]'; without it, cbam_pl.load_network "
+                "from_pretrained needs huggingface_hub: pip install huggingface_hub; without it, cbam_pl.load_network "
                 "reads a folder"
             ) from error
         return hub.HubClassifier.from_pretrained(name, **options)
@@ -203,7 +203,7 @@ class Classifier(LightningModule):
             # With torch's own random numbers, so that dropout is the same with and without it.
             self._compiled = torch.compile(self.network.forward, dynamic=False, options={"fallback_random": True})
             if self.global_rank == 0:
-                print("compiling the training step, once, which takes about a minute", flush=True)
+                print("compiling the training step, once, which takes half a minute or more", flush=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised → logits (B, num_classes)."""

@@ -1,4 +1,4 @@
-"""Networks on the Hugging Face Hub, through huggingface_hub's mixin: pip install 'cbam_pl[hub]'."""
+"""Networks on the Hugging Face Hub, through huggingface_hub's mixin: pip install huggingface_hub."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -256,7 +256,9 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = {
         "validation images, held out": held_out if data["val_size"] != 0 else "none: validated on the test images",
         "augmentation": data["augmentation"],
-        "images per step": data["batch_size"] * conditions.get("processes", 1),
+        "images per step": data["batch_size"]
+        * conditions.get("processes", 1)
+        * conditions.get("accumulate_grad_batches", 1),
         "epochs": conditions.get("max_epochs"),
         "precision": conditions.get("precision"),
         "label smoothing": checkpoint["hyper_parameters"]["label_smoothing"],

@@ -218,7 +218,7 @@ def test_what_does_not_fit_together_is_one_line(own, command, tmp_path, monkeypa
     assert "--input_type has no effect with --format safetensors" in error
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for option in (["--format", "onnx"], ["--benchmark"]):
-        assert "pip install 'cbam_pl[onnx]'" in one_line(command(*plain, *option))
+        assert "pip install onnx onnxscript onnxruntime" in one_line(command(*plain, *option))
     content = torch.load(tmp_path / "Plain.ckpt", weights_only=True)
     content["state_dict"]["network.fc.bias"][0] = torch.nan
     torch.save(content, tmp_path / "Plain.ckpt")

@@ -318,7 +318,7 @@ def start_on_ray(jobs: Sequence[Job], address: str) -> dict[Job, Future]:
     try:
         ray: Any = importlib.import_module("ray")  # optional, and slow to import
     except ImportError as error:
-        raise UserError("--ray needs Ray: pip install 'cbam_pl[cluster]'") from error
+        raise UserError("--ray needs Ray: pip install ray") from error
     threads = str(threads_per_job())
     try:
         host, colon, port = address.rpartition(":")

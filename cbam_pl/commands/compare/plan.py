@@ -138,7 +138,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--corruptions", nargs="*", metavar="NAME", help=corruptions_help)
     place = parser.add_mutually_exclusive_group().add_argument
     place("--jobs", type=PositiveInt, metavar="N", help="runs at once (default: one per core, or one per GPU)")
-    place("--ray", metavar="ADDRESS", help="run on a Ray cluster, auto or its address (pip install 'cbam_pl[cluster]')")
+    place("--ray", metavar="ADDRESS", help="run on a Ray cluster, auto or its address (pip install ray)")
     add("--dry-run", action="store_true", help="print the runs, the time and the cost to expect, and train nothing")
     add("--recompute", action="store_true", help="make the report again from the runs that are done; train nothing")
     return parser
