@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from scipy.special import log_softmax
 
-from cbam_pl.commands.robustness import CorrectPredictions, choose_conditions, measure_robustness, without_conditions
+from cbam_pl.commands.robustness import CorrectPredictions, choose_conditions, decisive_options, measure_robustness
 from cbam_pl.data.datamodule import ImageDataModule, data_for_test
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
@@ -79,8 +79,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         calibration = {"temperature": temperature, "images": len(evaluated.labels)}
     split: Literal["test", "val"] = "test" if command == "test" else "val"
     figures = measure(split)
-    # What changes no other figure is left out.
-    options = [word for word in without_conditions(split_option(options, "--ckpt_path")[1]) if word != "--calibrate"]
+    options = decisive_options(split_option(options, "--ckpt_path")[1])
     tested = {"epoch": epoch, "step": checkpoint["global_step"], **figures}
     if trainer.is_global_zero:
         count, total = model.num_evaluated, len(data.images(split))

@@ -32,7 +32,7 @@ from cbam_pl.training.checkpoint import (
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.monitor import NetworkMonitor
-from cbam_pl.training.run import Run, atomic_write, new_run, run_of
+from cbam_pl.training.run import RESUMED, Run, atomic_write, new_run, run_of
 from cbam_pl.training.trainer import running, training_trainer
 
 
@@ -62,7 +62,7 @@ def fit(options: list[str]) -> None:
         run = new_run(root, recipe)
 
     settings.config, settings.ckpt_path = None, None
-    begin = LambdaCallback(on_train_start=partial(_begin, run, parser.dump(settings)))
+    begin = LambdaCallback(on_train_start=partial(_begin, run, parser.dump(settings), checkpoint))
     interruption = None
     with run.lock() if run is not None and is_first else nullcontext():
         callbacks = [begin, NetworkMonitor(settings.pictures_every)]
@@ -96,15 +96,27 @@ def recipe_name(config: str | None) -> str:
     return path.stem
 
 
-def _begin(run: Run | None, config: str, trainer: Trainer, model: Classifier) -> None:
+def _begin(run: Run | None, config: str, resumed: dict[str, Any] | None, trainer: Trainer, model: Classifier) -> None:
     """Write config.yaml, and drop what a resumed run logged after its checkpoint, once nothing can fail any more."""
     if run is None or not trainer.loggers or not trainer.is_global_zero:
         return
+    changes = [] if resumed is None else _changes(run, resumed, trainer, model)
     with atomic_write(run.logs / "config.yaml") as stream:
-        stream.write(config.encode())
+        stream.write("".join([*changes, config]).encode())
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.drop_events_after_checkpoint()
+
+
+def _changes(run: Run, resumed: dict[str, Any], trainer: Trainer, model: Classifier) -> list[str]:
+    """Lines of comment: what this resume and earlier ones changed, so that the result is not that of the settings."""
+    config = run.logs / "config.yaml"
+    earlier = config.read_text().splitlines(keepends=True) if config.exists() else []
+    changed = differences(resumed, trainer, model, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+    if not model.schedule_spans_training:
+        changed = {name: line for name, line in changed.items() if name not in ("max_epochs", "max_steps")}
+    now = [f"{RESUMED}after {completed_epochs(resumed)} epochs, {line}\n" for line in changed.values()]
+    return [*(line for line in earlier if line.startswith(RESUMED)), *now]
 
 
 def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule) -> None:
@@ -166,7 +178,7 @@ def _print_summary(
         lines += [f"checkpoints  {run.checkpoints}", f"logs         {run.logs}  (tensorboard --logdir logs)"]
     if resumed is not None:
         lines.append(f"resumed      after {completed_epochs(resumed)} epochs, {resumed['global_step']} steps")
-        lines += [f"differs      {line}" for line in differences(resumed, trainer, model, data.batch_size)]
+        lines += [f"differs      {line}" for line in differences(resumed, trainer, model, data.batch_size).values()]
     print("\n".join(lines))
 
 

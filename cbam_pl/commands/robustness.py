@@ -79,12 +79,17 @@ def choose_conditions(settings: Any, image_size: int) -> list[tuple[str, int]]:
     return [(name, severity) for name in names for severity in severities]
 
 
-def without_conditions(options: Sequence[str]) -> list[str]:
-    """Options of `test` without those of this file, which do not change its other figures."""
+def decisive_options(options: Sequence[str]) -> list[str]:
+    """Options of `test` that decide its figures: without those that only add some, and without the default device."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--calibrate", action="store_true")
     for name in ("--corruptions", "--severities"):
         parser.add_argument(name, nargs="*")
-    return parser.parse_known_args(options)[1]
+    for name in ("--trainer.default_root_dir", "--trainer.enable_progress_bar"):
+        parser.add_argument(name)
+    parser.add_argument("--trainer.accelerator", dest="accelerator", default="auto")
+    known, others = parser.parse_known_args(options)
+    return others if known.accelerator == "auto" else ["--trainer.accelerator", known.accelerator, *others]
 
 
 class CorrectPredictions(Callback):
@@ -121,50 +126,64 @@ def measure_robustness(
 
     All processes take part. `correct` is among the trainer's callbacks; `tested` has the checkpoint's epoch and step,
     the figures of the images as they are, which `trainer` has measured before, and the options of that test. What the
-    files have of the same test on other corruptions stays in them.
+    files have of the same test on other corruptions stays in them. They are written after each corruption, so that a
+    measurement that was stopped goes on where it was.
     """
     if not conditions:
         return
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()  # a bar for all conditions instead of one for each
-    accuracies: Accuracies = {}
-    console = Console(stderr=True, quiet=not trainer.is_global_zero)
-    begin = time.monotonic()
-    with running(logs), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("corruptions", total=len(conditions))
-        for number, (name, severity) in enumerate(conditions):
-            progress.update(task, description=f"{name} {severity}", completed=number)
-            change = partial(_corrupt, name, severity)
-            trainer.predict(model, data.changed_test_dataloader(change), return_predictions=False)
-            row = accuracies.setdefault(name, {})
-            row[str(severity)] = correct.accuracy(trainer)
-            if number + 1 == len(conditions) or conditions[number + 1][0] != name:
-                text = " ".join(f"{100 * value:.2f}" for value in row.values())
-                progress.console.print(f"{name}: {text} %  ({time.monotonic() - begin:.0f} s)", highlight=False)
-    if not trainer.is_global_zero:
-        return
     libraries = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow"))
-    record = {
+    record: dict[str, Any] = {
         "epoch": tested["epoch"],
         "step": tested["step"],
         "images": len(data.images("test")),
         "seed": SEED,
         "test/acc": tested["test/acc"],
-        "accuracy": accuracies,
-        "seconds": time.monotonic() - begin,
         "options": tested["options"],
         "environment": {**describe_environment(trainer.strategy.root_device), "libraries": libraries},
     }
-    if logs is not None:
-        record = _with_earlier(record, read_robustness(logs, tested))
-        record["mean"] = means(record["accuracy"])
-        title = f"{logs.parent.name} {logs.name.replace('version_', 'version ')}, epoch {record['epoch']}\n"
-        title += f"{100 * tested['test/acc']:.1f} % without corruption"
-        with atomic_write(logs / "robustness.png") as stream:
-            draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
-        with atomic_write(logs / "robustness.json") as stream:
-            stream.write(f"{json.dumps(record)}\n".encode())
-    _print(record | {"accuracy": accuracies})
+    earlier = {} if logs is None else read_robustness(logs, tested)
+    known = trainer.strategy.broadcast(earlier["accuracy"] if _is_repeatable(earlier, record) else {})
+    accuracies: Accuracies = {name: {} for name, _ in conditions}
+    console = Console(stderr=True, quiet=not trainer.is_global_zero)
+    seconds = 0.0
+    with running(logs), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("corruptions", total=len(conditions))
+        for name, row in accuracies.items():
+            severities = [severity for one, severity in conditions if one == name]
+            row |= {str(one): known[name][str(one)] for one in severities if str(one) in known.get(name, {})}
+            new = [severity for severity in severities if str(severity) not in row]
+            progress.advance(task, len(row))
+            begin = time.monotonic()
+            for severity in new:
+                progress.update(task, description=f"{name} {severity}")
+                change = partial(_corrupt, name, severity)
+                trainer.predict(model, data.changed_test_dataloader(change), return_predictions=False)
+                row[str(severity)] = correct.accuracy(trainer)
+                progress.advance(task)
+            seconds += time.monotonic() - begin
+            accuracies[name] = dict(sorted(row.items()))
+            text = " ".join(f"{100 * value:.2f}" for value in accuracies[name].values())
+            how = f"{seconds:.0f} s" if new else "measured before"
+            progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
+            if logs is not None and trainer.is_global_zero:
+                measured = {name: row for name, row in accuracies.items() if row}
+                merged = _with_earlier(record | {"accuracy": measured, "seconds": seconds}, earlier)
+                # An earlier record that cannot be kept is replaced by a whole one.
+                if measured == accuracies or earlier.get("accuracy", {}).keys() <= merged["accuracy"].keys():
+                    _write(logs, merged)
+    if trainer.is_global_zero:
+        _print(record | {"accuracy": accuracies})
+
+
+def _write(logs: Path, record: dict[str, Any]) -> None:
+    title = f"{logs.parent.name} {logs.name.replace('version_', 'version ')}, epoch {record['epoch']}\n"
+    title += f"{100 * record['test/acc']:.1f} % without corruption"
+    with atomic_write(logs / "robustness.png") as stream:
+        draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
+    with atomic_write(logs / "robustness.json") as stream:
+        stream.write(f"{json.dumps(record | {'mean': means(record['accuracy'])})}\n".encode())
 
 
 def read_robustness(logs: Path, tested: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +192,19 @@ def read_robustness(logs: Path, tested: Mapping[str, Any]) -> dict[str, Any]:
         record = json.loads((logs / "robustness.json").read_text())
     except (OSError, ValueError):
         return {}
-    same = record.get("options") == tested.get("options") and record.get("seed") == SEED
+    options, tested_options = (decisive_options(one.get("options", [])) for one in (record, tested))
+    same = options == tested_options and record.get("seed") == SEED
     return record if same and is_result_of(record, tested.get("epoch"), tested.get("step")) else {}
+
+
+def _is_repeatable(earlier: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether another measurement would give the earlier one's figures: by the same machine and unchanged program."""
+    return _same_environment(earlier, record) and not record["environment"]["commit"].endswith("-dirty")
+
+
+def _same_environment(*records: dict[str, Any]) -> bool:
+    before, now = ({**one.get("environment", {}), "date": ""} for one in records)
+    return before == now
 
 
 def _with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
@@ -182,8 +212,7 @@ def _with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, 
 
     And if all corruptions then have the same severities, which their means are over.
     """
-    before, now = ({**one.get("environment", {}), "date": ""} for one in (earlier, record))
-    if before != now:
+    if not _same_environment(earlier, record):
         return record
     old, new = earlier["accuracy"], record["accuracy"]
     names = [name for name in CORRUPTIONS if name in old or name in new]

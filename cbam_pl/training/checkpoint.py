@@ -232,13 +232,13 @@ def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Cl
     return ""
 
 
-def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier, batch_size: int) -> list[str]:
-    """A line for each condition that differs from those before, and may."""
+def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier, batch_size: int) -> dict[str, str]:
+    """A line for each condition, by its name, that differs from those before, and may."""
     here = run_conditions(trainer)
     there = {name: checkpoint["run_conditions"].get(name, value) for name, value in here.items()}
     before, now = (conditions["processes"] * batch_size for conditions in (there, here))
     notes = {"processes": f"; a step takes {before} images there, {now} here"}
     if model.schedule_spans_training:
-        notes["max_epochs"] = "; the schedule is stretched to its end"
+        notes |= dict.fromkeys(("max_epochs", "max_steps"), "; the schedule is stretched to its end")
     changed = [name for name in here if there[name] != here[name]]
-    return [f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed]
+    return {name: f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed}

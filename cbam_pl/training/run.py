@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from cbam_pl.errors import UserError, cannot_write
 
+RESUMED = "# resumed "  # begins a line of config.yaml, for what a resume changed
 _FIX = "make it writable, or name another with --trainer.default_root_dir"
 
 

@@ -237,8 +237,9 @@ def _loader_state(checkpoint: dict[str, Any]) -> dict[str, int]:
 
 def run_conditions(trainer: Trainer) -> dict[str, Any]:
     """What may differ when a training is resumed, and is printed then."""
-    names = ("max_epochs", "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
-             "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm", "check_val_every_n_epoch")  # fmt: skip
+    names = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "limit_train_batches",
+             "limit_val_batches", "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm",
+             "check_val_every_n_epoch")  # fmt: skip
     values = {name: getattr(trainer, name) for name in names}
     return {"processes": trainer.world_size, **{n: v.value if isinstance(v, Enum) else v for n, v in values.items()}}
 

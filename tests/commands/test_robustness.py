@@ -11,7 +11,7 @@ import torch
 
 from cbam_pl import environment
 from cbam_pl.commands import robustness
-from cbam_pl.commands.robustness import find_corruptions, means, without_conditions
+from cbam_pl.commands.robustness import decisive_options, find_corruptions, means
 from cbam_pl.data.corruptions import CORRUPTIONS, corrupt
 from cbam_pl.data.folder import load_folder
 from cbam_pl.errors import UserError
@@ -45,7 +45,7 @@ def test_accuracies_are_those_of_the_corrupted_images(trained, command, tmp_path
     clean = json.loads((logs / "test.json").read_text())
     assert record["test/acc"] == clean["test/acc"]
     assert (record["epoch"], record["images"], record["seed"]) == (best["epoch"] + 1, 21, 0)
-    rest = ["--trainer.default_root_dir", str(root), "--model.test_time_flip", "true"]
+    rest = ["--model.test_time_flip", "true"]
     assert record["options"] == clean["options"] == rest  # so that compare knows the test as its own
     row = [*expected["fog"].values(), sum(expected["fog"].values()) / 2]
     assert re.search("fog.*" + ".*".join(f"{100 * value:.2f}" for value in row), outcome.out)
@@ -93,6 +93,36 @@ def test_a_measurement_that_is_stopped_leaves_the_test(trained, command, tmp_pat
     assert "test/acc" in outcome.out
 
 
+@pytest.mark.parametrize("commit", ["abc", "abc-dirty"])
+def test_a_measurement_that_is_stopped_goes_on_where_it_was(commit, trained, command, tmp_path, monkeypatch):
+    root, measured = shutil.copytree(trained[0], tmp_path / "run"), []
+    file = root / "logs/tiny/version_0/robustness.json"
+    words = ["--trainer.default_root_dir", root, "--severities", 1, 2, "--corruptions", "fog", "contrast"]
+    corrupt = robustness.corrupt
+
+    def stop_at_contrast(pixels, name, *others):
+        if name == "contrast" and "contrast" not in measured:
+            measured.append(name)
+            raise KeyboardInterrupt
+        measured.append(name)
+        return corrupt(pixels, name, *others)
+
+    monkeypatch.setattr(robustness, "corrupt", stop_at_contrast)
+    monkeypatch.setattr(environment, "commit", lambda: commit)
+    assert command("test", *words).status == 130
+    assert list(json.loads(file.read_text())["accuracy"]) == ["fog"]
+    measured.clear()
+    measured.append("contrast")  # no stop this time
+    outcome = command("test", *words)
+    assert outcome.status == 0
+    # A program that was changed may measure otherwise.
+    assert ("fog" in measured) == commit.endswith("-dirty")
+    assert ("measured before" in outcome.err) == (not commit.endswith("-dirty"))
+    whole = json.loads(file.read_text())
+    assert {name: list(row) for name, row in whole["accuracy"].items()} == {"fog": ["1", "2"], "contrast": ["1", "2"]}
+    assert whole["mean"] == means(whole["accuracy"])
+
+
 def test_a_test_without_corruptions_measures_none(trained, command, tmp_path):
     root = shutil.copytree(trained[0], tmp_path / "run")
     assert command("test", "--trainer.default_root_dir", root).status == 0
@@ -136,7 +166,7 @@ def test_means_are_of_what_was_measured():
     }
 
 
-def test_options_without_those_of_corruptions():
+def test_options_that_decide_the_figures():
     words = [
         "--corruptions",
         "fog",
@@ -148,7 +178,10 @@ def test_options_without_those_of_corruptions():
         "--data.root",
         "x",
     ]
-    assert without_conditions(words) == ["--trainer.precision", "bf16-mixed", "--data.root", "x"]
+    decisive = ["--trainer.precision", "bf16-mixed", "--data.root", "x"]
+    assert decisive_options(words) == decisive
+    assert decisive_options([*words, "--calibrate", "--trainer.accelerator", "auto"]) == decisive
+    assert decisive_options(["--trainer.accelerator=cpu"]) == ["--trainer.accelerator", "cpu"]
 
 
 @pytest.mark.slow

@@ -209,6 +209,14 @@ def test_what_differs_on_resume_is_printed(command, recipe, tmp_path):
     assert outcome.status == 0
     assert "differs      limit_train_batches: 1.0 there, 2 here" in outcome.out
     assert "differs      gradient_clip_val: None there, 1.0 here" in outcome.out
+    assert command(*fit(recipe, tmp_path, "--trainer.max_epochs", 5, "--ckpt_path", "last")).status == 0
+    config = (tmp_path / "logs/tiny/version_0/config.yaml").read_text()
+    assert [line for line in config.splitlines() if line.startswith("#")] == [
+        "# resumed after 1 epochs, limit_train_batches: 1.0 there, 2 here",
+        "# resumed after 1 epochs, gradient_clip_val: None there, 1.0 here",
+        "# resumed after 4 epochs, limit_train_batches: 2 there, 1.0 here",
+        "# resumed after 4 epochs, gradient_clip_val: 1.0 there, None here",
+    ]
 
 
 def test_a_one_cycle_with_a_rise_of_one_step_names_the_key(command, recipe, tmp_path):

@@ -187,6 +187,9 @@ def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe
     assert outcome.status == 0, outcome.err
     said = "max_epochs: 2 there, 4 here" + ("" if schedule == "plateau" else "; the schedule is stretched to its end")
     assert f"differs      {said}\n" in outcome.out
+    config = (tmp_path / "logs/tiny/version_0/config.yaml").read_text()
+    stretched = f"# resumed after 2 epochs, {said}\n"
+    assert config.startswith("seed: 3\n" if schedule == "plateau" else f"{stretched}seed: 3\n")
     assert checkpoint(tmp_path)["global_step"] == 4 * STEPS
     if schedule != "plateau":
         # By hand: the schedule as it is when laid out over twelve steps from the start.

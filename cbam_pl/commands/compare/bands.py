@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from cbam_pl.commands.compare.jobs import Job, find, read_epochs, runs_of
+from cbam_pl.commands.compare.jobs import Job, begun_last, find, read_epochs
 from cbam_pl.commands.compare.plan import Plan
 from cbam_pl.training.run import disk_error
 
@@ -57,8 +57,8 @@ class Bands:
     def _read(self, job: Job) -> list[dict[str, float]]:
         if job in self._complete:
             return self._complete[job]
-        runs = runs_of(job)
-        return read_epochs(runs[-1]) if runs else []
+        run = begun_last(job)
+        return read_epochs(run) if run else []
 
     def _write(self, name: str, epoch: int, rows: Sequence[dict[str, float]]) -> None:
         if name not in self._writers:

@@ -19,12 +19,12 @@ from cbam_pl.commands.compare.costs import in_new_process, measure_costs, time_r
 from cbam_pl.commands.compare.jobs import (
     STOPPED,
     Job,
+    begun_last,
     environments,
     failure_of,
     find,
     jobs_of,
     read_epochs,
-    runs_of,
     start_locally,
     start_on_ray,
     threads_per_job,
@@ -107,6 +107,7 @@ def _run(plan: Plan, jobs: list[Job], options: Any) -> dict[Job, str]:
             if received and options.ray:  # which ends its tasks when this process ends
                 break
     finally:
+        stop.set()  # after an error here, too, the runs save their state
         for number, handler in before.items():
             signal.signal(number, handler)
     bands.close()
@@ -132,10 +133,10 @@ def watch(futures: dict[Job, Future], remote: bool, seconds: float = 1.0) -> Ite
         while True:
             ended = all(future.done() for future in futures.values())
             for job, future in futures.items():
-                runs = runs_of(job)
-                rows = read_epochs(runs[-1]) if runs else []
+                run = begun_last(job)
+                rows = read_epochs(run) if run else []
                 epochs[job] = job.epochs if future.done() else len(rows)
-                state = _state(future, remote and bool(runs))  # a cluster's future does not tell that it runs
+                state = _state(future, remote and run is not None)  # a cluster's future does not tell that it runs
                 name = f"{job.name} seed {job.seed}"
                 validated = [row["val/acc"] for row in rows if "val/acc" in row]
                 best = f", best val/acc {100 * max(validated):.2f} %" if validated else ""

@@ -101,9 +101,11 @@ def describe(control: Control, plan: Plan) -> dict[str, Any]:
     recipe, own = control.measured["recipe"], control.measured["control"]
     texts = [f"{value:,.0f} parameters" if control.cost == "parameters" else _step(value) for value in (recipe, own)]
     if control.means == "epochs":
-        epochs = [plan.configs[name]["trainer.max_epochs"] for name in (control.recipe, control.name)]
-        texts = [f"{count} epochs, {text}" for count, text in zip(epochs, texts, strict=True)]
-        recipe, own = recipe * epochs[0], own * epochs[1]
+        both = [plan.configs[name] for name in (control.recipe, control.name)]
+        unit = "epochs" if both[0].get("trainer.max_steps", -1) < 0 else "steps"
+        lengths = [settings[f"trainer.max_{unit}"] for settings in both]
+        texts = [f"{length:,} {unit}, {text}" for length, text in zip(lengths, texts, strict=True)]
+        recipe, own = recipe * lengths[0], own * lengths[1]
     excess = own / recipe - 1
     note, names = None, [plan.labels[name] for name in (control.name, control.recipe)]
     if control.cost == "time" and abs(excess) > TOLERANCE:

@@ -24,12 +24,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cbam_pl.commands.compare.plan import Plan, flatten, same_settings, trusted, with_effect
-from cbam_pl.commands.robustness import read_robustness
+from cbam_pl.commands.robustness import decisive_options, read_robustness
 from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
-from cbam_pl.training.run import Run, is_result_of
+from cbam_pl.training.run import RESUMED, Run, is_result_of
 from cbam_pl.training.state import completed_epochs
 
 State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
@@ -91,8 +91,23 @@ def find(job: Job) -> tuple[State, Run | None]:
 
     Of several runs with the job's settings the most advanced counts, and of those the first; never the better result.
     """
+
+    def progress(found: tuple[State, Run]) -> tuple[int, int]:
+        state, run = found
+        epochs = (read_progress(run, "last") or {}).get("epochs", 0) if state == "interrupted" else 0
+        return get_args(State).index(state), epochs
+
     found = [(state, run) for run in runs_of(job) if (state := _state(run, job)) != "new"]
-    return max(found, key=lambda pair: get_args(State).index(pair[0]), default=("new", None))
+    return max(found, key=progress, default=("new", None))
+
+
+def begun_last(job: Job) -> Run | None:
+    """The run with the job's settings that `fit` began or resumed last: the one that it trains while the job runs."""
+    times = {}
+    for run in runs_of(job):
+        with suppress(OSError):  # deleted at this moment
+            times[run.version] = (run.logs / "config.yaml").stat().st_mtime_ns, run
+    return max(times.values(), key=lambda one: one[0], default=(0, None))[1]
 
 
 def runs_of(job: Job) -> list[Run]:
@@ -110,10 +125,12 @@ def runs_of(job: Job) -> list[Run]:
 @cache
 def _saved_settings(file: Path, written: int) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        content = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return {}
-    return flatten(content) if isinstance(content, dict) else {}
+    # A run that a resume has changed has not the result of these settings.
+    return flatten(content) if isinstance(content, dict) and not text.startswith(RESUMED) else {}
 
 
 def _state(run: Run, job: Job) -> State:
@@ -122,12 +139,13 @@ def _state(run: Run, job: Job) -> State:
     if last is not None and last["epochs"] < job.epochs and not 0 <= limit <= last["steps"]:
         return "interrupted"
     is_of_best = best is not None and is_result_of(tested, best["epoch"], best.get("steps"))
-    same = is_of_best and tested.get("options") == job.test_options
+    same = is_of_best and decisive_options(tested.get("options", [])) == decisive_options(job.test_options)
     predictions = read_predictions(run, tested)
     complete = "calibration" in tested and predictions is not None and _has_corruptions(run, job, tested)
-    if same and complete and (last is not None or len(read_epochs(run)) == job.epochs):
+    trained = last is not None or len(read_epochs(run)) == job.epochs
+    if same and complete and trained:
         return "done"  # whether its checkpoints are still there or not
-    if last is None or read_progress(run, "best") is None:
+    if not trained or read_progress(run, "best") is None:
         return "new"  # nothing to resume from, or to test
     return "tested" if same else "trained"
 

@@ -28,6 +28,8 @@ from cbam_pl.training.checkpoint import read_checkpoint
 _WIDTH = 4.1  # inches, so that a chart's text can be read on a phone
 _MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
 _MAX_CLASSES = 20
+# Nothing of these ends the command: the figures are there without pictures. RuntimeError: a GPU's memory, too.
+_NO_PICTURE = (UserError, ValueError, OSError, RuntimeError, MemoryError)
 _GALLERY_RECIPES = 3  # at most 10 MB, and side by side on a phone
 
 
@@ -71,14 +73,14 @@ def write_gallery(path: Path, plan: Plan, results: Sequence[Result]) -> str:
     """Write the page to look through test images, as the first recipes' networks see them.
 
     Returns:
-        Why there is none, or empty. Nothing here ends the command: the report is there without it.
+        Why there is none, or empty.
     """
     recipes = {result["recipe"] for result in results}
     names = [name for name in plan.given if name in recipes][:_GALLERY_RECIPES]
     try:
         loaded = {plan.labels[name]: _load(plan, name, results)[1] for name in names}
         path.write_text(gallery_of(loaded), "utf-8")
-    except (UserError, ValueError, OSError, RuntimeError, MemoryError) as error:
+    except _NO_PICTURE as error:
         with suppress(OSError):
             path.unlink()  # what an earlier report left, or a full disk
         return str(error)
@@ -105,7 +107,7 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
         seed, loaded = _load(plan, name, results)
         title = f"{plan.labels[name]}, seed {seed}, epoch {loaded.content['epoch'] + 1}"
         drawn = pictures_of(loaded, title)
-    except (UserError, ValueError) as error:
+    except _NO_PICTURE as error:
         return [{"caption": f"{plan.labels[name]}: no pictures: {error}", "source": ""}]
     pictures = []
     for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
@@ -115,7 +117,7 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
                 image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
                 source = f"data:image/png;base64,{b64encode(small.getvalue()).decode()}"
                 pictures.append({"caption": f"{title}: {kind}", "source": source})
-        except ValueError as error:
+        except _NO_PICTURE as error:
             pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
     return pictures
 

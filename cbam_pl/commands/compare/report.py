@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cbam_pl.commands.compare.controls import describe
 from cbam_pl.commands.compare.jobs import (
     Job,
@@ -194,10 +196,25 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
         notes.append(f"The recipes do not have the same data and budget: {'; '.join(plan.unequal)}.")
     if missing:
         notes.append(f"Not done, so missing: {', '.join(missing)}. A pair without both runs is left out.")
-    for key in ("device", "versions", "commit"):
-        if len(values := {one[key]: None for one in results}) > 1:
-            notes.append(f"The runs do not have the same {key}: {'; '.join(values)}.")
+    if not plan.unequal and not _are_of_same_images(results):
+        notes.append("The runs were not tested on the same images, so their figures cannot be compared.")
+    corrupted = [one["test"].get("robustness", {}).get("environment", {}) for one in results]
+    for key in ("device", "versions", "commit", "libraries"):
+        found = []
+        for which, environments in (("The runs", results), ("The corrupted images", corrupted)):
+            values = {one[key]: None for one in environments if key in one}
+            if len(values) > 1 and values not in found:  # mostly, both were tested together
+                notes.append(f"{which} were not tested with the same {key}: {'; '.join(values)}.")
+            found.append(values)
     return notes
+
+
+def _are_of_same_images(results: Sequence[Result]) -> bool:
+    """Whether all runs were tested on the same images, as far as is known: earlier versions stored only how many."""
+    known = [predictions for one in results if (predictions := one.get("predictions"))]
+    return len({one["test"]["images"] for one in results}) == 1 and all(
+        np.array_equal(one[name], known[0][name]) for one in known for name in ("image", "label")
+    )
 
 
 def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons: int) -> str:
@@ -331,13 +348,14 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
 def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
     settings, first = split_settings(plan.given)[0], results[0]
     dates = sorted({run["date"] for run in results})
-    data = settings.get("data.dataset")
+    data, steps = settings.get("data.dataset"), settings.get("trainer.max_steps", -1)
     known = {
         "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
-        "epochs": settings.get("trainer.max_epochs"),
+        **({"steps": steps} if steps >= 0 else {"epochs": settings.get("trainer.max_epochs")}),
         "seeds": " ".join(map(str, plan.seeds)),
-        **{name: first[name] for name in ("device", "versions", "commit")},
-        "tested": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+        "tested on": first["device"],
+        **{name: first[name] for name in ("versions", "commit")},
+        "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     }
     return "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None) + "."
 

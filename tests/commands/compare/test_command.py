@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from cbam_pl.commands.compare import command as command_module
 from cbam_pl.commands.compare import jobs as jobs_module
+from cbam_pl.errors import UserError
 from tests.helpers import REPOSITORY, plan_of
 
 
@@ -73,6 +75,24 @@ def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes,
     outcome = command(*options)
     assert outcome.status == 0, outcome.err
     assert "se seed 1" in (tmp_path / "report/report.md").read_text(), "it can neither be tested nor reported"
+
+
+def test_an_error_while_runs_are_watched_stops_them(command, recipes, tmp_path, monkeypatch):
+    stopped = threading.Event()
+
+    def run_job(job, environment, stop):
+        assert stop.wait(30)
+        stopped.set()
+        return jobs_module.STOPPED
+
+    def fail(self):
+        raise UserError("cannot write into logs (No space left on device)")
+
+    monkeypatch.setattr(jobs_module, "run_job", run_job)
+    monkeypatch.setattr(command_module.Bands, "update", fail)
+    outcome = command(*again(tmp_path, recipes, "--output", tmp_path / "report"))
+    assert outcome.status == 2
+    assert stopped.wait(5)
 
 
 @pytest.mark.slow

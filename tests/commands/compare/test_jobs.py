@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from filelock import FileLock
 
 from cbam_pl.commands.compare import jobs as jobs_module
 from cbam_pl.commands.compare.command import watch
-from cbam_pl.commands.compare.jobs import STOPPED, environments, find, jobs_of, run_job, start_locally
+from cbam_pl.commands.compare.jobs import STOPPED, begun_last, environments, find, jobs_of, run_job, start_locally
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.commands.compare.report import read_results
 from cbam_pl.data.datamodule import ImageDataModule
@@ -85,6 +86,9 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     logs, checkpoints = root / "logs/none/version_0", root / "checkpoints/none/version_0"
 
     tested = json.loads((logs / "test.json").read_text())
+    plain = ["--trainer.default_root_dir", "x", "--trainer.accelerator", "cpu", "--calibrate"]
+    (logs / "test.json").write_text(json.dumps(tested | {"options": plain}))
+    assert find(job)[0] == "done", "an earlier version stored all options"
     (logs / "test.json").write_text(json.dumps(tested | {"options": ["--data.dataset", "shapes"]}))
     assert find(job)[0] == "trained", "it was tested, but not as the comparison does"
     older = {key: value for key, value in tested.items() if key != "calibration"}
@@ -100,7 +104,7 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     torch.save(last, checkpoints / "last.ckpt")
     assert find(job)[0] == "interrupted"
     (checkpoints / "last.ckpt").write_bytes(b"cut")
-    assert find(job)[0] == "new"
+    assert find(job)[0] == "trained", "all epochs are logged, and best.ckpt is there"
     for file in checkpoints.iterdir():
         file.unlink()
     assert find(job)[0] == "new", "it is not tested"
@@ -142,6 +146,42 @@ def test_of_several_runs_the_furthest_counts_and_never_the_better(compared, reci
     assert find(job)[1].version == 0
     (root / "logs/none/version_0/test.json").unlink()
     assert find(job)[1].version == 7
+
+
+def test_of_several_interrupted_runs_the_furthest_is_resumed(compared, recipes, tmp_path):
+    root = copy_of(compared, tmp_path)
+    job = jobs_of(plan_in(root, recipes, "--trainer.max_epochs", 3))[0]
+    for version, epochs in ((0, 1), (7, 2), (8, 2)):
+        logs, checkpoints = (root / kind / f"none/version_{version}" for kind in ("logs", "checkpoints"))
+        if version:
+            shutil.copytree(root / "logs/none/version_0", logs)
+            shutil.copytree(root / "checkpoints/none/version_0", checkpoints)
+        text = (compared[0] / "logs/none/version_0/config.yaml").read_text()
+        (logs / "config.yaml").write_text(text.replace("max_epochs: 2", "max_epochs: 3"))
+        last = torch.load(checkpoints / "last.ckpt", weights_only=True)
+        last["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = epochs
+        torch.save(last, checkpoints / "last.ckpt")
+    state, run = find(job)
+    assert (state, run.version) == ("interrupted", 7)
+    os.utime(root / "logs/none/version_0/config.yaml", (4e9, 4e9))
+    assert begun_last(job).version == 0, "the one whose progress is shown"
+
+
+def test_a_run_that_a_resume_changed_is_another(compared, recipes, tmp_path):
+    root = copy_of(compared, tmp_path)
+    job, config = jobs_of(plan_in(root, recipes))[0], root / "logs/none/version_0/config.yaml"
+    assert find(job)[0] == "done"
+    config.write_text(f"# resumed after 1 epochs, max_epochs: 1 there, 2 here\n{config.read_text()}")
+    assert find(job) == ("new", None)
+
+
+def test_a_finished_run_without_its_last_checkpoint_is_only_tested(compared, recipes, tmp_path):
+    root = copy_of(compared, tmp_path)
+    (root / "checkpoints/none/version_0/last.ckpt").unlink()
+    assert find(jobs_of(plan_in(root, recipes))[0])[0] == "done"
+    assert find(jobs_of(plan_in(root, recipes, "--corruptions", "fog"))[0])[0] == "tested"
+    (root / "logs/none/version_0/test.json").unlink()
+    assert find(jobs_of(plan_in(root, recipes))[0])[0] == "trained"
 
 
 def test_an_interrupted_job_resumes_and_ends_like_one_that_was_not(compared, recipes, quick, tmp_path):
@@ -228,7 +268,7 @@ def test_a_run_that_fit_is_training_is_waited_for_and_then_only_tested(recipes, 
 def test_waiting_ends_when_all_is_stopped(compared, recipes, quick, lock, tmp_path):
     root = copy_of(compared, tmp_path)
     job = jobs_of(plan_in(root, recipes))[0]
-    (root / "checkpoints/none/version_0/last.ckpt").unlink()
+    shutil.rmtree(root / "checkpoints/none/version_0")
     (root / "logs/none/version_0/test.json").unlink()  # so that there is something to train
     quick.clear()
     stop = threading.Event()

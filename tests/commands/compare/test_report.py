@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cbam_pl.commands.compare import page
 from cbam_pl.commands.compare.controls import add_controls
 from cbam_pl.commands.compare.jobs import jobs_of
 from cbam_pl.commands.compare.page import write_gallery
@@ -405,6 +406,35 @@ def test_pictures_are_of_a_seed_whose_checkpoints_are_there(compared, command, r
     second = {("none", "1"), ("se", "1"), ("cbam", "1")}
     assert set(re.findall(r"(none|se|cbam), seed (\d), epoch", page)) == second
     assert set(re.findall(r"checkpoints/(none|se|cbam)/version_(\d)", gallery)) == second
+
+
+def test_other_test_images_and_another_program_for_corrupted_ones_are_noted():
+    def notes(images=200, version="1", unequal=()):
+        runs = [result(f"k={kind}", seed, 0.8) for kind in ("none", "cbam") for seed in (0, 1)]
+        for run in runs:
+            run["predictions"] = predicted(0.8)
+            run["test"]["robustness"] = {"environment": {"libraries": "pillow 1"}}
+        runs[0]["predictions"] = predicted(0.8, images)
+        runs[0]["test"]["robustness"]["environment"]["libraries"] = f"pillow {version}"
+        return analyse(plan_for({"k=none": [0] * 2, "k=cbam": [0] * 2}, unequal), runs, {})["notes"]
+
+    assert notes() == []
+    assert notes(images=199) == ["The runs were not tested on the same images, so their figures cannot be compared."]
+    assert len(notes(images=199, unequal=["data.root a and b"])) == 1, "which says so, too"
+    (note,) = notes(version="2")
+    assert note == "The corrupted images were not tested with the same libraries: pillow 2; pillow 1."
+
+
+def test_pictures_that_cannot_be_drawn_leave_the_page(compared, command, recipes, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    monkeypatch.setattr(page, "pictures_of", fail)
+    options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report", "--recompute"]
+    outcome = command("compare", *options, "--trainer.default_root_dir", root)
+    assert outcome.status == 0, outcome.err
+    assert "none: no pictures: CUDA out of memory" in (root / "report/report.html").read_text()
 
 
 def test_a_gallery_that_cannot_be_made_is_left_out_with_the_reason(tmp_path):
