@@ -308,11 +308,12 @@ class ImageDataModule(LightningDataModule):
         shard = Shard() if trainer is None else Shard(trainer.global_rank, trainer.world_size)
         return Normalise(self.mean, self.std, device), device, shard
 
-    def _epoch(self) -> int:
+    def _epoch(self) -> int | None:
+        """The epoch that a trainer is in; None in a loop of the user's own."""
+        if self.trainer is None or not self.trainer.training:
+            return None
         # overfit_batches repeats the same batches, those of the first epoch
-        if self.trainer is None or self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return 0
-        return self.trainer.current_epoch
+        return 0 if self.trainer.overfit_batches else self.trainer.current_epoch  # type: ignore[attr-defined]
 
     def _enough_images(self, split: Literal["train", "val", "test"], shard: Shard) -> Images:
         """The images of a split, of which each process needs one."""

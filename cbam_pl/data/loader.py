@@ -68,7 +68,7 @@ class TrainingLoader:
     normalise: Normalise
     device: torch.device  # where the batches go
     seed: int  # decides the order and the draws, together with the epoch
-    current_epoch: Callable[[], int]  # from 0; called when an iteration starts
+    current_epoch: Callable[[], int | None]  # from 0; called when an iteration starts; None: each is the next epoch
     shard: Shard
     image_size: int | None = None  # of resized_crop: height and width of the batches; by default the images' own
     crop_scale: float = CROP_SCALE  # of resized_crop: smallest part of the area
@@ -77,6 +77,7 @@ class TrainingLoader:
         self.images = _place(self.images, self.device)
         self._start = 0  # the first batch of the next iteration
         self._batches_done = 0  # in the current iteration
+        self._iterations = 0  # begun so far
 
     def state_dict(self) -> dict[str, int]:
         """The number of batches done in the current iteration, 0 after the last one."""
@@ -99,6 +100,8 @@ class TrainingLoader:
         # Not in __iter__: Lightning may call that twice before it asks for the first batch.
         start, self._start = self._start, 0
         epoch = self.current_epoch()
+        epoch = self._iterations if epoch is None else epoch
+        self._iterations += 1
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
         count, world_size = len(self.images), self.shard.world_size
         order = torch.randperm(count, generator=generator)  # (N,)

@@ -94,6 +94,31 @@ def make_network(config: NetworkConfig, num_classes: int, attention: AttentionCo
     return OwnNetwork(network, replaced)
 
 
+def check_rebuilt(
+    network: nn.Module, config: NetworkConfig, num_classes: int, attention: AttentionConfig, image_size: int
+) -> None:
+    """Reject a network that cannot be made again without its library's weights, as from a checkpoint.
+
+    In torchvision, some weights bring arguments with them, such as GoogLeNet's transform_input.
+
+    Raises:
+        ValueError: it has other weights then, or gives other logits.
+    """
+    called, generator = f"network={config.name}", torch.Generator().manual_seed(0)
+    example = torch.rand(1, 3, image_size, image_size, generator=generator)
+    again = make_network(config.without_weights(), num_classes, attention, image_size).network
+    try:
+        again.load_state_dict(network.state_dict())
+        is_same = torch.equal(_run(again, example, called), _run(network, example, called))
+    except (RuntimeError, ValueError):
+        is_same = False
+    if not is_same:
+        raise ValueError(
+            f"{called}: its weights set arguments that a checkpoint does not have, so that it could not be loaded; "
+            "give them in init_args, such as aux_logits: false, transform_input: true or image_size: 384"
+        )
+
+
 def check_trusted(config: NetworkConfig, trusted: Collection[str]) -> None:
     """Reject what a checkpoint may not import: all but networks of TRUSTED with plain arguments, and of `trusted`.
 

@@ -21,7 +21,7 @@ from cbam_pl.models.network import NetworkConfig, check_trusted
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
 from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumable
-from cbam_pl.training.state import completed_epochs, run_conditions, upgrade
+from cbam_pl.training.state import changed_settings, completed_epochs, run_conditions, upgrade
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
@@ -199,14 +199,7 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
         ("model", model.optimization, checkpoint.get("optimization", model.optimization)),
         ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
     )
-    differing = []
-    for group, ours, saved in groups:
-        for name in sorted(ours.keys() | saved.keys()):
-            owner = name.partition(".")[0]
-            if owner != name and ours.get(owner) != saved.get(owner):
-                continue  # another optimizer has other options, of course
-            if name != "root" and name in saved and ours.get(name) != saved[name]:
-                differing.append(f"{group}.{name} ({saved[name]} there, {ours.get(name)} here)")
+    differing = [one for group, ours, saved in groups for one in changed_settings(f"{group}.", ours, saved)]
     if differing:
         raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
 

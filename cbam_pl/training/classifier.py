@@ -26,10 +26,10 @@ from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
-from cbam_pl.models.network import as_logits
+from cbam_pl.models.network import as_logits, check_rebuilt
 from cbam_pl.process import socket_timeout
 from cbam_pl.seeds import derive_seed, seed_device
-from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups
+from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups, start_of_trained
 from cbam_pl.training.metrics import LossAndAccuracy
 from cbam_pl.training.state import StepLosses, TrainingState
 
@@ -103,7 +103,8 @@ class Classifier(LightningModule):
         made_by = None if network is None else NetworkConfig(**network)
         if attention.kind != "none" and attention.start is None:
             is_trained = weights is not None or (made_by is not None and made_by.has_weights)
-            attention = replace(attention, start="identity" if is_trained else "paper")
+            start = start_of_trained(weights, attention.kind) if weights is not None else None
+            attention = replace(attention, start=start or ("identity" if is_trained else "paper"))
         own: dict[str, Any] = {"stem": stem, "dropout": dropout, "width": width}
         self.replaced_layer = ""  # name of the linear layer that was replaced for the number of classes, if any
         if made_by is None:
@@ -116,6 +117,8 @@ class Classifier(LightningModule):
                     raise ValueError(f"{name}={value} has no effect with network={made_by.name}; give one of the two")
             with socket_timeout(60):
                 self.network, self.replaced_layer = make_network(made_by, num_classes, attention, image_size)
+            if made_by.has_weights:
+                check_rebuilt(self.network, made_by, num_classes, attention, image_size)
         # What rebuilds the network, as plain values, so that a checkpoint is loaded without running code.
         saved: dict[str, Any] = {"num_classes": num_classes, "arch": arch, "image_size": image_size, **own}
         saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
@@ -124,7 +127,7 @@ class Classifier(LightningModule):
         self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         self.lr_factors = dict(lr_factors or {})
-        self._frozen_norms = freeze_modules(self.network, self.freeze_patterns)
+        self._frozen_norms = freeze_modules(self.network, self.freeze_patterns)  # names: some strategies replace them
         self.parameter_groups()  # so that a mistake in a pattern is reported at once
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -134,7 +137,6 @@ class Classifier(LightningModule):
         self.compile_training = compile
         self.test_time_flip = test_time_flip
         self.seed = seed
-        self.total_steps: Callable[[], float] | None = None  # steps of the whole training; None: asks the trainer
         self.train_metric, self.eval_metric = LossAndAccuracy(), LossAndAccuracy()
         self.epoch_lr = 0.0  # the learning rate in which the epoch began
         self.tested_epoch = 0  # of the weights that `test` measures, from 1
@@ -202,6 +204,7 @@ class Classifier(LightningModule):
                 raise UserError(f"model.compile=true needs a C++ compiler on a CPU: install {compiler}, or give false")
             # With torch's own random numbers, so that dropout is the same with and without it.
             self._compiled = torch.compile(self.network.forward, dynamic=False, options={"fallback_random": True})
+            self._compiled_size = 0
             if self.global_rank == 0:
                 print("compiling the training step, once, which takes half a minute or more", flush=True)
 
@@ -252,8 +255,8 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before."""
-        for norm in self._frozen_norms:
-            norm.eval()
+        for name in self._frozen_norms:
+            self.network.get_submodule(name).eval()
 
     def on_train_epoch_start(self) -> None:
         """Note the epoch's learning rate."""
@@ -329,7 +332,7 @@ class Classifier(LightningModule):
                 made = [factory.func, *factory.args][-1]  # jsonargparse puts functions of its own before the class
                 options = factory.keywords
             settings[name] = getattr(made, "__name__", None)
-            settings |= {f"{name}.{key}": value for key, value in options.items()}
+            settings |= {f"{name}.{key}": _as_plain(value) for key, value in options.items()}
         return settings
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -399,7 +402,8 @@ class Classifier(LightningModule):
         if self.lr_interval == "epoch" and trainer.max_steps < 0:
             total: float = trainer.max_epochs or -1
         else:
-            total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps()
+            states = [one for one in trainer.callbacks if isinstance(one, TrainingState)]  # type: ignore[attr-defined]
+            total = states[0].total_steps(trainer) if states else trainer.estimated_stepping_batches
             if self.lr_interval == "epoch":
                 total = math.ceil(total / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         if total < 1 or total == math.inf:
@@ -428,3 +432,10 @@ class Classifier(LightningModule):
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step)
+
+
+def _as_plain(value: Any) -> Any:
+    """A setting as a checkpoint may hold it: functions and classes, also in lists, by their names."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_as_plain, value))
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value

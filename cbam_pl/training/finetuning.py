@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cbam_pl.attention import is_attention
+from cbam_pl.attention import Start, is_attention
+from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.errors import UserError
 from cbam_pl.models.insertion import matching_modules
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
@@ -46,8 +47,13 @@ def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
     if differing or not loaded:
         found = "; ".join(sorted(differing)[:5]) or f"it has {_few(saved)}; the network has {_few(ours)}"
         raise ValueError(f"weights={path} are those of another network: {found}")
-    network.load_state_dict(saved, strict=False)
     attention = {f"{name}." for name, module in network.named_modules() if is_attention(module)}
+    if other := _other_start(network, saved):
+        raise ValueError(
+            f"weights={path} have trained attention that began otherwise ({other}); to go on with it, give "
+            f"attention.start={'paper' if _identity_starts(network) else 'identity'}"
+        )
+    network.load_state_dict(saved, strict=False)
     missing = [name for name in ours if name not in saved and not name.endswith("num_batches_tracked")]
     new = [name for name in missing if name.startswith(tuple(attention))]
     others = [name for name in missing if name not in new and not any(name in head for head in heads)]
@@ -60,14 +66,27 @@ def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
     return "; ".join(parts), data
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def start_of_trained(path: str, kind: str) -> Start | None:
+    """How the attention in a file of weights began, for a network that goes on with it; None if it has none of `kind`.
+
+    Only a checkpoint or a folder of weights says so.
+    """
+    try:
+        content = _read_file(Path(path))
+        attention = content["hyper_parameters"]["attention"]
+        return (attention.get("start") or "paper") if attention["kind"] == kind else None
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None  # load_weights says what is wrong with the file
+
+
+def _read_file(path: Path) -> Any:
+    """The content of a file of weights; a ValueError where it cannot be read."""
     try:
         if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        elif is_weights_folder(path):
-            content = read_folder(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        if is_weights_folder(path):
+            return read_folder(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -77,6 +96,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # whatever the readers of archives and of their contents may raise
         reason = getattr(error, "strerror", None) or "it is incomplete, damaged, or not a file of weights"
         raise ValueError(f"weights={path} cannot be read ({reason})") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights by their names, and the settings of the data that they were trained on."""
+    content = _read_file(path)
     data = content.get("datamodule_hyper_parameters") if isinstance(content, dict) else None
     for key in ("state_dict", "model"):  # as most training programs wrap it
         if isinstance(content, dict) and isinstance(content.get(key), Mapping):
@@ -88,6 +112,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights, data if isinstance(data, dict) else {}
+
+
+def _identity_starts(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, IdentityStart)]
+
+
+def _other_start(network: nn.Module, saved: Mapping[str, Tensor]) -> str:
+    """A weight in the file that is one of this network's attention, but for `start`, which gives it another name."""
+    starts = _identity_starts(network)
+    outer = starts or [name for name, module in network.named_modules() if is_attention(module)]
+    here, there = (".attention.", ".") if starts else (".", ".attention.")
+    wanted = {
+        name: f"{one}{there}{name.removeprefix(f'{one}{here}')}"
+        for one in reversed(outer)  # attention has parts that are attention, too: the outermost counts
+        for name in network.state_dict()
+        if name.startswith(f"{one}{here}")
+    }
+    return next((other for name, other in wanted.items() if other in saved and name not in saved), "")
 
 
 def _few(names: Any, count: int = 3) -> str:
@@ -106,18 +148,20 @@ def _last_linear(network: nn.Module) -> str:
     return last
 
 
-def freeze_modules(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    """Freeze the weights of modules by their names. Returns those with running statistics, to keep in evaluation mode.
+def freeze_modules(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Freeze the weights of modules by their names. Returns the names of those with running statistics.
+
+    These are to be kept in evaluation mode.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.
     """
-    norms: list[nn.Module] = []
+    norms, names = list[str](), {module: name for name, module in network.named_modules()}
     for pattern in patterns:
         for module in _parts(network, pattern, "freeze"):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-            norms += [module] if isinstance(getattr(module, "running_mean", None), Tensor) else []
+            norms += [names[module]] if isinstance(getattr(module, "running_mean", None), Tensor) else []
     if patterns and not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError(f"freeze={list(patterns)} leaves nothing to train; leave a module out of it")
     return norms

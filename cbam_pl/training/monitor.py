@@ -44,6 +44,7 @@ class NetworkMonitor(Callback):
         self._inputs = torch.empty(0)  # (N, 3, H, W), the probed images, normalised
         self._classes: list[str] = []
         self._predictions: list[tuple[Tensor, Tensor]] = []  # predicted and true classes, by batch
+        self._validated_epoch = 0  # whose validation the predictions are of, from 1
         self._epoch = 0  # the last finished one, from 1
         self._pictured_epoch = 0
         self._warned: set[str] = set()
@@ -68,6 +69,7 @@ class NetworkMonitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the predictions of the last validation."""
         self._predictions.clear()
+        self._validated_epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
@@ -157,8 +159,8 @@ class NetworkMonitor(Callback):
                 writer.add_image(f"pictures/{name}", image, self._epoch, dataformats="HWC")
 
     def _confusion(self, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
-        """Images by true and predicted class (classes, classes) over all processes; None without a validation."""
-        if not self._predictions:
+        """Images by true and predicted class (classes, classes) of all processes; None without a validation."""
+        if not self._predictions or self._validated_epoch != self._epoch:
             return None
         predicted, true = (torch.cat(parts) for parts in zip(*self._predictions, strict=True))
         self._predictions.clear()

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Mapping
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,13 +126,8 @@ class TrainingState(Callback):
         self._all_batches_done = False  # of the interrupted epoch, of which the validation alone is left
         self._interrupted: dict[str, Any] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the network's schedule how many steps there are."""
-        if stage == "fit":
-            cast("Classifier", pl_module).total_steps = partial(self._total_steps, trainer)
-
-    def _total_steps(self, trainer: Trainer) -> int | float:
-        """Optimizer steps of the whole training."""
+    def total_steps(self, trainer: Trainer) -> int | float:
+        """Optimizer steps of the whole training, for a schedule over all of it."""
         total = trainer.estimated_stepping_batches
         trainer.fit_loop._combined_loader = None  # see the head of this file
         if self._resumed is not None and trainer.max_steps < 0:
@@ -151,6 +145,12 @@ class TrainingState(Callback):
         self._resumed = checkpoint
         if not trainer.training:
             return
+        ours = cast("Classifier", pl_module).optimization
+        if changed := changed_settings("", ours, checkpoint.get("optimization", ours)):
+            raise UserError(
+                f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to Classifier or "
+                "load_from_checkpoint"
+            )
         loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         if _is_interrupted(checkpoint):
@@ -233,6 +233,18 @@ def _loader_state(checkpoint: dict[str, Any]) -> dict[str, int]:
     if "taken" in states[0]:  # before format 2
         states[0]["batches_done"] = states[0].pop("taken")
     return states[0] if "batches_done" in states[0] else {"batches_done": 0}
+
+
+def changed_settings(prefix: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """A text for each setting that a checkpoint has otherwise."""
+    changed = []
+    for name in sorted(ours.keys() | saved.keys()):
+        owner = name.partition(".")[0]
+        if owner != name and ours.get(owner) != saved.get(owner):
+            continue  # another optimizer has other options, of course
+        if name != "root" and name in saved and ours.get(name) != saved[name]:
+            changed.append(f"{prefix}{name} ({saved[name]} there, {ours.get(name)} here)")
+    return changed
 
 
 def run_conditions(trainer: Trainer) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _read(path: Path, name: str) -> bytes:
 def _canonical(config: Mapping[str, Any]) -> bytes:
     """What config.json's own SHA-256 is of: all of it but that."""
     hashes = {name: value for name, value in config["sha256"].items() if name != CONFIG}
-    return json.dumps({**config, "sha256": hashes}, sort_keys=True).encode()
+    plain = json.loads(json.dumps({**config, "sha256": hashes}))  # numbers as keys become text, which sorts otherwise
+    return json.dumps(plain, sort_keys=True).encode()
 
 
 def _pack(state_dict: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:

@@ -341,3 +341,12 @@ def test_training_resumes_at_the_next_batch_and_only_on_the_same_images(image_fo
     (root / "train" / "red" / "0.png").unlink()
     with pytest.raises(UserError, match=r"are not those of the checkpoint \(0 added, 1 removed\), so training cannot"):
         fit(root, tmp_path / "step=2.ckpt", augmentation)
+
+
+def test_each_iteration_of_a_loop_without_a_trainer_is_the_next_epoch(image_folder):
+    data = ImageDataModule("folder", str(image_folder), batch_size=16, augmentation="rich")
+    data.setup()
+    loader = data.train_dataloader()
+    for epoch in range(3):
+        for images, expected in zip(loader, batches_of_epoch(image_folder, epoch), strict=True):
+            assert torch.equal(images[0], expected)

@@ -13,7 +13,7 @@ from torch import nn
 from cbam_pl.attention import BAM, AttentionConfig, is_attention
 from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.models import NetworkConfig, build_network, insert_attention, make_network
-from cbam_pl.models.network import check_trusted
+from cbam_pl.models.network import check_rebuilt, check_trusted
 
 NONE = AttentionConfig("none")
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -316,3 +316,25 @@ def test_packages_are_trusted_by_name_and_not_imported_before(tmp_path, monkeypa
         check_trusted(NetworkConfig("stranger.Net"), [trusted])
     assert "stranger" not in sys.modules
     assert not (tmp_path / "witness").exists()
+
+
+class Scaled(Classes):
+    def __init__(self, num_classes, weights=None, scale=1.0):
+        super().__init__(num_classes)
+        self.scale = 2.0 if weights else scale  # as torchvision's weights bring arguments with them
+
+    def forward(self, x):
+        return super().forward(self.scale * x + 1)
+
+
+def test_a_network_that_only_its_weights_make_is_rejected():
+    def check(**arguments):
+        config = NetworkConfig(f"{__name__}.Scaled", {"weights": "DEFAULT", **arguments})
+        network = make_network(config, 3, NONE, 32).network
+        network.scale = arguments.get("scale", network.scale)
+        check_rebuilt(network, config, 3, NONE, 32)
+
+    check(scale=2.0)
+    with pytest.raises(ValueError, match="its weights set arguments that a checkpoint does not have") as caught:
+        check()
+    assert "\n" not in str(caught.value)

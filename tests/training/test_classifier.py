@@ -237,8 +237,10 @@ def test_a_training_that_begins_with_a_smaller_batch_compiles_the_full_ones_too(
 )
 def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected):
     model = Classifier(3)
+    model._compiled_size = 128  # of an earlier training
     model.configure_memory_format_and_compile(torch.device(device), stage == "fit")
     assert (model._compiled is not None) == expected
+    assert model._compiled_size == (0 if expected else 128)
     weight = model.network.blocks[0].conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
 

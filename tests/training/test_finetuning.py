@@ -220,3 +220,38 @@ def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_p
     changed = [word for word in options if word != "--model.freeze" and word != "blocks.1"]
     error = one_line(command("fit", *changed, parts, "--trainer.max_epochs", 3, "--ckpt_path", "last"))
     assert "was trained with other settings: model.freeze (['blocks.1'] there, [] here)" in error
+
+
+def test_frozen_batch_norms_that_a_strategy_replaces_keep_their_statistics():
+    model = classifier(freeze=("bn1", "layer1"))
+    model.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.network).train()
+    model.on_train_start()
+    frozen = {name for name, module in model.network.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)}
+    frozen = {name for name in frozen if not model.network.get_submodule(name).training}
+    assert frozen == {"bn1", *(f"layer1.{block}.bn{number}" for block in (0, 1) for number in (1, 2))}
+
+
+@pytest.mark.parametrize("start", ["paper", "identity"])
+def test_trained_attention_goes_on_where_it_was(start, trained, image_folder, tmp_path):
+    path = tmp_path / "trained.ckpt"
+    torch.manual_seed(1)
+    other = Classifier(3, attention=AttentionConfig("cbam", start=start))
+    content = {"state_dict": other.state_dict(), "hyper_parameters": dict(other.hparams)}
+    torch.save(content, path)
+    torch.manual_seed(2)
+    model = Classifier(3, weights=str(path))
+    assert model.hparams["attention"]["start"] == start
+    model.load_weights()
+    assert_equal(dict(model.state_dict()), dict(other.state_dict()))
+    # Other attention has nothing to go on with.
+    assert Classifier(3, attention=AttentionConfig("se"), weights=str(path)).hparams["attention"]["start"] == "identity"
+
+    torch.save(other.network.state_dict(), path)  # which does not say how it began
+    model = Classifier(3, attention=AttentionConfig("cbam", start=_other(start)), weights=str(path))
+    message = rf"^weights=\S+ have trained attention that began otherwise \(blocks.*; .* give attention.start={start}$"
+    with pytest.raises(ValueError, match=message):
+        model.load_weights()
+
+
+def _other(start):
+    return "identity" if start == "paper" else "paper"

@@ -250,3 +250,11 @@ def test_networks_without_spatial_gates_are_monitored_too(tmp_path, command, rec
 def test_a_negative_interval_is_rejected():
     with pytest.raises(ValueError, match="pictures_every=-1 must be at least 0, which means no pictures"):
         NetworkMonitor(-1)
+
+
+def test_confusion_is_only_of_epochs_that_were_validated(command, recipe, tmp_path):
+    options = ["--trainer.max_epochs", 3, "--trainer.check_val_every_n_epoch", 2, "--pictures_every", 1]
+    fit(command, recipe, tmp_path, *options)
+    events = events_of(tmp_path)
+    assert [event.step for event in events.Images("pictures/confusion")] == [2]
+    assert [event.step for event in events.Images("pictures/attention")] == [1, 2, 3]

@@ -159,3 +159,42 @@ def test_other_loaders_train_and_a_loss_that_is_not_finite_stops(tmp_path):
         else:
             with pytest.raises(UserError, match=message):
                 fitted.fit(Classifier(3), loader)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:.*callbacks used to create the checkpoint")
+def test_a_resume_with_another_schedule_is_rejected(image_folder, tmp_path):
+    model, data = parts(image_folder)
+    saved = ModelCheckpoint(tmp_path / "saved")
+    trainer(tmp_path, "a", saved, max_epochs=1).fit(model, data)
+    again = Classifier.load_from_checkpoint(saved.best_model_path)
+    with pytest.raises(
+        UserError, match=r"lr_interval \(step there, epoch here\); lr_scheduler \(OneCycleLR there, None"
+    ):
+        trainer(tmp_path, "b", max_epochs=2).fit(again, data, ckpt_path=saved.best_model_path)
+    given = {"lr_scheduler": model.lr_scheduler, "lr_interval": "step"}
+    again = Classifier.load_from_checkpoint(saved.best_model_path, **given)
+    trainer(tmp_path, "b", max_epochs=2).fit(again, data, ckpt_path=saved.best_model_path)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:.*callbacks used to create the checkpoint")
+def test_a_schedule_by_a_function_of_ones_own_is_saved_and_resumed(image_folder, tmp_path, command):
+    _, data = parts(image_folder)
+    halving = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: 0.5**epoch)
+    saved = ModelCheckpoint(tmp_path / "saved")
+    model = Classifier(3, lr_scheduler=halving)
+    trainer(tmp_path, "a", saved, max_epochs=1).fit(model, data)
+    again = trainer(tmp_path, "b", max_epochs=3)
+    again.fit(Classifier(3, lr_scheduler=halving), data, ckpt_path=saved.best_model_path)
+    assert again.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001 / 8)
+    assert command("test", "--ckpt_path", saved.best_model_path).status == 0
+
+
+def test_a_classifier_can_be_copied_while_it_trains(image_folder, tmp_path):
+    class Keep(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            self.best = copy.deepcopy(pl_module)
+
+    model, data = parts(image_folder)
+    keep = Keep()
+    trainer(tmp_path, "a", keep, max_epochs=1).fit(model, data)
+    assert_equal(dict(keep.best.state_dict()), dict(model.state_dict()))

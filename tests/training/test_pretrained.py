@@ -426,6 +426,7 @@ def test_networks_of_a_library_are_taken_along(tmp_path, image_folder):
         "hyper_parameters": dict(classifier.hparams), "run_conditions": {},
         "datamodule_hyper_parameters": {"dataset": "folder", "augmentation": "resized_crop"},
         "ImageDataModule": {"classes": ["a", "b", "c"], "mean": [0.0] * 3, "std": [1.0] * 3},
+        "optimization": {"lr_scheduler.rates": {60: 0.1, 120: 0.01}},  # as numbers and as text, sorted otherwise
     }  # fmt: skip
     write_folder(tmp_path / "own", checkpoint, "float32", {}, "card")
     loaded = cbam_pl.load_network(tmp_path / "own")
