@@ -16,7 +16,7 @@ from cbam_pl.commands.fit import fit as fit_command
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
 from cbam_pl.process import configure_process, keep_freed_memory
-from cbam_pl.settings import command_parser, parse_with_recipes
+from cbam_pl.settings import command_parser, make_training, parse_with_recipes
 from cbam_pl.training.classifier import Classifier
 
 _clock: RoundClock  # of `fit`, whose callback Lightning makes
@@ -26,9 +26,9 @@ def _classifier_and_data(options: list[str]) -> tuple[Classifier, ImageDataModul
     """What `train.py fit OPTIONS` would train, and on what."""
     parser = command_parser("fit")
     values = parser.instantiate(parse_with_recipes(parser, options))
-    data = ImageDataModule(**values.data)
+    classifier, data = make_training(values)
     data.setup()
-    return Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model), data
+    return classifier, data
 
 
 def _batches(data: ImageDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
@@ -58,6 +59,7 @@ _TRAINER_DEFAULTS = {
 }
 
 
+@cache
 def command_parser(command: Literal["fit", "test", "validate", "predict", "visualize", "export"]) -> ArgumentParser:
     """The options of a command. Each is a parameter of the class that it configures, which documents it."""
     usage = f"{PROGRAM} {command} [OPTIONS]"
@@ -131,6 +133,12 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             add(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skipped})
     return parser
+
+
+def make_training(values: Namespace, seed: int = 0) -> tuple[Classifier, ImageDataModule]:
+    """The network and the data of `fit`'s instantiated settings; the classes and the images' size are the data's."""
+    data = ImageDataModule(**values.data, seed=seed)
+    return Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=seed, **values.model), data
 
 
 def _add_export_options(parser: ArgumentParser) -> None:

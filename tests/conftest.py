@@ -22,7 +22,7 @@ from tests.helpers import COLOURS, TEST_PER_CLASS, TRAIN_PER_CLASS, Outcome
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup, tests that share dear fixtures run in one process: those of a file, or of `compare`."""
+    """With --dist loadgroup, tests that share costly fixtures run in one process: those of a file, or of `compare`."""
     for item in items:
         place = item.path.parent if item.path.parent.name == "compare" else item.path
         item.add_marker(pytest.mark.xdist_group(str(place)))
@@ -95,6 +95,7 @@ model:
     init_args: {{factor: 0.5, patience: 0}}
 data: {{dataset: folder, root: {image_folder}, batch_size: 16, augmentation: rich}}
 trainer: {{max_epochs: 2, accelerator: cpu}}
+pictures_every: 0
 """
     )
     return path
@@ -106,7 +107,7 @@ def trained(
 ) -> tuple[Path, Outcome]:
     """A finished run of two epochs: its root folder and what it printed. Read only."""
     root = tmp_path_factory.mktemp("trained")
-    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root)
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root, "--pictures_every", 5)
     assert outcome.status == 0, outcome.err
     return root, outcome
 

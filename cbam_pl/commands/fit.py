@@ -17,7 +17,7 @@ from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError, as_user_error
 from cbam_pl.models.cost import count_flops, count_parameters
-from cbam_pl.settings import command_parser, parse_with_recipes, split_option
+from cbam_pl.settings import command_parser, make_training, parse_with_recipes, split_option
 from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
@@ -44,8 +44,7 @@ def fit(options: list[str]) -> None:
     with as_user_error():
         values = parser.instantiate(settings)
         seed_everything(settings.seed, verbose=False)
-        data = ImageDataModule(**values.data, seed=settings.seed)
-        model = Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=settings.seed, **values.model)
+        model, data = make_training(values, settings.seed)
         model.make_optimizer()  # so that a mistake in it is reported before the data is loaded
 
     # The checkpoint that is named, with its run; else a new run, which the first process alone knows.

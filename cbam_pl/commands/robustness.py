@@ -24,7 +24,7 @@ from cbam_pl.errors import UserError
 from cbam_pl.inspect.charts import draw_robustness
 from cbam_pl.tables import print_table
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.run import atomic_write, is_result_of
+from cbam_pl.training.run import atomic_write, is_result_of, read_json
 from cbam_pl.training.trainer import running
 
 SEED = 0  # of the corruptions' random numbers: every network is tested on the same images
@@ -188,10 +188,7 @@ def _write(logs: Path, record: dict[str, Any]) -> None:
 
 def read_robustness(logs: Path, tested: Mapping[str, Any]) -> dict[str, Any]:
     """What robustness.json holds of the checkpoint that was `tested`, with the same options; empty if there is none."""
-    try:
-        record = json.loads((logs / "robustness.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    record = read_json(logs / "robustness.json")
     options, tested_options = (decisive_options(one.get("options", [])) for one in (record, tested))
     same = options == tested_options and record.get("seed") == SEED
     return record if same and is_result_of(record, tested.get("epoch"), tested.get("step")) else {}

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cbam_pl.attention import BAM
 from cbam_pl.models.cnn import CNN
-from cbam_pl.models.insertion import map_shapes
+from cbam_pl.models.insertion import evaluating, map_shapes
 from cbam_pl.models.resnet import ResidualBlock, ResNet
 
 CONSTANT_STD = 1e-3  # a gate with a lower standard deviation over its channels or positions counts as constant
@@ -237,12 +237,10 @@ def as_input(images: Tensor, network: nn.Module) -> Tensor:
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, eager (compiled code ignores new hooks) and without autocast; restores each module's mode."""
-    modes = {module: module.training for module in network.modules()}
     devices = {parameter.device.type for parameter in network.parameters()} or {"cpu"}
-    network.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"), torch.autocast(devices.pop(), enabled=False):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with (
+        evaluating(network),
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast(devices.pop(), enabled=False),
+    ):
+        yield

@@ -1,7 +1,8 @@
 """Insert attention into any network, without editing its code."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,17 +103,25 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
 
     hooks = [module.register_forward_hook(note_layer) for module in network.modules()]
     hooks += [module.register_forward_hook(partial(note_run, name)) for name, module in modules.items()]
-    modes = {module: module.training for module in network.modules()}
-    network.eval()  # the example must not move the batch norms' statistics
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):  # the example must not move the batch norms' statistics
             network(example)
     finally:
         for hook in hooks:
             hook.remove()
+    return runs
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode; restores the mode of each module."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
         for module, training in modes.items():
             module.training = training
-    return runs
 
 
 def map_shapes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int, int]]:

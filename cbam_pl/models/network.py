@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.models.insertion import insert_attention, map_shapes
+from cbam_pl.models.insertion import evaluating, insert_attention, map_shapes
 
 TRUSTED = ("cbam_pl", "torchvision.models", "timm")  # what a checkpoint may name without being asked for
 
@@ -218,16 +218,11 @@ def _give_logits(network: nn.Module, arguments: Any, output: Any) -> Any:
 
 
 def _run(network: nn.Module, example: Tensor, called: str) -> Any:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             return network(example)
     except Exception as error:  # whatever a network of the user's may raise
         raise ValueError(f"{called} fails on images {tuple(example.shape)} with {_last_line(error)}") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _replace_last_linear(network: nn.Module, num_classes: int, called: str) -> str:

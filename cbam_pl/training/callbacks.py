@@ -143,37 +143,23 @@ class EvaluatedImages(Callback):
         self.numbers = self.labels = self.logits = tensor([])  # (N,), (N,) and (N, classes) float32, on the CPU
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def on_validation_batch_end(
+    def _add(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Add a batch."""
-        self._add(trainer.val_dataloaders, outputs, batch, batch_idx)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Add a batch."""
-        self._add(trainer.test_dataloaders, outputs, batch, batch_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the batches of all processes."""
-        self._gather(trainer)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the batches of all processes."""
-        self._gather(trainer)
-
-    def _add(self, loader: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loader: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         numbers = loader.indices()[batch_idx].to(outputs.device)
         self._batches.append((numbers, batch[1], outputs.float()))
 
-    def _gather(self, trainer: Trainer) -> None:
+    def _gather(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parts = [cat(part) for part in zip(*self._batches, strict=True)]
         self._batches = []
         if trainer.world_size > 1:
             parts = [cat(gather_all_tensors(part)) for part in parts]
         order = parts[0].argsort()
         self.numbers, self.labels, self.logits = (part[order].cpu() for part in parts)
+
+    on_validation_batch_end = on_test_batch_end = _add  # type: ignore[assignment]
+    on_validation_epoch_end = on_test_epoch_end = _gather
 
 
 class TrainingProgress(RichProgressBar):

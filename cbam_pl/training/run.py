@@ -102,11 +102,17 @@ def results_folder(checkpoint: Path, root: Path) -> Path | None:
 
 def read_result(logs: Path, name: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a JSON file in a log folder holds of this checkpoint; None where it has nothing of it."""
-    try:
-        content = json.loads((logs / name).read_text())
-    except (OSError, ValueError):
-        return None
+    content = read_json(logs / name)
     return content if is_result_of(content, checkpoint["epoch"] + 1, checkpoint["global_step"]) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a result's file; empty where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_result_of(result: Mapping[str, Any], epoch: int | None, step: int | None) -> bool:

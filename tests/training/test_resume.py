@@ -8,6 +8,7 @@ import socket
 
 import pytest
 import torch
+from filelock import FileLock
 from lightning.pytorch.plugins import MixedPrecision
 
 from cbam_pl.schedules import WarmupCosineLR
@@ -49,8 +50,14 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("network", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("network", "schedule"),
+    [
+        pytest.param(network, schedule, marks=[] if (network, schedule) == ("cnn", "one cycle") else pytest.mark.slow)
+        for network in NETWORKS
+        for schedule in SCHEDULES
+    ],
+)
 def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_path):
     options = [*NETWORKS[network], *SCHEDULES[schedule]]
     whole = command(*fit(recipe, tmp_path / "whole", *options))
@@ -244,6 +251,7 @@ def test_what_the_checkpoint_would_override_is_rejected(options, differing, trai
     assert re.search(f"trained with other settings: .*{differing}", error), error
 
 
+@pytest.mark.slow
 def test_a_run_in_training_is_not_resumed_by_another_process(launch, command, recipe, tmp_path):
     options = fit(recipe, tmp_path, "--trainer.max_epochs", 1000)
     process = launch(tmp_path / "output", *options)
@@ -258,3 +266,11 @@ def test_a_run_in_training_is_not_resumed_by_another_process(launch, command, re
     outcome = command(*options, "--ckpt_path", "last", "--trainer.max_epochs", done + 1)
     assert outcome.status == 0, outcome.err
     assert completed_epochs(checkpoint(tmp_path)) == done + 1
+
+
+def test_a_run_that_is_locked_is_not_resumed(trained, command, recipe, tmp_path):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    with FileLock(root / "logs" / RUN / ".lock"):
+        error = one_line(command("fit", "--config", recipe, "--trainer.default_root_dir", root, "--ckpt_path", "last",
+                                 "--trainer.max_epochs", 3))  # fmt: skip
+    assert error == f"error: another process is training {root / 'checkpoints' / RUN}; wait until it ends, or stop it"

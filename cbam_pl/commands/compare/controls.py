@@ -13,13 +13,11 @@ import torch
 from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process
 from cbam_pl.commands.compare.jobs import threads_per_job
 from cbam_pl.commands.compare.plan import Control, Cost, Plan, labels_of, name_of, nest
-from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.models import stage_channels
 from cbam_pl.models.cost import count_parameters
-from cbam_pl.settings import command_parser
+from cbam_pl.settings import command_parser, make_training
 from cbam_pl.timing import time_in_turns
-from cbam_pl.training.classifier import Classifier
 
 TOLERANCE = 0.05  # how far the time of a step may be from the recipe's
 _CLOSE = 0.03  # of a trial, in the logarithm of times, so that the measurement that follows is within the tolerance
@@ -323,6 +321,4 @@ def _count(settings: dict[str, Any]) -> int:
     parser = command_parser("fit")
     with as_user_error(), torch.device("meta"):
         values = parser.instantiate(parser.parse_object(nest(settings)))
-        data = ImageDataModule(**values.data)
-        classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
-        return count_parameters(classifier.network)
+        return count_parameters(make_training(values)[0].network)

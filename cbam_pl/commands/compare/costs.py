@@ -12,16 +12,14 @@ import torch
 from lightning import Fabric
 
 from cbam_pl.commands.compare.plan import nest
-from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import is_out_of_memory
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.process import configure_process
-from cbam_pl.settings import command_parser
+from cbam_pl.settings import command_parser, make_training
 from cbam_pl.timing import peak_memory, time_in_turns
-from cbam_pl.training.classifier import Classifier
 
 
 class TimedRecipe:
@@ -30,8 +28,7 @@ class TimedRecipe:
     def __init__(self, settings: dict[str, Any]) -> None:
         parser = command_parser("fit")
         values = parser.instantiate(parser.parse_object(nest(settings)))
-        data = ImageDataModule(**values.data)
-        classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        classifier, data = make_training(values)
         self._shape = (3, data.image_size, data.image_size)
         # Before the network is moved and converted to another type, which counting does not know.
         self.parameters = count_parameters(classifier.network)

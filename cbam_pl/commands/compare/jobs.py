@@ -29,7 +29,7 @@ from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
-from cbam_pl.training.run import RESUMED, Run, is_result_of
+from cbam_pl.training.run import RESUMED, Run, is_result_of, read_json
 from cbam_pl.training.state import completed_epochs
 
 State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
@@ -173,10 +173,7 @@ def read_best(run: Run) -> dict[str, Any] | None:
 
 def read_test(run: Run) -> dict[str, Any]:
     """The figures of the run's test; empty if there are none."""
-    try:
-        return json.loads((run.logs / "test.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_json(run.logs / "test.json")
 
 
 def read_predictions(run: Run, test: dict[str, Any]) -> dict[str, np.ndarray] | None:

@@ -16,10 +16,9 @@ from jsonargparse.typing import PositiveInt
 from cbam_pl.attention import AttentionConfig, options_of
 from cbam_pl.commands.robustness import find_corruptions
 from cbam_pl.data.corruptions import check_size
-from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
+from cbam_pl.data.datamodule import may_have_seen
 from cbam_pl.errors import UserError, as_user_error
-from cbam_pl.settings import Seed, closest, command_parser, parse, read_recipe, setting_names
-from cbam_pl.training.classifier import Classifier
+from cbam_pl.settings import Seed, closest, command_parser, make_training, parse, read_recipe, setting_names
 from cbam_pl.training.run import atomic_write
 from cbam_pl.training.trainer import check_settings
 
@@ -345,8 +344,7 @@ def _check(name: str, parser: Any, settings: Any, seeds: Sequence[int]) -> list[
     check_settings(trainer)
     with as_user_error():
         values = parser.instantiate(settings)
-        data = ImageDataModule(**values.data)
-        classifier = Classifier(num_classes=data.num_classes, image_size=data.image_size, **values.model)
+        classifier, data = make_training(values)
         classifier.load_weights()
     trained = classifier.weights_data
     seen = [str(seed) for seed in seeds if may_have_seen(trained, {**data.hparams, "seed": seed})]

@@ -22,7 +22,7 @@ def recipes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     paths = {}
     for kind in KINDS:
         paths[kind] = folder / f"{kind}.yaml"
-        paths[kind].write_text(recipe.read_text().replace("kind: cbam", f"kind: {kind}") + "pictures_every: 0\n")
+        paths[kind].write_text(recipe.read_text().replace("kind: cbam", f"kind: {kind}"))
     return paths
 
 

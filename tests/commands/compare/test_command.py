@@ -37,16 +37,6 @@ def again(root, recipes, *more):
     return ["compare", *words, *more]
 
 
-def test_runs_that_are_done_are_not_done_again(compared, recipes, command, quick, tmp_path):
-    root = shutil.copytree(compared[0], tmp_path / "copy")
-    quick.clear()
-    outcome = command(*again(root, recipes, "--output", root / "other"))
-    assert outcome.status == 0, outcome.err
-    assert "6 are done" in outcome.out
-    assert not quick
-    assert (root / "other/report.html").exists()
-
-
 def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes, command, quick, tmp_path):
     kept = ("config.yaml", "metrics.csv", "test.json", "test.npz")
     for file in (compared[0] / "logs").glob("*/version_*/*"):

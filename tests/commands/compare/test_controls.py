@@ -150,7 +150,10 @@ def test_what_spans_the_training_by_itself_stays_and_the_limit_of_steps_grows():
 # The number of parameters
 
 
-@pytest.mark.parametrize(("arch", "kind"), [("resnet18", "cbam"), ("resnet20", "cbam"), ("resnet56", "bam")])
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [("resnet18", "cbam"), ("resnet20", "cbam"), pytest.param("resnet56", "bam", marks=pytest.mark.slow)],
+)
 def test_the_nearest_number_of_parameters(arch, kind, recipes, tmp_path):
     options = ["--configs", recipes["none"], recipes["cbam"], "--output", tmp_path, "--model.arch", arch]
     plan = plan_of(*options)
