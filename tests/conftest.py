@@ -141,7 +141,7 @@ def launch() -> Iterator[Callable[..., BaseProcess]]:
             "cbam_pl.commands.fit",
             "cbam_pl.training.classifier",
             "cbam_pl.data.datamodule",
-            "cbam_pl.training.monitor",
+            "cbam_pl.inspect.monitor",
             "cbam_pl.training.callbacks",
             "cbam_pl.training.logger",
             "jsonargparse",

@@ -28,6 +28,7 @@ from cbam_pl.commands.exported import (
     write_onnx,
     write_pt2,
 )
+from cbam_pl.commands.pretrained import read_record, write_pretrained
 from cbam_pl.data.datamodule import data_for_test, in_proportion
 from cbam_pl.data.folder import show, stored_size
 from cbam_pl.data.loader import Normalise
@@ -39,7 +40,6 @@ from cbam_pl.tables import print_table
 from cbam_pl.timing import time_in_turns
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier, network_name
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.pretrained import read_record, write_pretrained
 
 _FILES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 _WRITERS: dict[str, Callable[[Graph, Mapping[str, Any], Path], None]] = {"onnx": write_onnx, "pt2": write_pt2}

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError, as_user_error
+from cbam_pl.inspect.monitor import NetworkMonitor
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.settings import command_parser, make_training, parse_with_recipes, split_option
 from cbam_pl.training.callbacks import RunCheckpoint
@@ -31,7 +32,6 @@ from cbam_pl.training.checkpoint import (
 )
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
-from cbam_pl.training.monitor import NetworkMonitor
 from cbam_pl.training.run import RESUMED, Run, atomic_write, new_run, run_of
 from cbam_pl.training.trainer import running, training_trainer
 

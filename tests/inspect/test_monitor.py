@@ -11,8 +11,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.inspect.gates import attention_maps, gate_health
+from cbam_pl.inspect.monitor import NetworkMonitor
 from cbam_pl.training.checkpoint import load_classifier
-from cbam_pl.training.monitor import NetworkMonitor
 from tests.helpers import checkpoint
 
 

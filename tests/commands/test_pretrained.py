@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import cbam_pl
 from cbam_pl.attention import AttentionConfig
+from cbam_pl.commands.pretrained import write_pretrained
 from cbam_pl.data.folder import load_folder
 from cbam_pl.errors import UserError
 from cbam_pl.training.checkpoint import read_checkpoint
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.finetuning import load_weights
-from cbam_pl.training.pretrained import write_pretrained
 from cbam_pl.training.weights_folder import as_stored, read_folder, write_folder
 from tests.helpers import assert_equal, one_line
 
