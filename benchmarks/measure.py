@@ -250,10 +250,11 @@ class Table:
 
 
 def parser(purpose: str, rounds: int, seconds: float) -> argparse.ArgumentParser:
-    """The options that all benchmarks share, with this one's defaults."""
+    """The options that all benchmarks share, with this one's defaults; without `seconds`, turns are not timed."""
     options = argparse.ArgumentParser(description=purpose, allow_abbrev=False)
     options.add_argument("--rounds", type=int, default=rounds, help=f"turns of each variant (default: {rounds})")
-    options.add_argument("--seconds", type=float, default=seconds, help=f"of each turn (default: {seconds})")
+    if seconds:
+        options.add_argument("--seconds", type=float, default=seconds, help=f"of each turn (default: {seconds})")
     cores = os.cpu_count() or 1
     options.add_argument("--threads", type=int, default=cores, help=f"of torch (default: all cores, {cores})")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,9 +28,10 @@ class StopAfterFirstStep(Callback):
         os._exit(0)  # what ending a training takes is not part of it
 
 
-def _seconds(command: list[str]) -> float:
+def _seconds(command: list[str], threads: int) -> float:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr}")
@@ -57,11 +58,11 @@ def main() -> None:
             "train.py fit, first step done": [python, "train.py", *first_step],
         }
         for command in commands.values():
-            _seconds(command)  # reads the files into the system's cache
+            _seconds(command, given.threads)  # reads the files into the system's cache
         times: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(given.rounds):
             for name, command in commands.items():
-                times[name].append(_seconds(command))
+                times[name].append(_seconds(command, given.threads))
     imports = times["import torch, lightning"]
     rows = [
         [

@@ -71,6 +71,10 @@ class IdentityStart(nn.Module):
         self.attention = attention
         self.factor = nn.Parameter(torch.zeros(()))
 
+    def reset_parameters(self) -> None:
+        """Begin as the identity again; the attention's own layers reset themselves."""
+        nn.init.zeros_(self.factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → (B, C, H, W)."""
         return x + self.factor * (self.attention(x) - x)

@@ -67,12 +67,12 @@ def test_expected_efficiency_is_the_ring_all_reduces():
     assert expected_efficiency(1, 9.0, 8.0, 4.0, 0.5) == (1.0, 1.0)
 
 
-SHORT = ["--threads", "1", "--rounds", "1", "--seconds", "0.05", "--device", "cpu"]
-EAGER = ["--archs", "cnn", "--modes", "eager", "--batch_size", "4"]
+SHORT = ["--threads", "1", "--rounds", "1", "--device", "cpu"]
+EAGER = ["--seconds", "0.05", "--archs", "cnn", "--modes", "eager", "--batch_size", "4"]
 COMMANDS = {  # options, the beginning of a row, rows of the longest table
     "attention": ([*EAGER, "--kinds", "cbam", "se"], "cnn 32×16×16, se eager", 12),
     "attention networks": ([*EAGER, "--part", "networks"], "cnn cbam, eager", 2),
-    "scaling": (["--processes", "1"], "512", 3),
+    "scaling": (["--seconds", "0.05", "--processes", "1"], "512", 3),
     "images": (["--images", "80", "--size", "32", "--batch_size", "8"], "this program, first decoding", 3),
     "startup": ([], "train.py fit, first step done", 4),
 }

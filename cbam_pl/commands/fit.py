@@ -4,6 +4,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
     completed_epochs,
-    differences,
     find_checkpoint,
     finished,
     network_name,
@@ -33,6 +33,7 @@ from cbam_pl.training.checkpoint import (
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import RESUMED, Run, atomic_write, new_run, run_of
+from cbam_pl.training.state import differences, lasting_changes
 from cbam_pl.training.trainer import running, training_trainer
 
 
@@ -43,15 +44,20 @@ def fit(options: list[str]) -> None:
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # also before Lightning starts the others
     with as_user_error():
         values = parser.instantiate(settings)
-        seed_everything(settings.seed, verbose=False)
-        model, data = make_training(values, settings.seed)
-        model.make_optimizer()  # so that a mistake in it is reported before the data is loaded
 
     # The checkpoint that is named, with its run; else a new run, which the first process alone knows.
     root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings.config)
     path, checkpoint, run = None, None, None
     if settings.ckpt_path is not None:
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
+        if (attention := values.model.attention).start is None:  # the file of weights may be gone
+            start = checkpoint["hyper_parameters"]["attention"].get("start")
+            values.model.attention = replace(attention, start=start)
+    with as_user_error():
+        seed_everything(settings.seed, verbose=False)
+        model, data = make_training(values, settings.seed)
+        model.make_optimizer()  # so that a mistake in it is reported before the data is loaded
+    if path is not None and checkpoint is not None:
         check_same_settings(path, checkpoint, model, data)
         run = run_of(path)
         model.weights = None  # the checkpoint's are trained further
@@ -99,23 +105,12 @@ def _begin(run: Run | None, config: str, resumed: dict[str, Any] | None, trainer
     """Write config.yaml, and drop what a resumed run logged after its checkpoint, once nothing can fail any more."""
     if run is None or not trainer.loggers or not trainer.is_global_zero:
         return
-    changes = [] if resumed is None else _changes(run, resumed, trainer, model)
+    changes = [] if resumed is None else lasting_changes(resumed, trainer, model)
     with atomic_write(run.logs / "config.yaml") as stream:
-        stream.write("".join([*changes, config]).encode())
+        stream.write("".join([*(f"{RESUMED}{change}\n" for change in changes), config]).encode())
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.drop_events_after_checkpoint()
-
-
-def _changes(run: Run, resumed: dict[str, Any], trainer: Trainer, model: Classifier) -> list[str]:
-    """Lines of comment: what this resume and earlier ones changed, so that the result is not that of the settings."""
-    config = run.logs / "config.yaml"
-    earlier = config.read_text().splitlines(keepends=True) if config.exists() else []
-    changed = differences(resumed, trainer, model, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
-    if not model.schedule_spans_training:
-        changed = {name: line for name, line in changed.items() if name not in ("max_epochs", "max_steps")}
-    now = [f"{RESUMED}after {completed_epochs(resumed)} epochs, {line}\n" for line in changed.values()]
-    return [*(line for line in earlier if line.startswith(RESUMED)), *now]
 
 
 def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule) -> None:

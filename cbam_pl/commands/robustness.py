@@ -5,6 +5,7 @@ import difflib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, is_result_of, read_json
 from cbam_pl.training.trainer import running
 
+_FILE, _UNFINISHED = "robustness.json", "robustness.partial.json"
 SEED = 0  # of the corruptions' random numbers: every network is tested on the same images
 Accuracies = dict[str, dict[str, float]]  # corruption → severity → accuracy in [0, 1]
 
@@ -126,8 +128,8 @@ def measure_robustness(
 
     All processes take part. `correct` is among the trainer's callbacks; `tested` has the checkpoint's epoch and step,
     the figures of the images as they are, which `trainer` has measured before, and the options of that test. What the
-    files have of the same test on other corruptions stays in them. They are written after each corruption, so that a
-    measurement that was stopped goes on where it was.
+    files have of the same test on other corruptions stays in them. What is measured is in robustness.partial.json until
+    all of it is, so that a measurement that was stopped goes on where it was.
     """
     if not conditions:
         return
@@ -143,8 +145,12 @@ def measure_robustness(
         "options": tested["options"],
         "environment": {**describe_environment(trainer.strategy.root_device), "libraries": libraries},
     }
-    earlier = {} if logs is None else read_robustness(logs, tested)
-    known = trainer.strategy.broadcast(earlier["accuracy"] if _is_repeatable(earlier, record) else {})
+    earlier, begun = ({} if logs is None else read_robustness(logs, tested, name) for name in (_FILE, _UNFINISHED))
+    known: Accuracies = {}
+    for one in (earlier, begun):
+        if _is_repeatable(one, record):
+            known |= one["accuracy"]
+    known = trainer.strategy.broadcast(known)
     accuracies: Accuracies = {name: {} for name, _ in conditions}
     console = Console(stderr=True, quiet=not trainer.is_global_zero)
     seconds = 0.0
@@ -167,14 +173,16 @@ def measure_robustness(
             text = " ".join(f"{100 * value:.2f}" for value in accuracies[name].values())
             how = f"{seconds:.0f} s" if new else "measured before"
             progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
+            record |= {"accuracy": {name: row for name, row in accuracies.items() if row}, "seconds": seconds}
             if logs is not None and trainer.is_global_zero:
-                measured = {name: row for name, row in accuracies.items() if row}
-                merged = _with_earlier(record | {"accuracy": measured, "seconds": seconds}, earlier)
-                # An earlier record that cannot be kept is replaced by a whole one.
-                if measured == accuracies or earlier.get("accuracy", {}).keys() <= merged["accuracy"].keys():
-                    _write(logs, merged)
-    if trainer.is_global_zero:
-        _print(record | {"accuracy": accuracies})
+                with suppress(OSError), atomic_write(logs / _UNFINISHED) as stream:  # the others wait for this process
+                    stream.write(json.dumps(record).encode())
+    if not trainer.is_global_zero:
+        return
+    if logs is not None:
+        _write(logs, _with_earlier(record, earlier))
+        (logs / _UNFINISHED).unlink(missing_ok=True)
+    _print(record)
 
 
 def _write(logs: Path, record: dict[str, Any]) -> None:
@@ -182,13 +190,13 @@ def _write(logs: Path, record: dict[str, Any]) -> None:
     title += f"{100 * record['test/acc']:.1f} % without corruption"
     with atomic_write(logs / "robustness.png") as stream:
         draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
-    with atomic_write(logs / "robustness.json") as stream:
+    with atomic_write(logs / _FILE) as stream:
         stream.write(f"{json.dumps(record | {'mean': means(record['accuracy'])})}\n".encode())
 
 
-def read_robustness(logs: Path, tested: Mapping[str, Any]) -> dict[str, Any]:
+def read_robustness(logs: Path, tested: Mapping[str, Any], name: str = _FILE) -> dict[str, Any]:
     """What robustness.json holds of the checkpoint that was `tested`, with the same options; empty if there is none."""
-    record = read_json(logs / "robustness.json")
+    record = read_json(logs / name)
     options, tested_options = (decisive_options(one.get("options", [])) for one in (record, tested))
     same = options == tested_options and record.get("seed") == SEED
     return record if same and is_result_of(record, tested.get("epoch"), tested.get("step")) else {}
@@ -196,12 +204,14 @@ def read_robustness(logs: Path, tested: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_repeatable(earlier: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether another measurement would give the earlier one's figures: by the same machine and unchanged program."""
-    return _same_environment(earlier, record) and not record["environment"]["commit"].endswith("-dirty")
+    commit = record["environment"]["commit"]
+    return _is_same_test(earlier, record) and commit != "unknown" and not commit.endswith("-dirty")
 
 
-def _same_environment(*records: dict[str, Any]) -> bool:
+def _is_same_test(*records: dict[str, Any]) -> bool:
+    """Whether machine and program are the same, and as far as the accuracy without corruption tells, the images."""
     before, now = ({**one.get("environment", {}), "date": ""} for one in records)
-    return before == now
+    return before == now and all(records[0].get(name) == records[1][name] for name in ("images", "test/acc"))
 
 
 def _with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +219,7 @@ def _with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, 
 
     And if all corruptions then have the same severities, which their means are over.
     """
-    if not _same_environment(earlier, record):
+    if not _is_same_test(earlier, record):
         return record
     old, new = earlier["accuracy"], record["accuracy"]
     names = [name for name in CORRUPTIONS if name in old or name in new]

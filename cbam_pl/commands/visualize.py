@@ -62,6 +62,16 @@ class LoadedCheckpoint:
         network = load_classifier(self.path, self.content, trust=self.trust).network
         return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
+    @property
+    def flips(self) -> bool:
+        """Whether it predicts by the mean of each image and its mirror image."""
+        return self.content["hyper_parameters"].get("test_time_flip", False)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one forward pass of a measurement: no more than `test` takes."""
+        return min(250, 4 * self.data["batch_size"])
+
     @cached_property
     def test_images(self) -> Images:
         """The test split of its data."""
@@ -217,12 +227,15 @@ def pictures_of(
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
     features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
+    logits = features.logits
+    if loaded.flips:
+        logits = (logits + feature_maps(network, inputs.flip(3)).logits) / 2
     if layer is not None:
         map_layer(network, inputs, layer)  # rejects an unknown one before anything is drawn
-    shown = drawing.CaptionedImages(pixels, drawing.describe(features.logits, classes, headings))
+    shown = drawing.CaptionedImages(pixels, drawing.describe(logits, classes, headings))
 
     def draw_grad_cam() -> Figure:
-        cams = grad_cam(network, inputs, features.logits.argmax(1), layer)
+        cams = grad_cam(network, inputs, logits.argmax(1), layer)
         return drawing.draw_grad_cam(shown, cams, maps, f"Grad-CAM\n{title}")
 
     drawn: dict[str, Callable[[], Figure]] = {
@@ -257,9 +270,8 @@ def gallery_of(
             raise UserError(f"{name} and {first} do not have the same test images; make a page for each")
     views = []
     for name, one in named.items():
-        model = one.content["hyper_parameters"]
-        what, flip = f"{one.description}, {one.path}", model.get("test_time_flip", False)
-        views.append(view_network(one.network, one.normalise(shown.pixels), name, what, flip, layer))
+        what = f"{one.description}, {one.path}"
+        views.append(view_network(one.network, one.normalise(shown.pixels), name, what, one.flips, layer))
     *most, last = named
     who = f"{', '.join(most)} and {last} see" if most else f"{last} sees"
     title = f"{len(chosen):,} of {len(test):,} test images, as {who} them"
@@ -324,12 +336,14 @@ def _draw_reliability(tested: dict[str, Any], title: str) -> Figure:
 
 def _measure(loaded: LoadedCheckpoint, title: str, images: Images, layer: str | None, path: Path) -> None:
     """Score the maps: write what is found, and print it."""
-    rows = measure(loaded.network, loaded.normalise(images.pixels), images.labels, images.masks, layer=layer)
+    inputs = loaded.normalise(images.pixels)
+    rows = measure(loaded.network, inputs, images.labels, images.masks, loaded.batch_size, layer)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{title}, {len(images):,} test images:")
+    flips = "; without the mirror images of test_time_flip" if loaded.flips else ""
+    print(f"{title}, {len(images):,} test images{flips}:")
     print_scores(rows)
     print(path)
 
@@ -353,14 +367,14 @@ def _intervene(
         return f"{table}\n{picture}"
 
     if attention_modules(network):
-        ablation = ablate_gates(network, inputs, images.labels)
+        ablation = ablate_gates(network, inputs, images.labels, loaded.batch_size)
         paths = save("ablation", ablation, draw_ablation(ablation, f"Accuracy where gates are replaced\n{title}"))
         print(f"Gates replaced, {title}, {len(inputs):,} test images:")
         print_ablation(ablation)
         print(paths)
     else:
         print(f"{title}: this network has no gates, so there is no ablation of them")
-    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY], layer=layer)
+    randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY], loaded.batch_size, layer=layer)
     heading = f"Similarity to the trained network's maps\n{title}"
     paths = save("randomisation", randomisation, draw_randomisation(randomisation, heading))
     print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")

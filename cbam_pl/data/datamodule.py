@@ -323,7 +323,11 @@ class ImageDataModule(LightningDataModule):
         return images
 
     def train_dataloader(self) -> TrainingLoader:
-        """Shuffled, augmented batches of `batch_size`."""
+        """Shuffled, augmented batches of `batch_size`.
+
+        In a loop of your own, keep the loader: each iteration over it is the next epoch. A Trainer is given the data
+        module itself, so that a training resumes in its epoch.
+        """
         normalise, device, shard = self._placement()
         return TrainingLoader(
             self._enough_images("train", shard),

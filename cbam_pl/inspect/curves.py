@@ -120,4 +120,5 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    axes.plot(x, y, marker="o" if np.isfinite(y).sum() == 1 else None, **style)  # one point draws no line
+    known = np.isfinite(y)  # not every epoch need be validated; a line would end at each that was not
+    axes.plot(x[known], y[known], marker="o" if known.sum() == 1 else None, **style)  # one point draws no line

@@ -249,9 +249,10 @@ def _draw_over(axes: Axes, images: CaptionedImages, maps: Tensor, low: float, hi
 
 
 def _draw_spatial_gate(axes: Axes, images: CaptionedImages, name: str, gate: Tensor) -> None:
-    _check_map(f"the spatial gate of {name}", gate)
+    check_finite(f"the spatial gate of {name}", gate)
     _draw_over(axes, images, gate, *gate_scale(gate))
-    axes.set_title(f"{name}\n{gate.shape[1]}×{gate.shape[2]}", **_HEADING)
+    flat = f", {float(gate.mean()):.3f} everywhere" if _is_flat(gate) else ""
+    axes.set_title(f"{name}\n{gate.shape[1]}×{gate.shape[2]}{flat}", **_HEADING)
     _add_colour_bar(axes, "spatial gate")
 
 
@@ -301,9 +302,13 @@ def check_finite(what: str, values: Tensor) -> None:
         raise ValueError(f"{what} holds NaN or infinity: the network has diverged; choose an earlier checkpoint")
 
 
+def _is_flat(values: Tensor) -> bool:
+    return float(values.max() - values.min()) < 1e-6
+
+
 def _check_map(what: str, values: Tensor) -> None:
     check_finite(what, values)
-    if float(values.max() - values.min()) < 1e-6:
+    if _is_flat(values):
         raise ValueError(
             f"{what} is {float(values.mean()):.3f} everywhere in every image, a map that shows nothing; "
             "choose other images, or a checkpoint that was trained longer"

@@ -21,7 +21,7 @@ from cbam_pl.models.network import NetworkConfig, check_trusted
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
 from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumable
-from cbam_pl.training.state import changed_settings, completed_epochs, run_conditions, upgrade
+from cbam_pl.training.state import changed_settings, completed_epochs, upgrade
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
@@ -193,10 +193,11 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
             f"{path} holds a network without the state of its training, so none can resume; start from its weights "
             f"with --model.weights {path} instead of --ckpt_path"
         )
+    optimization = checkpoint.get("optimization", {})  # its seed is the data's, too
     groups: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
         ("model", model.hparams, checkpoint["hyper_parameters"]),
         # Its own state, which the checkpoint restores, would otherwise win without a word.
-        ("model", model.optimization, checkpoint.get("optimization", model.optimization)),
+        ("model", model.optimization, {name: value for name, value in optimization.items() if name != "seed"}),
         ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
     )
     differing = [one for group, ours, saved in groups for one in changed_settings(f"{group}.", ours, saved)]
@@ -223,15 +224,3 @@ def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Cl
         if isinstance(callback, EarlyStopping) and state and checkpoint.get("stopped_early"):
             return f"{done}, where EarlyStopping ended it; train further without it"
     return ""
-
-
-def differences(checkpoint: dict[str, Any], trainer: Trainer, model: Classifier, batch_size: int) -> dict[str, str]:
-    """A line for each condition, by its name, that differs from those before, and may."""
-    here = run_conditions(trainer)
-    there = {name: checkpoint["run_conditions"].get(name, value) for name, value in here.items()}
-    before, now = (conditions["processes"] * batch_size for conditions in (there, here))
-    notes = {"processes": f"; a step takes {before} images there, {now} here"}
-    if model.schedule_spans_training:
-        notes |= dict.fromkeys(("max_epochs", "max_steps"), "; the schedule is stretched to its end")
-    changed = [name for name in here if there[name] != here[name]]
-    return {name: f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed}

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,9 +102,10 @@ class Classifier(LightningModule):
         if isinstance(attention, dict):  # as load_from_checkpoint gives it, and below
             attention = AttentionConfig(**attention)
         made_by = None if network is None else NetworkConfig(**network)
+        self._chosen_start = attention.start
         if attention.kind != "none" and attention.start is None:
             is_trained = weights is not None or (made_by is not None and made_by.has_weights)
-            start = start_of_trained(weights, attention.kind) if weights is not None else None
+            start = start_of_trained(weights, attention) if weights is not None else None
             attention = replace(attention, start=start or ("identity" if is_trained else "paper"))
         own: dict[str, Any] = {"stem": stem, "dropout": dropout, "width": width}
         self.replaced_layer = ""  # name of the linear layer that was replaced for the number of classes, if any
@@ -236,7 +238,7 @@ class Classifier(LightningModule):
         path, self.weights = self.weights, None
         if path is None:
             return ""
-        loaded, self.weights_data = load_weights(self.network, path)
+        loaded, self.weights_data = load_weights(self.network, path, self._chosen_start is not None)
         return loaded
 
     def _warn_of_seen_images(self) -> None:
@@ -331,6 +333,9 @@ class Classifier(LightningModule):
             if isinstance(factory, partial):
                 made = [factory.func, *factory.args][-1]  # jsonargparse puts functions of its own before the class
                 options = factory.keywords
+            if made is not None:
+                known = signature(made).parameters.values()
+                options = {one.name: one.default for one in known if one.default is not one.empty} | options
             settings[name] = getattr(made, "__name__", None)
             settings |= {f"{name}.{key}": _as_plain(value) for key, value in options.items()}
         return settings

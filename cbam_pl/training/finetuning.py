@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cbam_pl.attention import Start, is_attention
+from cbam_pl.attention import AttentionConfig, Start, is_attention
 from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.errors import UserError
 from cbam_pl.models.insertion import matching_modules
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 
-def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
+def load_weights(network: nn.Module, path: str, anew: bool = False) -> tuple[str, dict[str, Any]]:
     """Load what fits of a file of weights into `network`, and say what does not.
 
     A classifier for another number of classes is left at its start; so is what the file lacks, such as attention.
@@ -26,6 +27,7 @@ def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
         network: the network, attention included.
         path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, a checkpoint of this
             program, or a folder of weights. No code in it is run.
+        anew: whether the attention may begin anew where the file's is the same but for `start`, under other names.
 
     Returns:
         What was loaded, and the settings of the data that it was trained on, empty where the file does not have them.
@@ -48,10 +50,10 @@ def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
         found = "; ".join(sorted(differing)[:5]) or f"it has {_few(saved)}; the network has {_few(ours)}"
         raise ValueError(f"weights={path} are those of another network: {found}")
     attention = {f"{name}." for name, module in network.named_modules() if is_attention(module)}
-    if other := _other_start(network, saved):
+    if not anew and (other := _other_start(network, saved)):
         raise ValueError(
-            f"weights={path} have trained attention that began otherwise ({other}); to go on with it, give "
-            f"attention.start={'paper' if _identity_starts(network) else 'identity'}"
+            f"weights={path} have trained attention ({other}); give attention.start=paper to go on with it, or "
+            "attention.start=identity to begin anew"
         )
     network.load_state_dict(saved, strict=False)
     missing = [name for name in ours if name not in saved and not name.endswith("num_batches_tracked")]
@@ -66,15 +68,14 @@ def load_weights(network: nn.Module, path: str) -> tuple[str, dict[str, Any]]:
     return "; ".join(parts), data
 
 
-def start_of_trained(path: str, kind: str) -> Start | None:
-    """How the attention in a file of weights began, for a network that goes on with it; None if it has none of `kind`.
+def start_of_trained(path: str, attention: AttentionConfig) -> Start | None:
+    """How the attention in a file of weights began, if it is this but for `start`, so that a network can go on with it.
 
     Only a checkpoint or a folder of weights says so.
     """
     try:
-        content = _read_file(Path(path))
-        attention = content["hyper_parameters"]["attention"]
-        return (attention.get("start") or "paper") if attention["kind"] == kind else None
+        saved = AttentionConfig(**_read_file(Path(path))["hyper_parameters"]["attention"])
+        return (saved.start or "paper") if replace(saved, start=attention.start) == attention else None
     except (UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None  # load_weights says what is wrong with the file
 
@@ -114,22 +115,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, data if isinstance(data, dict) else {}
 
 
-def _identity_starts(network: nn.Module) -> list[str]:
-    return [name for name, module in network.named_modules() if isinstance(module, IdentityStart)]
-
-
 def _other_start(network: nn.Module, saved: Mapping[str, Tensor]) -> str:
-    """A weight in the file that is one of this network's attention, but for `start`, which gives it another name."""
-    starts = _identity_starts(network)
-    outer = starts or [name for name, module in network.named_modules() if is_attention(module)]
-    here, there = (".attention.", ".") if starts else (".", ".attention.")
-    wanted = {
-        name: f"{one}{there}{name.removeprefix(f'{one}{here}')}"
-        for one in reversed(outer)  # attention has parts that are attention, too: the outermost counts
-        for name in network.state_dict()
-        if name.startswith(f"{one}{here}")
-    }
-    return next((other for name, other in wanted.items() if other in saved and name not in saved), "")
+    """A weight in the file that is one of this network's attention, which has another name as the identity's part."""
+    starts = [name for name, module in network.named_modules() if isinstance(module, IdentityStart)]
+    for name, tensor in network.state_dict().items():
+        for start in starts:
+            other = name.replace(f"{start}.attention.", f"{start}.", 1)
+            if other != name and other in saved and saved[other].shape == tensor.shape:
+                return other
+    return ""
 
 
 def _few(names: Any, count: int = 3) -> str:

@@ -125,6 +125,7 @@ class TrainingState(Callback):
         self._resumed = resumed
         self._all_batches_done = False  # of the interrupted epoch, of which the validation alone is left
         self._interrupted: dict[str, Any] = {}
+        self._changes: list[str] = []
 
     def total_steps(self, trainer: Trainer) -> int | float:
         """Optimizer steps of the whole training, for a schedule over all of it."""
@@ -145,12 +146,15 @@ class TrainingState(Callback):
         self._resumed = checkpoint
         if not trainer.training:
             return
-        ours = cast("Classifier", pl_module).optimization
-        if changed := changed_settings("", ours, checkpoint.get("optimization", ours)):
+        classifier = cast("Classifier", pl_module)
+        ours = {"seed": classifier.seed, **classifier.optimization}
+        saved = checkpoint.get("optimization", {})
+        if changed := changed_settings("", ours, {name: saved[name] for name in ours.keys() & saved.keys()}):
             raise UserError(
                 f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to Classifier or "
                 "load_from_checkpoint"
             )
+        self._changes = lasting_changes(checkpoint, trainer, classifier)
         loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         if _is_interrupted(checkpoint):
@@ -167,7 +171,7 @@ class TrainingState(Callback):
             completed = loader["batches_done"] + progress["completed"] - progress["ready"]
             progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
             progress["completed"] = completed
-        if cast("Classifier", pl_module).schedule_spans_training:
+        if classifier.schedule_spans_training:
             for state in checkpoint["lr_schedulers"]:
                 for name in ("total_steps", "_schedule_phases"):  # the schedule just built has the new ones
                     state.pop(name, None)
@@ -208,7 +212,8 @@ class TrainingState(Callback):
             "saved_at": time.time(),  # all that was logged up to now is on the disk
             "stopped_early": trainer.should_stop and not out_of_time,
             "run_conditions": run_conditions(trainer),
-            "optimization": classifier.optimization,
+            "changes": self._changes,
+            "optimization": {"seed": classifier.seed, **classifier.optimization},
             "figures": figures,
             "interrupted_epoch": {"lr": classifier.epoch_lr, "sums": classifier.train_metric.sums()},
         }
@@ -238,11 +243,12 @@ def _loader_state(checkpoint: dict[str, Any]) -> dict[str, int]:
 def changed_settings(prefix: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """A text for each setting that a checkpoint has otherwise."""
     changed = []
-    for name in sorted(ours.keys() | saved.keys()):
+    for name in sorted(saved.keys() - {"root"}):
         owner = name.partition(".")[0]
         if owner != name and ours.get(owner) != saved.get(owner):
             continue  # another optimizer has other options, of course
-        if name != "root" and name in saved and ours.get(name) != saved[name]:
+        here, there = (tuple(one) if isinstance(one, list) else one for one in (ours.get(name), saved[name]))
+        if here != there:
             changed.append(f"{prefix}{name} ({saved[name]} there, {ours.get(name)} here)")
     return changed
 
@@ -254,6 +260,31 @@ def run_conditions(trainer: Trainer) -> dict[str, Any]:
              "check_val_every_n_epoch")  # fmt: skip
     values = {name: getattr(trainer, name) for name in names}
     return {"processes": trainer.world_size, **{n: v.value if isinstance(v, Enum) else v for n, v in values.items()}}
+
+
+def differences(
+    checkpoint: Mapping[str, Any], trainer: Trainer, model: "Classifier", batch_size: int | None = None
+) -> dict[str, str]:
+    """A text for each condition, by its name, that differs from those before, and may."""
+    here = run_conditions(trainer)
+    there = {name: checkpoint["run_conditions"].get(name, value) for name, value in here.items()}
+    notes = {}
+    if batch_size is not None:
+        before, now = (conditions["processes"] * batch_size for conditions in (there, here))
+        notes["processes"] = f"; a step takes {before} images there, {now} here"
+    if model.schedule_spans_training:
+        notes |= dict.fromkeys(("max_epochs", "max_steps"), "; the schedule is stretched to its end")
+    changed = [name for name in here if there[name] != here[name]]
+    return {name: f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed}
+
+
+def lasting_changes(checkpoint: Mapping[str, Any], trainer: Trainer, model: "Classifier") -> list[str]:
+    """What this resume and earlier ones changed, a text each, where the result is then not that of the settings."""
+    changed = differences(checkpoint, trainer, model)
+    if not model.schedule_spans_training:  # more of the same is what one training would have done
+        changed = {name: text for name, text in changed.items() if name not in ("max_epochs", "max_steps")}
+    epochs = completed_epochs(checkpoint)
+    return [*checkpoint.get("changes", []), *(f"after {epochs} epochs, {text}" for text in changed.values())]
 
 
 def completed_epochs(checkpoint: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ def test_fit_writes_the_files_of_a_run(trained):
 def test_fit_writes_the_tags_at_their_steps(trained):
     root, _ = trained
     logged = scalars(root / "logs/tiny/version_0")
-    gates = {tag for tag in logged if tag.startswith("val_gates/")}  # tests/inspect/test_monitor.py holds them to their values
+    gates = {tag for tag in logged if tag.startswith("val_gates/")}  # see inspect/test_monitor.py
     assert set(logged) - gates == {"train/loss_step", "train/loss", "train/acc", "val/loss", "val/acc", "lr"}
     assert [step for step, _ in logged["train/loss_step"]] == list(range(1, 13))  # 84 images are 6 batches of 16
     for tag in ("train/loss", "train/acc", "val/loss", "val/acc", "lr"):

@@ -110,7 +110,7 @@ def test_a_measurement_that_is_stopped_goes_on_where_it_was(commit, trained, com
     monkeypatch.setattr(robustness, "corrupt", stop_at_contrast)
     monkeypatch.setattr(environment, "commit", lambda: commit)
     assert command("test", *words).status == 130
-    assert list(json.loads(file.read_text())["accuracy"]) == ["fog"]
+    assert not file.exists()
     measured.clear()
     measured.append("contrast")  # no stop this time
     outcome = command("test", *words)
@@ -118,6 +118,7 @@ def test_a_measurement_that_is_stopped_goes_on_where_it_was(commit, trained, com
     # A program that was changed may measure otherwise.
     assert ("fog" in measured) == commit.endswith("-dirty")
     assert ("measured before" in outcome.err) == (not commit.endswith("-dirty"))
+    assert not file.with_name("robustness.partial.json").exists()
     whole = json.loads(file.read_text())
     assert {name: list(row) for name, row in whole["accuracy"].items()} == {"fog": ["1", "2"], "contrast": ["1", "2"]}
     assert whole["mean"] == means(whole["accuracy"])
@@ -199,3 +200,18 @@ def test_two_processes_measure_what_one_does(trained, tmp_path):
         accuracies.append(json.loads((root / "logs/tiny/version_0/robustness.json").read_text())["accuracy"])
     assert accuracies[0] == accuracies[1]
     assert any(value < 1 for row in accuracies[0].values() for value in row.values())
+
+
+def test_corruptions_are_measured_again_on_other_images(trained, command, tmp_path, monkeypatch):
+    root, corrupted = shutil.copytree(trained[0], tmp_path / "run"), []
+    corrupt = robustness.corrupt
+    monkeypatch.setattr(robustness, "corrupt", lambda *given: (corrupted.append(given[1]), corrupt(*given))[1])
+    monkeypatch.setattr(environment, "commit", lambda: "abc")
+    words = ["test", "--trainer.default_root_dir", root, "--severities", 1, "--corruptions", "fog"]
+    file = root / "logs/tiny/version_0/robustness.json"
+    for change, measured in ({}, True), ({}, False), ({"images": 20}, True), ({"test/acc": 0.1}, True):
+        if change:
+            file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        corrupted.clear()
+        assert command(*words).status == 0
+        assert bool(corrupted) == measured

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -247,14 +248,24 @@ def test_a_map_that_is_not_finite_is_an_error(bad):
 
 def test_a_blank_map_is_an_error():
     blank, images, logits = torch.full((2, 4, 4), 0.5), images_of(2), torch.zeros(2, 5)
-    with pytest.raises(ValueError, match=r"the spatial gate of block is 0\.500 everywhere in every image"):
-        draw_attention(images, {"block": AttentionMaps(None, blank)}, "")
     with pytest.raises(ValueError, match=r"Grad-CAM is 0\.000 everywhere in every image"):
         draw_grad_cam(images, torch.zeros(2, 32, 32), {}, "")
     with pytest.raises(ValueError, match=r"the output of block is 0\.500 everywhere"):
         draw_features(images, FeatureMaps(logits, {"block": blank[:, None]}, blank[:, None]), "")
     with pytest.raises(ValueError, match="the last convolution's output is"):
         draw_heat_maps(images, FeatureMaps(logits, {}, blank[:, None]), "")
+
+
+def test_a_blank_gate_says_so_beside_the_others():
+    blank, map_ = torch.full((2, 4, 4), 0.5), torch.rand(2, 4, 4)
+    gates = {"dead": AttentionMaps(None, blank), "alive": AttentionMaps(None, map_)}
+    for draw in (draw_attention, partial(_draw_cam, cams=torch.rand(2, 32, 32))):
+        titles = {axes.get_title(loc="left") for axes in draw(images_of(2), gates, "").axes}
+        assert {"dead\n4×4, 0.500 everywhere", "alive\n4×4"} <= titles
+
+
+def _draw_cam(images, gates, title, cams):
+    return draw_grad_cam(images, cams, gates, title)
 
 
 @pytest.mark.parametrize(

@@ -238,3 +238,13 @@ def test_half_precision_is_averaged_in_float32_and_rows_have_one_line_ending(com
     for row in rows(tmp_path):
         loss = torch.tensor(float(row["val/loss"]), dtype=torch.float64)
         assert loss != loss.bfloat16().double()
+
+
+def test_more_steps_stretch_the_schedule_and_that_is_noted(command, recipe, tmp_path):
+    assert command(*fit(recipe, tmp_path, *ONE_CYCLE, "--trainer.max_steps", 5)).status == 0
+    outcome = command(*fit(recipe, tmp_path, *ONE_CYCLE, "--ckpt_path", "last"))
+    change = "max_steps: 5 there, -1 here; the schedule is stretched to its end"
+    assert f"differs      {change}\n" in outcome.out
+    config = tmp_path / "logs" / RUN / "config.yaml"
+    assert config.read_text().startswith(f"# resumed after 1 epochs, {change}\n")
+    assert checkpoint(tmp_path)["changes"] == [f"after 1 epochs, {change}"]

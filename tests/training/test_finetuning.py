@@ -1,6 +1,7 @@
 """Weights from a file, frozen modules, and learning rates by module."""
 
 import os
+import shutil
 import warnings
 from functools import partial
 
@@ -244,14 +245,33 @@ def test_trained_attention_goes_on_where_it_was(start, trained, image_folder, tm
     model.load_weights()
     assert_equal(dict(model.state_dict()), dict(other.state_dict()))
     # Other attention has nothing to go on with.
-    assert Classifier(3, attention=AttentionConfig("se"), weights=str(path)).hparams["attention"]["start"] == "identity"
+    for config in (
+        AttentionConfig("se"),
+        AttentionConfig("cbam", reduction=8),
+        AttentionConfig("cbam", order="parallel"),
+    ):
+        model = Classifier(3, attention=config, weights=str(path))
+        assert model.hparams["attention"]["start"] == "identity"
 
-    torch.save(other.network.state_dict(), path)  # which does not say how it began
-    model = Classifier(3, attention=AttentionConfig("cbam", start=_other(start)), weights=str(path))
-    message = rf"^weights=\S+ have trained attention that began otherwise \(blocks.*; .* give attention.start={start}$"
+
+def test_trained_attention_is_not_dropped_without_a_word(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(Classifier(3).network.state_dict(), path)  # which does not say how it began
+    message = (
+        r"^weights=\S+ have trained attention \(blocks.0.*\); give attention.start=paper to go on with it, or .*anew$"
+    )
     with pytest.raises(ValueError, match=message):
-        model.load_weights()
+        Classifier(3, weights=str(path)).load_weights()
+    for start, loaded in (("paper", 34), ("identity", 25)):
+        model = Classifier(3, attention=AttentionConfig("cbam", start=start), weights=str(path))
+        assert model.load_weights().startswith(f"{loaded} of ")
 
 
-def _other(start):
-    return "identity" if start == "paper" else "paper"
+def test_a_fine_tuning_resumes_without_its_file_of_weights(trained, command, recipe, tmp_path):
+    weights = shutil.copy(trained[0] / "checkpoints" / RUN / "best.ckpt", tmp_path / "weights.ckpt")
+    words = ["fit", "--config", recipe, "--trainer.default_root_dir", tmp_path, "--model.weights", weights]
+    assert command(*words, "--trainer.max_epochs", 1).status == 0
+    assert checkpoint(tmp_path)["hyper_parameters"]["attention"]["start"] == "paper"
+    weights.unlink()
+    outcome = command(*words, "--ckpt_path", "last")
+    assert outcome.status == 0, outcome.err

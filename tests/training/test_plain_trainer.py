@@ -198,3 +198,18 @@ def test_a_classifier_can_be_copied_while_it_trains(image_folder, tmp_path):
     keep = Keep()
     trainer(tmp_path, "a", keep, max_epochs=1).fit(model, data)
     assert_equal(dict(keep.best.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_resume_by_other_words_for_the_same_is_accepted_and_another_seed_is_not(image_folder, tmp_path, trained):
+    data = ImageDataModule("folder", str(image_folder), batch_size=16, seed=3, augmentation="rich")
+    best = trained[0] / "checkpoints/tiny/version_0/best.ckpt"
+    given = {
+        "optimizer": partial(torch.optim.Adam, lr=0.002, fused=True, betas=[0.9, 0.999]),
+        "lr_scheduler": partial(torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0),
+    }
+    again = Classifier.load_from_checkpoint(best, **given, seed=3)
+    trainer(tmp_path, "a", max_epochs=3, enable_checkpointing=False).fit(again, data, ckpt_path=best)
+    other = Classifier.load_from_checkpoint(best, **given)
+    with pytest.raises(UserError, match=r"other settings: seed \(3 there, 0 here\); give the same"):
+        trainer(tmp_path, "b", max_epochs=3, enable_checkpointing=False).fit(other, data, ckpt_path=best)

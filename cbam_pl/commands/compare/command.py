@@ -24,6 +24,7 @@ from cbam_pl.commands.compare.jobs import (
     failure_of,
     find,
     jobs_of,
+    left_out,
     read_epochs,
     start_locally,
     start_on_ray,
@@ -49,6 +50,8 @@ def compare(arguments: list[str]) -> None:
         for control in plan.controls:
             print(control_line(control, plan))
     jobs = jobs_of(plan)
+    for line in (line for job in jobs for line in left_out(job)):
+        print(line)
     if options.dry_run:
         plan.claim_output(dry_run=True)
         _print_estimate(plan, options.jobs)

@@ -100,10 +100,10 @@ def describe(control: Control, plan: Plan) -> dict[str, Any]:
     texts = [f"{value:,.0f} parameters" if control.cost == "parameters" else _step(value) for value in (recipe, own)]
     if control.means == "epochs":
         both = [plan.configs[name] for name in (control.recipe, control.name)]
-        unit = "epochs" if both[0].get("trainer.max_steps", -1) < 0 else "steps"
-        lengths = [settings[f"trainer.max_{unit}"] for settings in both]
-        texts = [f"{length:,} {unit}, {text}" for length, text in zip(lengths, texts, strict=True)]
-        recipe, own = recipe * lengths[0], own * lengths[1]
+        epochs, steps = ([settings.get(f"trainer.max_{unit}", -1) for settings in both] for unit in ("epochs", "steps"))
+        limits = ["" if limit < 0 else f" or {limit:,} steps" for limit in steps]
+        texts = [f"{count} epochs{limit}, {text}" for count, limit, text in zip(epochs, limits, texts, strict=True)]
+        recipe, own = recipe * epochs[0], own * epochs[1]
     excess = own / recipe - 1
     note, names = None, [plan.labels[name] for name in (control.name, control.recipe)]
     if control.cost == "time" and abs(excess) > TOLERANCE:

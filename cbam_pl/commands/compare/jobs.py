@@ -111,26 +111,36 @@ def begun_last(job: Job) -> Run | None:
 
 
 def runs_of(job: Job) -> list[Run]:
-    """The runs with the job's settings, whoever started them, the oldest first."""
+    """The runs with the job's settings, whoever started them, the oldest first; without those that a resume changed."""
+    return [run for run, change in _runs_with_changes(job) if not change]
+
+
+def left_out(job: Job) -> list[str]:
+    """A line for each run that has the job's settings, but not their result, since a resume changed it."""
+    return [f"{run.logs} is left out: {change}" for run, change in _runs_with_changes(job) if change]
+
+
+def _runs_with_changes(job: Job) -> list[tuple[Run, str]]:
     runs = []
     for file in (job.root / "logs" / job.name).glob("version_*/config.yaml"):
         number = file.parent.name.removeprefix("version_")
         with suppress(OSError):  # deleted at this moment
-            saved = _saved_settings(file, file.stat().st_mtime_ns)
+            saved, change = _read_config(file, file.stat().st_mtime_ns)
             if number.isdigit() and same_settings(saved, job.settings, job.defaults):
-                runs.append(Run(job.root, job.name, int(number)))
-    return sorted(runs, key=lambda run: run.version)
+                runs.append((Run(job.root, job.name, int(number)), change))
+    return sorted(runs, key=lambda one: one[0].version)
 
 
 @cache
-def _saved_settings(file: Path, written: int) -> dict[str, Any]:
+def _read_config(file: Path, written: int) -> tuple[dict[str, Any], str]:
+    """The settings of a run by dotted key, and the first thing that a resume changed, if any."""
     try:
         text = file.read_text()
         content = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
-        return {}
-    # A run that a resume has changed has not the result of these settings.
-    return flatten(content) if isinstance(content, dict) and not text.startswith(RESUMED) else {}
+        return {}, ""
+    change = text.partition("\n")[0].removeprefix("# ") if text.startswith(RESUMED) else ""
+    return flatten(content) if isinstance(content, dict) else {}, change
 
 
 def _state(run: Run, job: Job) -> State:

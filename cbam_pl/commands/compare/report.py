@@ -351,7 +351,8 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
     data, steps = settings.get("data.dataset"), settings.get("trainer.max_steps", -1)
     known = {
         "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
-        **({"steps": steps} if steps >= 0 else {"epochs": settings.get("trainer.max_epochs")}),
+        "epochs": settings.get("trainer.max_epochs"),
+        **({"steps": f"at most {steps:,}"} if steps >= 0 else {}),
         "seeds": " ".join(map(str, plan.seeds)),
         "tested on": first["device"],
         **{name: first[name] for name in ("versions", "commit")},

@@ -19,7 +19,16 @@ from filelock import FileLock
 
 from cbam_pl.commands.compare import jobs as jobs_module
 from cbam_pl.commands.compare.command import watch
-from cbam_pl.commands.compare.jobs import STOPPED, begun_last, environments, find, jobs_of, run_job, start_locally
+from cbam_pl.commands.compare.jobs import (
+    STOPPED,
+    begun_last,
+    environments,
+    find,
+    jobs_of,
+    left_out,
+    run_job,
+    start_locally,
+)
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.commands.compare.report import read_results
 from cbam_pl.data.datamodule import ImageDataModule
@@ -173,6 +182,8 @@ def test_a_run_that_a_resume_changed_is_another(compared, recipes, tmp_path):
     assert find(job)[0] == "done"
     config.write_text(f"# resumed after 1 epochs, max_epochs: 1 there, 2 here\n{config.read_text()}")
     assert find(job) == ("new", None)
+    (line,) = left_out(job)
+    assert line.endswith("none/version_0 is left out: resumed after 1 epochs, max_epochs: 1 there, 2 here")
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_only_tested(compared, recipes, tmp_path):
