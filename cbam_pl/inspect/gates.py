@@ -94,7 +94,7 @@ def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
     """
     network = unwrap(network)
     example = as_input(images[:1], network)
-    layers = {**_convolution_blocks(network, example), "": last_activation(network, example)}
+    layers = {**convolution_blocks(network, example), "": last_activation(network, example)}
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
@@ -184,15 +184,24 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
     )
 
 
-def _convolution_blocks(network: nn.Module, example: Tensor) -> dict[str, nn.Module]:
+def convolution_blocks(network: nn.Module, example: Tensor, single: bool = False) -> dict[str, nn.Module]:
+    """The blocks of a network for example (1, 3, H, W), by name, the first to end first.
+
+    In networks that are not of cbam_pl.models, the top-level modules that give maps (with `single` also those of one
+    position), or where one module holds all of them, those in it.
+    """
     if isinstance(network, CNN):
         return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
         blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
         return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
-    names, prefix = _maps(network, example), ""
+    names, prefix = list(map_shapes(network, example)) if single else _maps(network, example), ""
     while True:
         inside = [name for name in names if name.startswith(prefix) and "." not in name[len(prefix) :]]
+        tops = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+        if not inside and len(tops) == 1:
+            prefix += f"{tops.pop()}."  # one that holds all of them, and gives no map itself
+            continue
         if len(inside) != 1 or not any(name.startswith(f"{inside[0]}.") for name in names):
             return {name: network.get_submodule(name) for name in inside or names[-1:]}
         prefix = f"{inside[0]}."
@@ -205,7 +214,7 @@ def last_activation(network: nn.Module, example: Tensor) -> nn.Module:
     """
     if not isinstance(network, (CNN, ResNet)):
         return network.get_submodule(_maps(network, example)[-1])
-    block = list(_convolution_blocks(network, example).values())[-1]
+    block = list(convolution_blocks(network, example).values())[-1]
     return block.get_submodule("relu") if isinstance(network, CNN) else block
 
 

@@ -1,7 +1,7 @@
 """Do the maps depend on what the network has learned? The cascading randomisation of its layers."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import attention_maps, feature_maps, unwrap
+from cbam_pl.inspect.gates import as_input, attention_maps, convolution_blocks, evaluation_mode, feature_maps, unwrap
 from cbam_pl.inspect.scores import grad_cam
 
 
@@ -32,7 +32,9 @@ def cascading_randomisation(
     A map that hardly changes does not show what the network has learned. Source: Adebayo et al., "Sanity Checks for
     Saliency Maps", NeurIPS 2018, arXiv:1810.03292, section 3.1. A step re-initialises one more convolution block, with
     its attention, by PyTorch's `reset_parameters` of its layers, batch norm with its statistics; the first step is the
-    classifier. Grad-CAM is of the class that the unchanged network predicts. `network` stays as it is.
+    classifier, all that runs after the blocks. In a network that is not of cbam_pl.models the last step, "the rest", is
+    what else runs before and between them. Weights that no `reset_parameters` resets stay. Grad-CAM is of the class
+    that the unchanged network predicts. `network` stays as it is.
 
     Args:
         network: one that feature_maps takes.
@@ -48,8 +50,10 @@ def cascading_randomisation(
         of which there are as many as `compared` says, and None where there is none.
     """
     network = unwrap(network)
-    found = feature_maps(network, images[:1]).blocks
-    blocks = [name for name in found if network.get_submodule(name).state_dict()]  # those with weights
+    found = convolution_blocks(network, as_input(images[:1], network), single=True)
+    groups = {name: [name] for name, block in found.items() if block.state_dict()}  # those with weights
+    if between := _weights_between(network, images[:1], list(groups)):
+        groups = {"the rest": between, **groups}
     fresh = copy.deepcopy(network).cpu()  # on the CPU, so that a seed gives the same weights everywhere
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -62,10 +66,11 @@ def cascading_randomisation(
     before = [_maps(network, *batch, layer) for batch in zip(batches, classes, strict=True)]
     spearman: dict[str, list[float | None]] = {name: [] for name in before[0]}
     compared: dict[str, list[int]] = {name: [] for name in spearman}
-    for count in range(len(blocks), -1, -1):  # blocks that keep their weights
+    trained, names = network.state_dict(), list(groups)
+    for count in range(len(names), -1, -1):  # groups that keep their weights
         changed.load_state_dict(fresh.state_dict())
-        for name in blocks[:count]:
-            changed.get_submodule(name).load_state_dict(network.get_submodule(name).state_dict())
+        kept = tuple(f"{one}." for name in names[:count] for one in groups[name])
+        changed.load_state_dict({key: one for key, one in trained.items() if key.startswith(kept)}, strict=False)
         after = [_maps(changed, *batch, layer) for batch in zip(batches, classes, strict=True)]
         for name, values in spearman.items():
             parts = [rank_correlation(*(maps[name] for maps in pair)) for pair in zip(before, after, strict=True)]
@@ -73,8 +78,31 @@ def cascading_randomisation(
             known = known[~np.isnan(known)]
             values.append(float(known.mean()) if len(known) else None)
             compared[name].append(len(known))
-    layers = ["classifier", *blocks[::-1]]
+    layers = ["classifier", *names[::-1]]
     return {"images": len(images), "seed": seed, "layers": layers, "spearman": spearman, "compared": compared}
+
+
+def _weights_between(network: nn.Module, example: Tensor, blocks: Sequence[str]) -> list[str]:
+    """The modules without children outside of the blocks that run before the last block: they are no classifier."""
+    inside = tuple(f"{name}." for name in blocks)
+    others = [
+        name
+        for name, module in network.named_modules()
+        if not f"{name}.".startswith(inside) and module.state_dict() and not list(module.children())
+    ]
+    ran: list[str] = []
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name in [*others, *blocks[-1:]]
+    ]
+    try:
+        with evaluation_mode(network), torch.no_grad():
+            network(as_input(example, network))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    before = ran[: ran.index(blocks[-1])] if blocks else []
+    return [name for name in others if name in before]
 
 
 def _maps(network: nn.Module, images: Tensor, classes: Tensor, layer: str | None) -> Mapping[str, Tensor]:

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch import nn
 
+from cbam_pl.inspect import randomisation
 from cbam_pl.inspect.gates import attention_maps, feature_maps
 from cbam_pl.inspect.randomisation import cascading_randomisation, rank_correlation
 from cbam_pl.inspect.scores import grad_cam
@@ -63,3 +65,45 @@ def test_each_step_is_the_network_with_fresh_layers_at_the_top():
     for name, one, other in zip(("Grad-CAM", "stages.2.0"), maps, others, strict=True):
         values = rank_correlation(one, other)
         assert result["spearman"][name][step] == pytest.approx(values[~np.isnan(values)].mean(), abs=1e-6)
+
+
+class Backbone(nn.Module):
+    """Convolutions, one of them inside a list, which gives no map itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.between = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.last(torch.relu(self.between[0](torch.relu(self.first(x)))))).mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Backbone(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.backbone(x)))
+
+
+@pytest.mark.parametrize(("network", "prefix"), [(Backbone, ""), (Wrapped, "backbone.")])
+def test_a_network_of_another_keeps_what_runs_before_its_last_block(network, prefix, monkeypatch):
+    torch.manual_seed(1)
+    trained, seen = network(), []
+
+    def note(changed, *_):
+        seen.append({name for name, tensor in changed.state_dict().items() if not torch.equal(tensor, whole[name])})
+        return {"Grad-CAM": torch.rand(2, 4, 4)}
+
+    whole = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    monkeypatch.setattr(randomisation, "_maps", note)
+    found = cascading_randomisation(trained, torch.rand(2, 3, 16, 16))
+    assert found["layers"] == ["classifier", f"{prefix}last", f"{prefix}first", "the rest"]
+    heads = {name for name in whole if "head" in name}
+    last, first, between = (
+        {f"{prefix}{name}.{kind}" for kind in ("weight", "bias")} for name in ("last", "first", "between.0")
+    )
+    assert seen == [set(), heads, heads | last, heads | last | first, heads | last | first | between]
