@@ -50,9 +50,10 @@ def fit(options: list[str]) -> None:
     path, checkpoint, run = None, None, None
     if settings.ckpt_path is not None:
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
-        if (attention := values.model.attention).start is None:  # the file of weights may be gone
-            start = checkpoint["hyper_parameters"]["attention"].get("start")
-            values.model.attention = replace(attention, start=start)
+        attention, saved = values.model.attention, checkpoint["hyper_parameters"]["attention"]
+        if attention.start is None and attention.kind == saved["kind"]:  # its file of weights may be gone
+            with as_user_error():
+                values.model.attention = replace(attention, start=saved.get("start"))
     with as_user_error():
         seed_everything(settings.seed, verbose=False)
         model, data = make_training(values, settings.seed)

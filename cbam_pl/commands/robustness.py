@@ -5,7 +5,7 @@ import difflib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -175,14 +175,16 @@ def measure_robustness(
             progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
             record |= {"accuracy": {name: row for name, row in accuracies.items() if row}, "seconds": seconds}
             if logs is not None and trainer.is_global_zero:
-                with suppress(OSError), atomic_write(logs / _UNFINISHED) as stream:  # the others wait for this process
+                wait = suppress(OSError) if trainer.world_size > 1 else nullcontext()  # for which the others would wait
+                with wait, atomic_write(logs / _UNFINISHED) as stream:
                     stream.write(json.dumps(record).encode())
     if not trainer.is_global_zero:
         return
-    if logs is not None:
-        _write(logs, _with_earlier(record, earlier))
-        (logs / _UNFINISHED).unlink(missing_ok=True)
     _print(record)
+    if logs is not None:
+        with running(logs):
+            _write(logs, _with_earlier(record, earlier))
+            (logs / _UNFINISHED).unlink(missing_ok=True)
 
 
 def _write(logs: Path, record: dict[str, Any]) -> None:

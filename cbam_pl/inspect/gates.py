@@ -184,18 +184,18 @@ def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
     )
 
 
-def convolution_blocks(network: nn.Module, example: Tensor, single: bool = False) -> dict[str, nn.Module]:
+def convolution_blocks(network: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     """The blocks of a network for example (1, 3, H, W), by name, the first to end first.
 
-    In networks that are not of cbam_pl.models, the top-level modules that give maps (with `single` also those of one
-    position), or where one module holds all of them, those in it.
+    In networks that are not of cbam_pl.models, the top-level modules that give maps, or where one module holds all of
+    them, those in it.
     """
     if isinstance(network, CNN):
         return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
         blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
         return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
-    names, prefix = list(map_shapes(network, example)) if single else _maps(network, example), ""
+    names, prefix = _maps(network, example), ""
     while True:
         inside = [name for name in names if name.startswith(prefix) and "." not in name[len(prefix) :]]
         tops = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}

@@ -9,8 +9,19 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from cbam_pl.inspect.gates import as_input, attention_maps, convolution_blocks, evaluation_mode, feature_maps, unwrap
+from cbam_pl.inspect.gates import (
+    as_input,
+    attention_maps,
+    convolution_blocks,
+    evaluation_mode,
+    feature_maps,
+    last_activation,
+    unwrap,
+)
 from cbam_pl.inspect.scores import grad_cam
+from cbam_pl.models.cnn import CNN
+from cbam_pl.models.insertion import map_shapes
+from cbam_pl.models.resnet import ResNet
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
@@ -44,16 +55,16 @@ def cascading_randomisation(
         layer: of Grad-CAM, by default its own.
 
     Returns:
-        `images`, N; `seed`; `layers`, in the order in which they are re-initialised; `spearman`: Grad-CAM and each
-        block with a spatial gate → after each step the mean rank correlation with the unchanged network's map; it is
-        over the images where neither of the two maps is constant (Grad-CAM is zero where nothing speaks for the class),
-        of which there are as many as `compared` says, and None where there is none.
+        `images`, N; `seed`; `layer`, of Grad-CAM; `layers`, in the order in which they are re-initialised; `spearman`:
+        Grad-CAM and each block with a spatial gate → after each step the mean rank correlation with the unchanged
+        network's map; it is over the images where neither of the two maps is constant (Grad-CAM is zero where nothing
+        speaks for the class), of which there are as many as `compared` says, and None where there is none.
     """
     network = unwrap(network)
-    found = convolution_blocks(network, as_input(images[:1], network), single=True)
-    groups = {name: [name] for name, block in found.items() if block.state_dict()}  # those with weights
-    if between := _weights_between(network, images[:1], list(groups)):
-        groups = {"the rest": between, **groups}
+    example = as_input(images[:1], network)
+    groups = _groups(network, example)
+    target = last_activation(network, example)
+    layer_name = layer or next(name for name, module in network.named_modules() if module is target)
     fresh = copy.deepcopy(network).cpu()  # on the CPU, so that a seed gives the same weights everywhere
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -68,9 +79,9 @@ def cascading_randomisation(
     compared: dict[str, list[int]] = {name: [] for name in spearman}
     trained, names = network.state_dict(), list(groups)
     for count in range(len(names), -1, -1):  # groups that keep their weights
-        changed.load_state_dict(fresh.state_dict())
-        kept = tuple(f"{one}." for name in names[:count] for one in groups[name])
-        changed.load_state_dict({key: one for key, one in trained.items() if key.startswith(kept)}, strict=False)
+        state = fresh.state_dict()
+        state.update({key: trained[key] for name in names[:count] for key in groups[name]})
+        changed.load_state_dict(state)
         after = [_maps(changed, *batch, layer) for batch in zip(batches, classes, strict=True)]
         for name, values in spearman.items():
             parts = [rank_correlation(*(maps[name] for maps in pair)) for pair in zip(before, after, strict=True)]
@@ -79,30 +90,55 @@ def cascading_randomisation(
             values.append(float(known.mean()) if len(known) else None)
             compared[name].append(len(known))
     layers = ["classifier", *names[::-1]]
-    return {"images": len(images), "seed": seed, "layers": layers, "spearman": spearman, "compared": compared}
+    found = {"images": len(images), "seed": seed, "layer": layer_name, "layers": layers}
+    return found | {"spearman": spearman, "compared": compared}
 
 
-def _weights_between(network: nn.Module, example: Tensor, blocks: Sequence[str]) -> list[str]:
-    """The modules without children outside of the blocks that run before the last block: they are no classifier."""
-    inside = tuple(f"{name}." for name in blocks)
-    others = [
-        name
-        for name, module in network.named_modules()
-        if not f"{name}.".startswith(inside) and module.state_dict() and not list(module.children())
-    ]
-    ran: list[str] = []
+def _groups(network: nn.Module, example: Tensor) -> dict[str, list[str]]:
+    """Keys of the weights that each step but the first re-initialises, by its name, the lowest first.
+
+    Blocks are those of cbam_pl.models, or the outermost modules with weights that give maps (of any size), but for the
+    one that holds the classifier; where there is one alone, those in it.
+    """
+    keys = list(network.state_dict())
+    if isinstance(network, (CNN, ResNet)):
+        blocks = list(convolution_blocks(network, example))
+        return {name: [key for key in keys if key.startswith(f"{name}.")] for name in blocks}
+    started = _started(network, example)
+    classifier = max(keys, key=lambda key: started[key.rpartition(".")[0]])
+    found = [name for name in map_shapes(network, example) if not f"{classifier}.".startswith(f"{name}.")]
+    found = [name for name in found if network.get_submodule(name).state_dict()]
+    blocks = _outermost(found)
+    while len(blocks) == 1 and (inside := _outermost([name for name in found if name.startswith(f"{blocks[0]}.")])):
+        blocks = inside
+    groups = {name: [key for key in keys if key.startswith(f"{name}.")] for name in blocks}
+    last = max((started[key.rpartition(".")[0]] for own in groups.values() for key in own), default=-1)
+    others = set(keys).difference(*groups.values())
+    rest = [key for key in keys if key in others and started[key.rpartition(".")[0]] <= last]
+    return ({"the rest": rest} if rest else {}) | groups
+
+
+def _outermost(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _started(network: nn.Module, example: Tensor) -> dict[str, int]:
+    """When each module first ran, by its name; one whose weights another uses, when that ran."""
+    order: list[str] = []
+    named = dict(network.named_modules())
     hooks = [
-        network.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name in [*others, *blocks[-1:]]
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, module in named.items()
     ]
     try:
         with evaluation_mode(network), torch.no_grad():
-            network(as_input(example, network))
+            network(example)
     finally:
         for hook in hooks:
             hook.remove()
-    before = ran[: ran.index(blocks[-1])] if blocks else []
-    return [name for name in others if name in before]
+    started = {name: place for place, name in reversed(list(enumerate(order)))}
+    for name in named:  # parents first
+        started.setdefault(name, started.get(name.rpartition(".")[0], 0))
+    return started
 
 
 def _maps(network: nn.Module, images: Tensor, classes: Tensor, layer: str | None) -> Mapping[str, Tensor]:

@@ -47,8 +47,9 @@ def print_randomisation(randomisation: Mapping[str, Any]) -> None:
     layers = randomisation["layers"]
     rows = []
     for name, values in randomisation["spearman"].items():
-        within = (step for step, layer in enumerate(layers) if f"{name}.".startswith(f"{layer}."))
-        own = min(next(within, 1), len(layers) - 1)  # Grad-CAM is of the last block's activations
+        place = randomisation["layer"] if name == "Grad-CAM" else name
+        within = (step for step, layer in enumerate(layers) if f"{place}.".startswith(f"{layer}."))
+        own = next(within, len(layers) - 1)
         rows.append([name, *("-" if values[step] is None else f"{values[step]:.2f}" for step in (0, own, -1))])
     print_table(["map", "classifier", "to its block", "all layers"], rows)
     print(

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -238,7 +239,8 @@ class Classifier(LightningModule):
         path, self.weights = self.weights, None
         if path is None:
             return ""
-        loaded, self.weights_data = load_weights(self.network, path, self._chosen_start is not None)
+        attention = AttentionConfig(**self.hparams["attention"])
+        loaded, self.weights_data = load_weights(self.network, path, attention, self._chosen_start is not None)
         return loaded
 
     def _warn_of_seen_images(self) -> None:
@@ -331,10 +333,11 @@ class Classifier(LightningModule):
         for name, factory in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
             made, options = factory, {}
             if isinstance(factory, partial):
-                made = [factory.func, *factory.args][-1]  # jsonargparse puts functions of its own before the class
+                # jsonargparse puts functions of its own before the class.
+                made = [one for one in (factory.func, *factory.args) if callable(one)][-1]
                 options = factory.keywords
-            if made is not None:
-                known = signature(made).parameters.values()
+            with suppress(TypeError, ValueError):  # None, or what has no signature
+                known = signature(made).parameters.values()  # type: ignore[arg-type]
                 options = {one.name: one.default for one in known if one.default is not one.empty} | options
             settings[name] = getattr(made, "__name__", None)
             settings |= {f"{name}.{key}": _as_plain(value) for key, value in options.items()}
@@ -440,7 +443,10 @@ class Classifier(LightningModule):
 
 
 def _as_plain(value: Any) -> Any:
-    """A setting as a checkpoint may hold it: functions and classes, also in lists, by their names."""
+    """A setting as a checkpoint may hold it: functions and other objects, also inside lists, by their names."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_as_plain, value))
-    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
+    if isinstance(value, dict):
+        return {key: _as_plain(one) for key, one in value.items()}
+    is_plain = value is None or type(value) in (bool, int, float, str)
+    return value if is_plain else getattr(value, "__qualname__", type(value).__name__)

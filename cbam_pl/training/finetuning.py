@@ -1,11 +1,13 @@
 """Fine-tuning: weights from a file, modules that stay as they are, and learning rates by module."""
 
+import json
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -18,16 +20,26 @@ from cbam_pl.models.insertion import matching_modules
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 
-def load_weights(network: nn.Module, path: str, anew: bool = False) -> tuple[str, dict[str, Any]]:
+class _File(NamedTuple):
+    weights: dict[str, Tensor]
+    data: dict[str, Any]  # settings of the data that they were trained on, where the file has them
+    attention: AttentionConfig | None  # of their network, where the file has it
+
+
+def load_weights(
+    network: nn.Module, path: str, attention: AttentionConfig | None = None, anew: bool = False
+) -> tuple[str, dict[str, Any]]:
     """Load what fits of a file of weights into `network`, and say what does not.
 
-    A classifier for another number of classes is left at its start; so is what the file lacks, such as attention.
+    A classifier for another number of classes is left at its start; so is what the file lacks, such as attention, and
+    attention that the file has otherwise.
 
     Args:
         network: the network, attention included.
         path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, a checkpoint of this
             program, or a folder of weights. No code in it is run.
-        anew: whether the attention may begin anew where the file's is the same but for `start`, under other names.
+        attention: the network's.
+        anew: whether the attention may begin anew where the file does not say how its own began.
 
     Returns:
         What was loaded, and the settings of the data that it was trained on, empty where the file does not have them.
@@ -35,7 +47,11 @@ def load_weights(network: nn.Module, path: str, anew: bool = False) -> tuple[str
     Raises:
         ValueError: the file cannot be read, holds no weights, or those of another network, with their shapes.
     """
-    (saved, data), ours = _read(Path(path)), network.state_dict()
+    (saved, data, theirs), ours = _read(Path(path)), network.state_dict()
+    inside = tuple(f"{name}." for name, module in network.named_modules() if is_attention(module))
+    is_another = theirs and attention and theirs.kind != "none" and _as_json(theirs) != _as_json(attention)
+    if is_another:
+        saved = {name: tensor for name, tensor in saved.items() if not name.startswith(inside)}
     heads, differing = [], []
     for name in ours.keys() & saved.keys():
         there, here = tuple(saved[name].shape), tuple(ours[name].shape)
@@ -49,19 +65,20 @@ def load_weights(network: nn.Module, path: str, anew: bool = False) -> tuple[str
     if differing or not loaded:
         found = "; ".join(sorted(differing)[:5]) or f"it has {_few(saved)}; the network has {_few(ours)}"
         raise ValueError(f"weights={path} are those of another network: {found}")
-    attention = {f"{name}." for name, module in network.named_modules() if is_attention(module)}
-    if not anew and (other := _other_start(network, saved)):
+    if theirs is None and not anew and (other := _other_start(network, saved)):
         raise ValueError(
             f"weights={path} have trained attention ({other}); give attention.start=paper to go on with it, or "
             "attention.start=identity to begin anew"
         )
     network.load_state_dict(saved, strict=False)
     missing = [name for name in ours if name not in saved and not name.endswith("num_batches_tracked")]
-    new = [name for name in missing if name.startswith(tuple(attention))]
+    new = [name for name in missing if name.startswith(inside)]
     others = [name for name in missing if name not in new and not any(name in head for head in heads)]
     parts = [f"{len(loaded)} of {len(ours)} tensors from {path}"]
     parts += [f"at their start: {', '.join(sorted(heads))}"] if heads else []
-    parts += [f"attention at its start: {len(new)} tensors"] if new else []
+    parts += (
+        [f"attention at its start: {len(new)} tensors" + ", as the file's is another" * bool(is_another)] if new else []
+    )
     parts += [f"not in the file, at their start: {_few(others)}"] if others else []
     unused = [name for name in saved if name not in ours]
     parts += [f"in the file, not in the network: {_few(unused)}"] if unused else []
@@ -74,10 +91,16 @@ def start_of_trained(path: str, attention: AttentionConfig) -> Start | None:
     Only a checkpoint or a folder of weights says so.
     """
     try:
-        saved = AttentionConfig(**_read_file(Path(path))["hyper_parameters"]["attention"])
-        return (saved.start or "paper") if replace(saved, start=attention.start) == attention else None
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        saved = _read(Path(path)).attention
+    except (UserError, ValueError):
         return None  # load_weights says what is wrong with the file
+    if saved is None or _as_json(replace(saved, start=None)) != _as_json(replace(attention, start=None)):
+        return None
+    return saved.start
+
+
+def _as_json(attention: AttentionConfig) -> str:
+    return json.dumps(asdict(attention))  # in which lists and tuples are equal
 
 
 def _read_file(path: Path) -> Any:
@@ -99,10 +122,14 @@ def _read_file(path: Path) -> Any:
         raise ValueError(f"weights={path} cannot be read ({reason})") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights by their names, and the settings of the data that they were trained on."""
+def _read(path: Path) -> _File:
     content = _read_file(path)
     data = content.get("datamodule_hyper_parameters") if isinstance(content, dict) else None
+    attention = None
+    with suppress(KeyError, TypeError, ValueError):  # not of this program, or damaged
+        attention = AttentionConfig(**content["hyper_parameters"]["attention"])
+        if attention.kind != "none":
+            attention = replace(attention, start=attention.start or "paper")  # which the earliest versions leave out
     for key in ("state_dict", "model"):  # as most training programs wrap it
         if isinstance(content, dict) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -112,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for prefix in ("module.", "network."):  # of DistributedDataParallel, and of this program's checkpoints
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights, data if isinstance(data, dict) else {}
+    return _File(weights, data if isinstance(data, dict) else {}, attention)
 
 
 def _other_start(network: nn.Module, saved: Mapping[str, Tensor]) -> str:

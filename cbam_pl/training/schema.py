@@ -49,6 +49,9 @@ def check_checkpoint(checkpoint: dict[str, Any], has_state: bool = True) -> None
     if not isinstance(version, int) or version > FORMAT:
         raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
     _match(checkpoint, _PATTERN | _STATE if has_state else _PATTERN)
+    for name, pattern in {"changes": [str], "optimization": dict}.items():  # which earlier versions did not write
+        if name in checkpoint:
+            _match(checkpoint[name], pattern, name)
     if (network := checkpoint["hyper_parameters"].get("network")) is not None:
         _match(network, {"class_path": str, "init_args": {str: object}}, "hyper_parameters.network")
     if checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0:

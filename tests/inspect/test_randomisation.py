@@ -1,14 +1,17 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from torch import nn
 
+from cbam_pl.attention import AttentionConfig
 from cbam_pl.inspect import randomisation
 from cbam_pl.inspect.gates import attention_maps, feature_maps
 from cbam_pl.inspect.randomisation import cascading_randomisation, rank_correlation
 from cbam_pl.inspect.scores import grad_cam
-from cbam_pl.models import build_network
+from cbam_pl.models import build_network, insert_attention
 
 
 def test_rank_correlation_is_scipys():
@@ -67,43 +70,73 @@ def test_each_step_is_the_network_with_fresh_layers_at_the_top():
         assert result["spearman"][name][step] == pytest.approx(values[~np.isnan(values)].mean(), abs=1e-6)
 
 
-class Backbone(nn.Module):
-    """Convolutions, one of them inside a list, which gives no map itself."""
+class Parts(nn.Module):
+    """Convolutions, of which the middle one is inside a module that gives no map, a pool, and a head."""
 
-    def __init__(self):
+    def __init__(self, convolutional_head=False):
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.between = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1)])
-        self.head = nn.Linear(8, 4)
+        self.between = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Conv2d(8, 4, 1) if convolutional_head else nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.head(torch.relu(self.last(torch.relu(self.between[0](torch.relu(self.first(x)))))).mean((2, 3)))
+        x = torch.relu(self.first(x))
+        rows = x.flatten(2).transpose(1, 2)
+        rows = self.between(rows, rows, rows)[0]
+        x = self.pool(torch.relu(self.last(rows.transpose(1, 2).view(x.shape))))
+        return self.head(x).flatten(1) if isinstance(self.head, nn.Conv2d) else self.head(x.flatten(1))
 
 
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
-        self.backbone, self.head = Backbone(), nn.Linear(4, 3)
+        self.backbone, self.classifier_head = Parts(), nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.head(torch.relu(self.backbone(x)))
+        return self.classifier_head(torch.relu(self.backbone(x)))
 
 
-@pytest.mark.parametrize(("network", "prefix"), [(Backbone, ""), (Wrapped, "backbone.")])
-def test_a_network_of_another_keeps_what_runs_before_its_last_block(network, prefix, monkeypatch):
+class Listed(nn.Module):
+    """All convolutions are in a list, with attention after the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)])
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 3)
+        insert_attention(self, AttentionConfig("se"), "layers.0", torch.zeros(1, 3, 16, 16))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Parts, ["head", "last", "first", "between"]),
+        (partial(Parts, True), ["head", "last", "first", "between"]),
+        (Wrapped, ["head", "backbone.last", "backbone.first", "backbone.between"]),
+        (Listed, ["head", "layers.1", "layers.0"]),
+    ],
+)
+def test_a_network_of_another_is_randomised_from_its_top_down(make, expected, monkeypatch):
     torch.manual_seed(1)
-    trained, seen = network(), []
+    trained, seen = make(), []
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1)
+    whole = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
 
     def note(changed, *_):
         seen.append({name for name, tensor in changed.state_dict().items() if not torch.equal(tensor, whole[name])})
         return {"Grad-CAM": torch.rand(2, 4, 4)}
 
-    whole = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     monkeypatch.setattr(randomisation, "_maps", note)
-    found = cascading_randomisation(trained, torch.rand(2, 3, 16, 16))
-    assert found["layers"] == ["classifier", f"{prefix}last", f"{prefix}first", "the rest"]
-    heads = {name for name in whole if "head" in name}
-    last, first, between = (
-        {f"{prefix}{name}.{kind}" for kind in ("weight", "bias")} for name in ("last", "first", "between.0")
-    )
-    assert seen == [set(), heads, heads | last, heads | last | first, heads | last | first | between]
+    layers = cascading_randomisation(trained, torch.rand(2, 3, 16, 16))["layers"]
+    assert layers == ["classifier", *("the rest" if "between" in name else name for name in expected[1:])]
+    # MultiheadAttention has no public reset_parameters, but for that of its part.
+    resettable = {name for name in whole if "in_proj" not in name}
+    for step, after in enumerate(seen[1:], 1):
+        assert after == {name for name in resettable if any(part in name for part in expected[:step])}

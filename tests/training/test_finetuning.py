@@ -244,14 +244,24 @@ def test_trained_attention_goes_on_where_it_was(start, trained, image_folder, tm
     assert model.hparams["attention"]["start"] == start
     model.load_weights()
     assert_equal(dict(model.state_dict()), dict(other.state_dict()))
-    # Other attention has nothing to go on with.
-    for config in (
-        AttentionConfig("se"),
-        AttentionConfig("cbam", reduction=8),
-        AttentionConfig("cbam", order="parallel"),
-    ):
+    # Other attention begins anew, whatever the names of its weights are.
+    for config in (AttentionConfig("se"), AttentionConfig(reduction=8), AttentionConfig(order="parallel")):
         model = Classifier(3, attention=config, weights=str(path))
         assert model.hparams["attention"]["start"] == "identity"
+        fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert "attention at its start" in model.load_weights()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, fresh[name] if ".attention." in name else other.state_dict()[name]), name
+
+
+def test_the_attention_of_an_exported_folder_goes_on(command, recipe, tmp_path):
+    options = ["--model.attention.pools", "[avg]", "--trainer.max_epochs", 1, "--trainer.default_root_dir", tmp_path]
+    assert command("fit", "--config", recipe, *options).status == 0
+    words = ["--format", "safetensors", "--output", tmp_path / "weights", "--trainer.default_root_dir", tmp_path]
+    assert command("export", *words).status == 0
+    model = Classifier(3, attention=AttentionConfig(pools=("avg",)), weights=str(tmp_path / "weights"))
+    assert model.hparams["attention"]["start"] == "paper"
+    assert "at its start" not in model.load_weights()
 
 
 def test_trained_attention_is_not_dropped_without_a_word(tmp_path):

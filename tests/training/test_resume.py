@@ -236,6 +236,7 @@ def test_a_finished_run_says_that_nothing_is_left(epochs, trained, command, reci
 @pytest.mark.parametrize(
     ("options", "differing"),
     [
+        (["--model.attention.kind", "none"], r"model.attention \(.*'kind': 'cbam'.* there, .*'kind': 'none'.* here\)"),
         (["--model.attention.kind", "se"], r"model.attention \(.*'kind': 'cbam'.* there, .*'kind': 'se'.* here\)"),
         (["--model.optimizer.lr", 0.01], r"model.optimizer.lr \(0.002 there, 0.01 here\)"),
         (["--model.optimizer", "SGD"], r"model.optimizer \(Adam there, SGD here\)"),
