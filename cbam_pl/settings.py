@@ -31,6 +31,7 @@ _TRAINER_TYPES: dict[str, Any] = {
     **{f"limit_{stage}_batches": _Batches for stage in ("train", "val", "test", "predict")},
     "overfit_batches": int | float,
     "val_check_interval": _Batches,
+    "devices": int | list[int] | str,  # so that 2 is a number, from a file and from the command line
     # What Lightning accepts, and then divides by zero or trains with the wrong sign.
     "accumulate_grad_batches": PositiveInt,
     "check_val_every_n_epoch": PositiveInt | None,

@@ -25,6 +25,7 @@ from cbam_pl.commands.compare.jobs import (
     find,
     jobs_of,
     left_out,
+    num_devices,
     read_epochs,
     start_locally,
     start_on_ray,
@@ -174,7 +175,7 @@ def _print_estimate(plan: Plan, jobs: int | None) -> None:
         data.setup("fit")
         train, limit = len(data.images("train")), settings.get("trainer.limit_train_batches", 1.0)
         train = min(train, limit * data.batch_size) if isinstance(limit, int) else int(train * limit)
-        batch = data.batch_size * settings.get("trainer.accumulate_grad_batches", 1)
+        batch = data.batch_size * settings.get("trainer.accumulate_grad_batches", 1) * num_devices(settings)
         steps, epochs = settings.get("trainer.max_steps", -1), settings["trainer.max_epochs"]
         if steps >= 0:
             epochs = min(epochs, math.ceil(steps / math.ceil(train / batch)))

@@ -306,6 +306,12 @@ def threads_per_job() -> int:
     return int(given) if given.isdigit() and int(given) else 1
 
 
+def num_devices(settings: dict[str, Any]) -> int:
+    """The devices that a run takes; 1 where Lightning chooses."""
+    devices = settings.get("trainer.devices", 1)  # a number, a list or a word
+    return len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+
+
 def uses_cuda(plan: Plan) -> bool:
     """Whether the jobs run on GPUs."""
     wanted = {settings.get("trainer.accelerator", "auto") for settings in plan.configs.values()}
@@ -314,12 +320,10 @@ def uses_cuda(plan: Plan) -> bool:
 
 def environments(plan: Plan, jobs: int | None) -> list[dict[str, str]]:
     """The variables of each place where a job may run: so many `jobs` at once, or one per GPU, or as cores allow."""
-    devices = [settings.get("trainer.devices", 1) for settings in plan.configs.values()]  # a number, a list or a word
     if not uses_cuda(plan):
-        threads = threads_per_job()
-        processes = max([1, *(count for count in devices if isinstance(count, int))])
+        threads, processes = threads_per_job(), max(map(num_devices, plan.configs.values()))
         return [{"OMP_NUM_THREADS": str(threads)}] * (jobs or max(1, num_cores() // (threads * processes)))
-    if any(count != 1 for count in devices):
+    if any(settings.get("trainer.devices", 1) != 1 for settings in plan.configs.values()):
         return [{}] * (jobs or 1)  # each job takes those that it names, or several, which Lightning chooses
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]

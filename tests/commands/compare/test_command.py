@@ -157,9 +157,11 @@ def test_a_dry_run_trains_and_writes_nothing(recipes, command, quick, tmp_path, 
     assert outcome.out.count(" new ") == 6
     # 84 images are 6 steps, so 5 steps are less than an epoch; and six runs are six at once at most.
     monkeypatch.setattr(jobs_module, "num_cores", lambda: 64)
-    outcome = command("compare", *words, "--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 5)
-    passes = 6 * (1 * (3 * 84 + 9) + 9 + 21 * (1 + 2 * 5))
-    assert f"6 at once: {passes / (3 * 84) / 6:.2f} hours" in outcome.out
+    for devices, epochs in ((1, 1), (2, 2)):  # of two devices, 84 images are 3 steps
+        options = ["--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 5, "--trainer.devices", devices]
+        outcome = command("compare", *words, *options)
+        passes = 6 * (epochs * (3 * 84 + 9) + 9 + 21 * (1 + 2 * 5))
+        assert f"6 at once: {passes / (3 * 84) / 6:.2f} hours" in outcome.out
 
 
 @pytest.mark.slow
