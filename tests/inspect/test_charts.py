@@ -20,7 +20,7 @@ def ablation():
 
 def randomisation():
     spearman = {"Grad-CAM": [0.8, None, 0.1], "1.bn": [1.0, 0.25, 0.5], "0": [1.0, 1.0, -0.25]}
-    return {"images": 9, "seed": 0, "layers": ["classifier", "1", "0"], "spearman": spearman}
+    return {"images": 9, "seed": 0, "layer": "1.bn", "layers": ["classifier", "1", "0"], "spearman": spearman}
 
 
 def test_the_ablations_chart_has_each_accuracy_at_its_block():
