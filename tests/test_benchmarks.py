@@ -78,7 +78,8 @@ COMMANDS = {  # options, the beginning of a row, rows of the longest table
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n != "attention" else n for n in COMMANDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_benchmark_prints_its_tables_and_writes_them_as_json(name, tmp_path):
     options, row, num_rows = COMMANDS[name]
     path = tmp_path / "figures.json"

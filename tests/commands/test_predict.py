@@ -51,6 +51,7 @@ def test_as_many_images_are_predicted_at_once_as_are_tested(trained, command, im
     assert sizes == [4 * 16]
 
 
+@pytest.mark.slow
 def test_images_of_fixed_size_are_not_enlarged_by_resized_crops(command, tmp_path):
     config = tmp_path / "shapes.yaml"
     config.write_text(

@@ -276,7 +276,7 @@ def _draw_cam(images, gates, title, cams):
         ("cnn", "se", 2),
         ("cnn", "none", 2),
         ("cnn", "bam", 2),
-        ("resnet18", "cbam", 8),
+        pytest.param("resnet18", "cbam", 8, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_overlaps_and_everything_is_on_the_page(arch, kind, count):

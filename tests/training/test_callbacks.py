@@ -26,7 +26,14 @@ def whole(command, recipe, tmp_path_factory):
 # Interruptions
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_the_state_and_prints_the_command_that_resumes(number, times, whole, command, recipe, tmp_path):
     stop = callbacks(Break, step=STEPS + 2, number=int(number), times=times)
     outcome = command(*fit(recipe, tmp_path, *stop))
@@ -34,8 +41,6 @@ def test_a_signal_saves_the_state_and_prints_the_command_that_resumes(number, ti
     assert f"stopped by {number.name} in epoch 2 after step {STEPS + 2}; the state is saved\n" in outcome.err
     assert "Traceback" not in outcome.err
     assert checkpoint(tmp_path)["global_step"] == STEPS + 2
-    if number == signal.SIGUSR1:
-        return  # as after SIGTERM
     words = shlex.split(re.search(r"^resume: python train\.py (fit .*)$", outcome.err, re.MULTILINE)[1])
     place = words.index("--trainer.callbacks")  # which would stop it again
     outcome = command(*words[:place], *words[place + 2 :])
@@ -179,6 +184,7 @@ def test_images_per_second_leave_validation_out(command, recipe, tmp_path, monke
     assert speeds == ["21", "21", "21"]
 
 
+@pytest.mark.slow
 def test_an_epoch_that_goes_on_is_timed_from_there(command, recipe, tmp_path, monkeypatch):
     assert command(*fit(recipe, tmp_path, *callbacks(Break, step=STEPS + 2))).status == 143
     clock = time.monotonic

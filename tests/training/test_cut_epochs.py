@@ -102,6 +102,7 @@ def test_the_next_epoch_begins_at_its_own_first_batch(command, recipe, tmp_path)
             assert losses["limited"][2 * epoch + batch] == losses["whole"][STEPS * epoch + batch]
 
 
+@pytest.mark.slow
 def test_overfitting_trains_on_the_same_batches_in_every_epoch(command, recipe, tmp_path):
     frozen = ["--model.optimizer", "SGD", "--model.optimizer.lr", 0, "--model.arch", "resnet20"]
     assert command(*fit(recipe, tmp_path, *frozen, "--trainer.overfit_batches", 2)).status == 0
@@ -148,6 +149,7 @@ def test_early_stopping_that_ended_a_training_is_remembered(command, recipe, tmp
     assert (further.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_early_stopping_did_not_end_what_max_time_ended(command, recipe, tmp_path):
     stop = ["--trainer.callbacks", "[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: "
@@ -170,7 +172,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(
-    "change", [pytest.param(c, marks=pytest.mark.slow) if c == "fewer processes and batches" else c for c in CHANGES]
+    "change",
+    [
+        c if c in ("a part of the batches", "fewer processes") else pytest.param(c, marks=pytest.mark.slow)
+        for c in CHANGES
+    ],
 )
 def test_an_epoch_goes_on_with_other_batches(change, command, recipe, tmp_path):
     stop, options, processes, steps = CHANGES[change]

@@ -20,6 +20,7 @@ def test_metrics_csv_holds_what_tensorboard_shows(trained):
         assert [float(row[tag]) for row in rows] == pytest.approx([value for _, value in logged[tag]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint_leaves_no_double_point(command, recipe, tmp_path):
     whole, back = tmp_path / "whole", tmp_path / "back"
     assert command(*fit(recipe, back, "--trainer.max_epochs", 2)).status == 0

@@ -223,8 +223,12 @@ def test_an_interrupted_job_resumes_and_ends_like_one_that_was_not(compared, rec
     assert {**again, "environment": 0} == {**whole, "environment": 0}
 
 
-def test_a_job_runs_in_processes_of_its_own_and_says_why_it_failed(recipes, processes, tmp_path):
-    job = jobs_of(plan_in(tmp_path, recipes))[0]  # its recipe is not written, so that fit rejects it
+def test_a_job_runs_in_processes_of_its_own_and_says_why_it_failed(recipes, processes, tmp_path, monkeypatch):
+    program = tmp_path / "python"  # as the recipe is not written, `fit` would say this, once it has imported torch
+    program.write_text('#!/bin/sh\necho "epoch 1"\necho "error: $5 does not exist" >&2\nexit 2\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(jobs_module.sys, "executable", str(program))
+    job = jobs_of(plan_in(tmp_path, recipes))[0]
     stop = threading.Event()
     (future,) = start_locally([job], [{}], stop).values()
     failure = future.result()
