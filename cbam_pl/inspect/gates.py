@@ -163,15 +163,15 @@ def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
         # Of the class: a network may have a layer called `gates`, which is callable.
         if callable(getattr(type(unwrap(module)), "gates", None)) and not path.startswith(inside):
             inside += (path + ".",) if path else ("",)
-            name = _plain_name(path)
+            name = plain_name(path)
             while name.endswith("attention"):  # twice where it is in an IdentityStart
                 name = name.removesuffix("attention").removesuffix(".")
             found[name or type(module).__name__] = module
     return found
 
 
-def _plain_name(path: str) -> str:
-    # without the parts that torch.compile inserts
+def plain_name(path: str) -> str:
+    """A module's name without the parts that torch.compile inserts."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
@@ -194,7 +194,7 @@ def convolution_blocks(network: nn.Module, example: Tensor) -> dict[str, nn.Modu
         return {f"blocks.{name}": block for name, block in unwrap(network.blocks).named_children()}
     if isinstance(network, ResNet):
         blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, ResidualBlock)]
-        return {"stem": network.stem, **{_plain_name(path): module for path, module in blocks}}
+        return {"stem": network.stem, **{plain_name(path): module for path, module in blocks}}
     names, prefix = _maps(network, example), ""
     while True:
         inside = [name for name in names if name.startswith(prefix) and "." not in name[len(prefix) :]]

@@ -16,6 +16,7 @@ from cbam_pl.inspect.gates import (
     evaluation_mode,
     feature_maps,
     last_activation,
+    plain_name,
     unwrap,
 )
 from cbam_pl.inspect.scores import grad_cam
@@ -64,7 +65,7 @@ def cascading_randomisation(
     example = as_input(images[:1], network)
     groups = _groups(network, example)
     target = last_activation(network, example)
-    layer_name = layer or next(name for name, module in network.named_modules() if module is target)
+    layer_name = layer or next(plain_name(name) for name, module in network.named_modules() if module is target)
     fresh = copy.deepcopy(network).cpu()  # on the CPU, so that a seed gives the same weights everywhere
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -79,8 +80,9 @@ def cascading_randomisation(
     compared: dict[str, list[int]] = {name: [] for name in spearman}
     trained, names = network.state_dict(), list(groups)
     for count in range(len(names), -1, -1):  # groups that keep their weights
+        kept = {trained[key].data_ptr() for name in names[:count] for key in groups[name]}
         state = fresh.state_dict()
-        state.update({key: trained[key] for name in names[:count] for key in groups[name]})
+        state.update({key: one for key, one in trained.items() if one.data_ptr() in kept})  # by all of their names
         changed.load_state_dict(state)
         after = [_maps(changed, *batch, layer) for batch in zip(batches, classes, strict=True)]
         for name, values in spearman.items():
@@ -100,10 +102,11 @@ def _groups(network: nn.Module, example: Tensor) -> dict[str, list[str]]:
     Blocks are those of cbam_pl.models, or the outermost modules with weights that give maps (of any size), but for the
     one that holds the classifier; where there is one alone, those in it.
     """
-    keys = list(network.state_dict())
+    state = network.state_dict()
+    keys = list(state)
     if isinstance(network, (CNN, ResNet)):
         blocks = list(convolution_blocks(network, example))
-        return {name: [key for key in keys if key.startswith(f"{name}.")] for name in blocks}
+        return {name: [key for key in keys if plain_name(key).startswith(f"{name}.")] for name in blocks}
     started = _started(network, example)
     classifier = max(keys, key=lambda key: started[key.rpartition(".")[0]])
     found = [name for name in map_shapes(network, example) if not f"{classifier}.".startswith(f"{name}.")]
@@ -113,8 +116,9 @@ def _groups(network: nn.Module, example: Tensor) -> dict[str, list[str]]:
         blocks = inside
     groups = {name: [key for key in keys if key.startswith(f"{name}.")] for name in blocks}
     last = max((started[key.rpartition(".")[0]] for own in groups.values() for key in own), default=-1)
-    others = set(keys).difference(*groups.values())
-    rest = [key for key in keys if key in others and started[key.rpartition(".")[0]] <= last]
+    grouped = {state[key].data_ptr() for own in groups.values() for key in own}
+    others = [key for key in keys if state[key].data_ptr() not in grouped]
+    rest = [key for key in others if started[key.rpartition(".")[0]] <= last]
     return ({"the rest": rest} if rest else {}) | groups
 
 
@@ -125,7 +129,7 @@ def _outermost(names: Sequence[str]) -> list[str]:
 def _started(network: nn.Module, example: Tensor) -> dict[str, int]:
     """When each module first ran, by its name; one whose weights another uses, when that ran."""
     order: list[str] = []
-    named = dict(network.named_modules())
+    named = dict(network.named_modules(remove_duplicate=False))  # of a shared module, the state has each name
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, module in named.items()
     ]

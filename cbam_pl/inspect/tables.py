@@ -48,13 +48,16 @@ def print_randomisation(randomisation: Mapping[str, Any]) -> None:
     rows = []
     for name, values in randomisation["spearman"].items():
         place = randomisation["layer"] if name == "Grad-CAM" else name
-        within = (step for step, layer in enumerate(layers) if f"{place}.".startswith(f"{layer}."))
-        own = next(within, len(layers) - 1)
+        # The step of the block that holds the map's module, or of the highest one that this holds.
+        pairs = ((step, f"{layer}.", f"{place}.") for step, layer in enumerate(layers))
+        found = [step for step, layer, place in pairs if place.startswith(layer) or layer.startswith(place)]
+        last = len(layers) - 1  # of weights before and between the blocks; Grad-CAM may be of a module without weights
+        own = found[0] if found else min(1, last) if name == "Grad-CAM" else last
         rows.append([name, *("-" if values[step] is None else f"{values[step]:.2f}" for step in (0, own, -1))])
     print_table(["map", "classifier", "to its block", "all layers"], rows)
     print(
         "rank correlation of a map with that of the network after its layers were re-initialised from the top down\n"
-        "to its block: the classifier and the blocks down to the map's own (of Grad-CAM the last)\n"
+        "to its block: the classifier and the blocks down to the map's own (of Grad-CAM its layer's)\n"
         "a map that stays near 1 there does not show what the network has learned"
     )
 

@@ -240,7 +240,7 @@ class Classifier(LightningModule):
         if path is None:
             return ""
         attention = AttentionConfig(**self.hparams["attention"])
-        loaded, self.weights_data = load_weights(self.network, path, attention, self._chosen_start is not None)
+        loaded, self.weights_data = load_weights(self.network, path, attention, self._chosen_start)
         return loaded
 
     def _warn_of_seen_images(self) -> None:

@@ -27,7 +27,7 @@ class _File(NamedTuple):
 
 
 def load_weights(
-    network: nn.Module, path: str, attention: AttentionConfig | None = None, anew: bool = False
+    network: nn.Module, path: str, attention: AttentionConfig | None = None, chosen: Start | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Load what fits of a file of weights into `network`, and say what does not.
 
@@ -39,7 +39,8 @@ def load_weights(
         path: a state dict (.pth, or .safetensors), alone or below the key state_dict or model, a checkpoint of this
             program, or a folder of weights. No code in it is run.
         attention: the network's.
-        anew: whether the attention may begin anew where the file does not say how its own began.
+        chosen: its start, where the user gave one: that of the file's attention loads it as far as the names go, though
+            its settings are others; with any, attention may begin anew where the file does not say how its own began.
 
     Returns:
         What was loaded, and the settings of the data that it was trained on, empty where the file does not have them.
@@ -50,6 +51,7 @@ def load_weights(
     (saved, data, theirs), ours = _read(Path(path)), network.state_dict()
     inside = tuple(f"{name}." for name, module in network.named_modules() if is_attention(module))
     is_another = theirs and attention and theirs.kind != "none" and _as_json(theirs) != _as_json(attention)
+    is_another = is_another and not (chosen and theirs and chosen == theirs.start)
     if is_another:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith(inside)}
     heads, differing = [], []
@@ -65,7 +67,7 @@ def load_weights(
     if differing or not loaded:
         found = "; ".join(sorted(differing)[:5]) or f"it has {_few(saved)}; the network has {_few(ours)}"
         raise ValueError(f"weights={path} are those of another network: {found}")
-    if theirs is None and not anew and (other := _other_start(network, saved)):
+    if theirs is None and chosen is None and (other := _other_start(network, saved)):
         raise ValueError(
             f"weights={path} have trained attention ({other}); give attention.start=paper to go on with it, or "
             "attention.start=identity to begin anew"
@@ -77,7 +79,7 @@ def load_weights(
     parts = [f"{len(loaded)} of {len(ours)} tensors from {path}"]
     parts += [f"at their start: {', '.join(sorted(heads))}"] if heads else []
     parts += (
-        [f"attention at its start: {len(new)} tensors" + ", as the file's is another" * bool(is_another)] if new else []
+        [f"attention at its start: {len(new)} tensors" + ", as the file has another" * bool(is_another)] if new else []
     )
     parts += [f"not in the file, at their start: {_few(others)}"] if others else []
     unused = [name for name in saved if name not in ours]
@@ -100,7 +102,8 @@ def start_of_trained(path: str, attention: AttentionConfig) -> Start | None:
 
 
 def _as_json(attention: AttentionConfig) -> str:
-    return json.dumps(asdict(attention))  # in which lists and tuples are equal
+    where = (attention.where,) if isinstance(attention.where, str) else attention.where
+    return json.dumps(asdict(replace(attention, where=where)))  # in which lists and tuples are equal
 
 
 def _read_file(path: Path) -> Any:

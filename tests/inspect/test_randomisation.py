@@ -88,6 +88,14 @@ class Parts(nn.Module):
         return self.head(x).flatten(1) if isinstance(self.head, nn.Conv2d) else self.head(x.flatten(1))
 
 
+class Twice(Parts):
+    """The same modules by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.ModuleList([self.first, self.last])
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -117,6 +125,7 @@ class Listed(nn.Module):
     [
         (Parts, ["head", "last", "first", "between"]),
         (partial(Parts, True), ["head", "last", "first", "between"]),
+        (Twice, ["head", "last", "first", "between"]),
         (Wrapped, ["head", "backbone.last", "backbone.first", "backbone.between"]),
         (Listed, ["head", "layers.1", "layers.0"]),
     ],
@@ -139,4 +148,6 @@ def test_a_network_of_another_is_randomised_from_its_top_down(make, expected, mo
     # MultiheadAttention has no public reset_parameters, but for that of its part.
     resettable = {name for name in whole if "in_proj" not in name}
     for step, after in enumerate(seen[1:], 1):
-        assert after == {name for name in resettable if any(part in name for part in expected[:step])}
+        assert {name.replace("features.0", "first").replace("features.1", "last") for name in after} == {
+            name for name in resettable if any(part in name for part in expected[:step]) and "features" not in name
+        }

@@ -252,6 +252,10 @@ def test_trained_attention_goes_on_where_it_was(start, trained, image_folder, tm
         assert "attention at its start" in model.load_weights()
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, fresh[name] if ".attention." in name else other.state_dict()[name]), name
+    # Unless the user says that it is to go on.
+    model = Classifier(3, attention=AttentionConfig(order="parallel", start=start), weights=str(path))
+    model.load_weights()
+    assert_equal(dict(model.state_dict()), dict(other.state_dict()))
 
 
 def test_the_attention_of_an_exported_folder_goes_on(command, recipe, tmp_path):

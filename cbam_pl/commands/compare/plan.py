@@ -225,6 +225,8 @@ def same_settings(saved: dict[str, Any], asked: dict[str, Any], defaults: dict[s
     A setting that `saved` lacks is newer than it, and had its default.
     """
     saved, asked = with_effect(saved), with_effect(asked)
+    if (devices := str(saved.get("trainer.devices"))).isdigit():
+        saved["trainer.devices"] = int(devices)  # earlier versions kept the command line's text
     known = {**defaults, **saved}
     return saved.keys() <= asked.keys() and all(key in known and known[key] == value for key, value in asked.items())
 

@@ -122,6 +122,8 @@ def test_the_same_settings_have_the_same_result():
     saved = {"seed": 1, "model.lr": 0.1, "trainer.default_root_dir": "there", "pictures_every": 2}
     assert same_settings(saved, asked, {"data.new": 3})  # a setting newer than the run has its default there
     assert not same_settings(saved, asked, {"data.new": 4})
+    for text, same in (("2", True), ("1", False), ("auto", False)):  # as earlier versions saved the command line's
+        assert same_settings({"trainer.devices": text}, {"trainer.devices": 2}, {}) == same
     assert not same_settings(saved, asked, {})
     assert not same_settings(saved | {"seed": 2}, asked, {"data.new": 3})
     assert not same_settings(saved | {"model.more": 2}, asked, {"data.new": 3})
