@@ -51,6 +51,14 @@ def test_as_many_images_are_predicted_at_once_as_are_tested(trained, command, im
     assert sizes == [4 * 16]
 
 
+def test_images_are_decoded_a_part_at_a_time(trained, command, image_folder, tmp_path, monkeypatch):
+    words = ["predict", "--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red"]
+    assert command(*words, "--output", tmp_path / "whole.csv").status == 0
+    monkeypatch.setattr(predict_module, "_MAX_DECODED", 3)  # of seven
+    assert command(*words, "--output", tmp_path / "parts.csv").status == 0
+    assert (tmp_path / "parts.csv").read_text() == (tmp_path / "whole.csv").read_text()
+
+
 @pytest.mark.slow
 def test_images_of_fixed_size_are_not_enlarged_by_resized_crops(command, tmp_path):
     config = tmp_path / "shapes.yaml"

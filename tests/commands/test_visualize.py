@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cbam_pl.commands.visualize import _evenly, unique_names
+from cbam_pl.commands.visualize import LoadedCheckpoint, _evenly, pictures_of, unique_names
+from cbam_pl.inspect import drawing
+from cbam_pl.training.checkpoint import read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +410,20 @@ def test_a_blank_gate_does_not_keep_the_other_pictures_away(command, run, tmp_pa
     assert outcome.status == 0, outcome.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["attention.png", "features.png", "grad_cam.png", "heat_maps.png"]
+
+
+def test_pictures_predict_as_predict_does_and_in_batches_that_are_asked_for(run, monkeypatch):
+    described = []
+    monkeypatch.setattr(drawing, "describe", lambda logits, *_: described.append(logits) or [""])
+    path = run / "checkpoints/tiny/version_0/best.ckpt"
+    for flip in (False, True):
+        content = read_checkpoint(path)
+        content["hyper_parameters"]["test_time_flip"] = flip
+        loaded = LoadedCheckpoint(path, content, content["datamodule_hyper_parameters"] | {"batch_size": 3})
+        assert loaded.batch_size == 12
+        pictures_of(loaded, "title", indices=[4])
+        inputs = loaded.normalise(loaded.test_images.pixels[[4]])
+        with torch.no_grad():
+            plain, mirrored = (loaded.network.eval()(one) for one in (inputs, inputs.flip(3)))
+        assert torch.allclose(described[-1], (plain + mirrored) / 2 if flip else plain, atol=1e-6)
+    assert not torch.allclose(described[0], described[1], atol=1e-4)
