@@ -175,8 +175,9 @@ def measure_robustness(
             progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
             record |= {"accuracy": {name: row for name, row in accuracies.items() if row}, "seconds": seconds}
             if logs is not None and trainer.is_global_zero:
-                wait = suppress(OSError) if trainer.world_size > 1 else nullcontext()  # for which the others would wait
-                with wait, atomic_write(logs / _UNFINISHED) as stream:
+                # An error of one process alone would leave the others waiting.
+                alone = trainer.world_size == 1
+                with nullcontext() if alone else suppress(OSError), atomic_write(logs / _UNFINISHED) as stream:
                     stream.write(json.dumps(record).encode())
     if not trainer.is_global_zero:
         return
