@@ -4,10 +4,13 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+UNKNOWN = dict.fromkeys(("device", "versions", "commit", "date"), "unknown")  # of what was measured before it was noted
 
 
 def processor_name() -> str:
@@ -47,3 +50,8 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def environments_by_key(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """One text for each key: what the environments, in their order, have of it, each once."""
+    return {key: ", then ".join(dict.fromkeys(one[key] for one in environments)) for key in UNKNOWN}

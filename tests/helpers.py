@@ -124,7 +124,7 @@ def checkpoint(root, name="last", version=0):
 
 def without_places(saved):
     """All of a checkpoint but where and when it was written, and where that part of the training was to stop."""
-    saved = {name: value for name, value in saved.items() if name != "saved_at"}
+    saved = {name: value for name, value in saved.items() if name not in ("saved_at", "environments")}
     saved["run_conditions"] = {**saved["run_conditions"], "max_steps": None}
     loop = saved["loops"]["fit_loop"]  # the rest of Lightning's counters depends on how often it was started
     saved["loops"] = (loop["epoch_loop.batch_progress"]["current"], loop["state_dict"], completed_epochs(saved))

@@ -91,6 +91,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
                 **described,
                 "options": options,
                 "environment": describe_environment(trainer.strategy.root_device),
+                "trained_on": checkpoint["environments"],
             }
             with atomic_write(logs / "test.npz") as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)

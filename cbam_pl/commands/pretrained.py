@@ -16,7 +16,7 @@ from lightning import Trainer
 from scipy.special import log_softmax
 
 from cbam_pl.data.datamodule import data_for_test
-from cbam_pl.environment import describe_environment
+from cbam_pl.environment import describe_environment, environments_by_key
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.calibration import NUM_BINS, measure_images
 from cbam_pl.models.cost import count_parameters
@@ -264,6 +264,7 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
         "label smoothing": checkpoint["hyper_parameters"]["label_smoothing"],
         "optimizer": _with_options("optimizer", optimization),
         "schedule": _with_options("lr_scheduler", optimization),
+        **environments_by_key(checkpoint["environments"]),
     }
     return [(name, str(value)) for name, value in rows.items() if value is not None]
 

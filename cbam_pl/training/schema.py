@@ -6,6 +6,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from cbam_pl.environment import UNKNOWN
+
 # Raise it when a key changes its meaning, and teach state.py the old one.
 FORMAT = 2
 
@@ -19,6 +21,7 @@ _PATTERN: dict[Any, Any] = {
     "ImageDataModule": {"classes": [str], "mean": [float], "std": [float]},
     "figures": {str: float},
     "run_conditions": dict,
+    "environments": [dict.fromkeys(UNKNOWN, str)],
 }
 # The state of the training, which a folder of weights does not have.
 _STATE: dict[Any, Any] = {

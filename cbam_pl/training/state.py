@@ -19,6 +19,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor, stack, tensor
 
+from cbam_pl.environment import UNKNOWN, describe_environment
 from cbam_pl.errors import UserError
 from cbam_pl.training.schema import FORMAT
 
@@ -126,6 +127,7 @@ class TrainingState(Callback):
         self._all_batches_done = False  # of the interrupted epoch, of which the validation alone is left
         self._interrupted: dict[str, Any] = {}
         self._changes: list[str] = []
+        self._environments: list[dict[str, str]] = []  # in which it was trained, in their order
 
     def total_steps(self, trainer: Trainer) -> int | float:
         """Optimizer steps of the whole training, for a schedule over all of it."""
@@ -177,7 +179,10 @@ class TrainingState(Callback):
                     state.pop(name, None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on in an epoch that was interrupted, and on a schedule that was stretched."""
+        """Go on in an epoch that was interrupted, and on a schedule that was stretched; note where it is trained."""
+        earlier = [] if self._resumed is None else self._resumed["environments"]
+        here = describe_environment(trainer.strategy.root_device)
+        self._environments = earlier if here in earlier[-1:] else [*earlier, here]
         interrupted, self._interrupted = self._interrupted, {}
         classifier = cast("Classifier", pl_module)
         # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.
@@ -213,6 +218,7 @@ class TrainingState(Callback):
             "stopped_early": trainer.should_stop and not out_of_time,
             "run_conditions": run_conditions(trainer),
             "changes": self._changes,
+            "environments": self._environments,
             "optimization": {"seed": classifier.seed, **classifier.optimization},
             "figures": figures,
             "interrupted_epoch": {"lr": classifier.epoch_lr, "sums": classifier.train_metric.sums()},
@@ -302,6 +308,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         means = interrupted.pop("means")
         interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
     checkpoint.setdefault("run_conditions", {})
+    checkpoint.setdefault("environments", [UNKNOWN])
     settings = checkpoint["hyper_parameters"]
     attention = settings.get("attention") if isinstance(settings, dict) else None
     if isinstance(attention, dict) and "start" not in attention:  # older than the identity start

@@ -19,6 +19,7 @@ import cbam_pl
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.commands.pretrained import write_pretrained
 from cbam_pl.data.folder import load_folder
+from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
 from cbam_pl.training.checkpoint import read_checkpoint
 from cbam_pl.training.classifier import Classifier
@@ -169,6 +170,7 @@ def test_the_card_has_the_figures_of_the_run_and_of_the_file(best, root, half):
         f"| NLL, nats | {test['measures']['nll']:.4f} | {nll:.4f} |",
         f"| predictions that differ from the run's test | | {changed} of 21 |",
         "| recipe | tiny, version 0 |",
+        f"| commit | {describe_environment(torch.device('cpu'))['commit']} |\n",
         "| seed | 3 |",
         "| augmentation | rich |",
         "Corrupted images: not measured.",

@@ -1,6 +1,7 @@
 """A training that was interrupted and resumed equals one that was never stopped, bit for bit."""
 
 import csv
+import json
 import math
 import re
 import shutil
@@ -11,6 +12,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.plugins import MixedPrecision
 
+from cbam_pl import environment
 from cbam_pl.schedules import WarmupCosineLR
 from cbam_pl.training.state import completed_epochs
 from tests.helpers import (
@@ -74,6 +76,29 @@ def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_p
     assert "resumed      after 2 epochs, 6 steps" in outcome.out
     assert "differs" not in outcome.out
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_checkpoint_knows_every_machine_and_commit_that_trained_it(command, recipe, tmp_path, monkeypatch):
+    def train(commit, epochs, *options):
+        monkeypatch.setattr(environment, "commit", lambda: commit)
+        outcome = command(*fit(recipe, tmp_path, "--trainer.max_epochs", epochs, *options))
+        assert outcome.status == 0, outcome.err
+
+    train("abc", 1)
+    train("abc", 2, "--ckpt_path", "last")
+    train("def", 3, "--ckpt_path", "last")
+    assert command("test", "--trainer.default_root_dir", tmp_path, "--ckpt_path", "last").status == 0
+    tested = json.loads((tmp_path / "logs" / RUN / "test.json").read_text())
+    here = environment.describe_environment(torch.device("cpu"))
+    assert tested["trained_on"] == [{**here, "commit": commit} for commit in ("abc", "def")]
+
+    # Of a run that an earlier version began, the first part is not known.
+    path = tmp_path / "checkpoints" / RUN / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["environments"]
+    torch.save(content, path)
+    train("def", 4, "--ckpt_path", "last")
+    assert [one["commit"] for one in checkpoint(tmp_path)["environments"]] == ["unknown", "def"]
 
 
 @pytest.mark.slow

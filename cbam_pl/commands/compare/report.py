@@ -36,6 +36,7 @@ from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.robustness import add_robustness, robustness_table, with_robustness
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 from cbam_pl.commands.robustness import read_robustness
+from cbam_pl.environment import UNKNOWN, environments_by_key
 from cbam_pl.tables import print_table
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
@@ -61,6 +62,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
         if tested and run is not None and (best := read_best(run)) and (test := read_test(run)):
             path, here = run.checkpoints / "best.ckpt", Path.cwd()
             test = with_robustness(test, read_robustness(run.logs, test))
+            trained_on = environments_by_key(test.get("trained_on", [UNKNOWN]))
             result = {
                 "recipe": job.name,
                 "seed": job.seed,
@@ -71,6 +73,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
                 **read_measures(test),
                 "checkpoint": str(path.relative_to(here) if path.is_relative_to(here) else path),
                 **test["environment"],
+                **{f"trained_{key}": text for key, text in trained_on.items()},
             }
             read = {"test": test, "predictions": read_predictions(run, test), "epochs": read_epochs(run)}
             results.append(result | read)
@@ -198,13 +201,19 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
         notes.append(f"Not done, so missing: {', '.join(missing)}. A pair without both runs is left out.")
     if not plan.unequal and not _are_of_same_images(results):
         notes.append("The runs were not tested on the same images, so their figures cannot be compared.")
+    trained = [{key: one[f"trained_{key}"] for key in UNKNOWN} for one in results]
     corrupted = [one["test"].get("robustness", {}).get("environment", {}) for one in results]
+    sides = {
+        "runs were not trained": trained,
+        "runs were not tested": results,
+        "corrupted images were not tested": corrupted,
+    }
     for key in ("device", "versions", "commit", "libraries"):
         found = []
-        for which, environments in (("The runs", results), ("The corrupted images", corrupted)):
+        for what, environments in sides.items():
             values = {one[key]: None for one in environments if key in one}
-            if len(values) > 1 and values not in found:  # mostly, both were tested together
-                notes.append(f"{which} were not tested with the same {key}: {'; '.join(values)}.")
+            if len(values) > 1 and values not in found:  # mostly, a run is trained and tested in one place
+                notes.append(f"The {what} with the same {key}: {'; '.join(values)}.")
             found.append(values)
     return notes
 
@@ -354,6 +363,7 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
         "epochs": settings.get("trainer.max_epochs"),
         **({"steps": f"at most {steps:,}"} if steps >= 0 else {}),
         "seeds": " ".join(map(str, plan.seeds)),
+        "trained on": first["trained_device"],
         "tested on": first["device"],
         **{name: first[name] for name in ("versions", "commit")},
         "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",

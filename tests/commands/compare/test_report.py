@@ -40,6 +40,7 @@ def result(name, seed, accuracy, classes=("a", "b")):
     test = {"images": 200, "classes": list(classes), "confusion": confusion}
     row = {"recipe": name, "seed": seed, "epoch": 2, "val_acc": 100 * accuracy + 1, "test_acc": 100 * accuracy}
     row |= {"test_loss": 0.5, "checkpoint": "best.ckpt", **environment}
+    row |= {f"trained_{key}": value for key, value in environment.items()}
     return row | {"test": test, "epochs": epochs}
 
 
@@ -335,6 +336,7 @@ def test_the_files_agree_with_the_tests_of_the_runs(compared):
         right = sum(tested["confusion"][label][label] for label in range(3))
         assert float(row["test_acc"]) == pytest.approx(100 * right / 21)
         assert row["commit"]
+        assert [row["trained_device"], row["trained_commit"]] == [row["device"], row["commit"]]
     accuracies = [[float(row["test_acc"]) for row in rows if row["recipe"] == kind] for kind in ("none", "cbam")]
     mean = np.subtract(*accuracies[::-1]).mean()
     text = (root / "report/report.md").read_text()
@@ -423,6 +425,21 @@ def test_other_test_images_and_another_program_for_corrupted_ones_are_noted():
     assert len(notes(images=199, unequal=["data.root a and b"])) == 1, "which says so, too"
     (note,) = notes(version="2")
     assert note == "The corrupted images were not tested with the same libraries: pillow 2; pillow 1."
+
+
+def test_where_runs_were_trained_is_noted_where_it_differs():
+    def notes(**changes):
+        runs = [result(f"k={kind}", seed, 0.8) for kind in ("none", "cbam") for seed in (0, 1)]
+        runs[3] |= changes
+        return analyse(plan_for({"k=none": [0] * 2, "k=cbam": [0] * 2}), runs, {})["notes"]
+
+    assert notes(trained_date="2024-05-07") == []
+    assert notes(trained_commit="c0ffee, then beef") == [
+        "The runs were not trained with the same commit: c0ffee; c0ffee, then beef."
+    ]
+    assert notes(device="cuda: A") == ["The runs were not tested with the same device: cpu: abacus; cuda: A."]
+    both = notes(trained_device="cuda: A", device="cuda: A")
+    assert both == ["The runs were not trained with the same device: cpu: abacus; cuda: A."], "one line for both"
 
 
 def test_pictures_that_cannot_be_drawn_leave_the_page(compared, command, recipes, tmp_path, monkeypatch):
