@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -192,6 +192,9 @@ class Classifier(LightningModule):
             self.validated = self.epoch_ended = False
             self._warn_of_seen_images()
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
+        is_pruned = any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if is_pruned and self._memory_format == torch.channels_last:
+            raise UserError("trainer.callbacks: ModelPruning works with --model.channels_last false alone; add it")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
         """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""

@@ -10,7 +10,14 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cbam_pl.errors import UserError, as_user_error
@@ -25,6 +32,12 @@ from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, disk_error
 from cbam_pl.training.state import StepLosses, TrainingState
 
+# Callbacks that set an attribute of the network or the data, which the run's settings would not tell.
+_INSTEAD = {
+    LearningRateFinder: "model.optimizer.lr",
+    BatchSizeFinder: "data.batch_size",
+    BackboneFinetuning: "model.freeze and model.lr_factors",
+}
 METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 
 
@@ -67,6 +80,9 @@ def training_trainer(
     known = (EarlyStopping, ModelCheckpoint)
     logs_more = any(not isinstance(callback, known) for callback in users)
     for callback in users:
+        for kind, setting in _INSTEAD.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: {kind.__name__} does not work here; give {setting} instead")
         names = [*logged, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else logged  # which Lightning adds
         if not isinstance(callback, known) or callback.monitor in (None, *names):
             continue

@@ -31,6 +31,12 @@ REJECTED = {
     (*EARLY, "val/loss", "--trainer.limit_val_batches", 0): (
         "trainer.callbacks: monitor=val/loss is not logged; use one of train/loss, train/acc, lr"
     ),
+    ("--trainer.callbacks", "LearningRateFinder"): "LearningRateFinder does not work here; give model.optimizer.lr",
+    ("--trainer.callbacks", "BatchSizeFinder"): "BatchSizeFinder does not work here; give data.batch_size instead",
+    ("--trainer.callbacks", "BackboneFinetuning"): "BackboneFinetuning does not work here; give model.freeze and ",
+    ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
+        "trainer.callbacks: ModelPruning works with --model.channels_last false alone; add it"
+    ),
     ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_acc"): (
         "trainer.callbacks: monitor=val_acc is not logged; use one of val/loss"
     ),
