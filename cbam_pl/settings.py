@@ -9,12 +9,13 @@ from functools import cache
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.cli import PROGRAM
@@ -31,6 +32,7 @@ _TRAINER_TYPES: dict[str, Any] = {
     **{f"limit_{stage}_batches": _Batches for stage in ("train", "val", "test", "predict")},
     "overfit_batches": int | float,
     "val_check_interval": _Batches,
+    "callbacks": Callback | list[Callback] | None,  # so that an error is about the one callback, not about a list
     "devices": int | list[int] | str,  # so that 2 is a number, from a file and from the command line
     # What Lightning accepts, and then divides by zero or trains with the wrong sign.
     "accumulate_grad_batches": PositiveInt,
@@ -174,7 +176,7 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     try:
         settings = parser.parse_args(options, namespace=parser.parse_object(dict(recipe)) if recipe else None)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_in_plain_words(" ".join(str(error).split()))) from error
+        raise UserError(_reason(error)) from error
     for key, value in settings.items():
         if isinstance(value, (Seed, PositiveInt, NonNegativeInt, PositiveFloat, NonNegativeFloat)):
             settings[key] = value.real  # a plain number, as everything else that a checkpoint holds
@@ -184,47 +186,19 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     return settings
 
 
-# What jsonargparse says of the value of a key, and the same in plain words. The first that is found counts.
-_PLAIN_MESSAGES = {
-    r"the following arguments are required: (?P<name>[\w, ]*\w)": "{key} lacks {name}; give --{key}.{name}",
-    r"Option '(?P<name>[^']+)' is not accepted": "unknown key {key}.{name}; see --{key}.help CLASS",
-    r"Expected '(?P<value>[^']+)' to be a subclass of": "{key}={value} is of another kind; see --{key}.help CLASS",
-    r"Expected a dot import path string: (?P<value>\S+)( -|$)": "{key}={value} is unknown; give its import path",
-    r"subclass spec, but got (?P<value>.+)\. Got value": "{key}={value} is unknown; give its import path",
-    r"Not of type .*invalid literal .*: '(?P<value>.*)'$": "{key}={value} must be int",
-    r"Not of type .*could not convert .*: '(?P<value>.*)'$": "{key}={value} must be float",
-    r"Not of type \w+: (?P<value>\S+) does not conform to restriction (?P<types>.+)": "{key}={value} must be {types}",
-    r"does not conform to restriction (?P<types>\S+) - .* Given value: (?P<value>.*)": "{key}={value} must be {types}",
-    r"Subtypes: \[(?P<types>.+)\] Errors: .* Given value: (?P<value>.*)": "{key}={value} must be {types}",
-    r"^Expected a (?P<types>.+)\. Got value: (?P<value>.*)": "{key}={value} must be {types}",
-}
-_PLAIN_TYPES = {
-    r", <class 'NoneType'>": " or null",
-    r"<class '([^']+)'>": r"\1",
-    r"typing\.Literal\[([^]]+)\]": r"one of \1",
-    r"tuple\[(.+), \.\.\.\]": r"a list [...] of \1",
-    r"list\[([^]]+)\]": r"a list [...] of \1",
-    r"jsonargparse\.typing\.": "",
-    r"typing\.Callable\[.+\]": "the import path of a class, package and all,",
-    r"\bv(?=[<>])": "",
-}
+def _reason(error: BaseException) -> str:
+    """What is wrong with the value of a setting: the first cause, after the keys that lead to it.
 
-
-def _in_plain_words(message: str) -> str:
-    """What jsonargparse says of the value of a setting, or of an argument of a class that is one, in plain words."""
-    found = re.fullmatch(r'Parser key "([^"]+)": (?:.*? Parser key "([^"]+)": )?(.*)', message)
-    if found is None:
-        return message
-    *keys, text = found.groups()
-    if keys[1]:
-        text = text.rpartition(". Got value: Namespace(")[0]
-    for pattern, plain in _PLAIN_MESSAGES.items():
-        if said := re.search(pattern, text):
-            words = said.groupdict()
-            for type_pattern, plain_type in _PLAIN_TYPES.items():
-                words["types"] = re.sub(type_pattern, plain_type, words.get("types", ""))
-            return plain.format(key=".".join(filter(None, keys)), **words)
-    return message
+    The errors that it caused repeat it beside all types that the setting may have. All of that is needed where the
+    first cause has several lines itself, as of one of several callbacks.
+    """
+    whole, keys = str(error), []
+    while error.__cause__ is not None:
+        first, *others = str(error).splitlines()
+        keys += [first] * (isinstance(error, ArgumentError) and bool(others))
+        error = error.__cause__
+    text = whole if "\n" in str(error) else f"{' '.join(keys)} {error}"
+    return " ".join(text.split())
 
 
 def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:
@@ -387,13 +361,26 @@ def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") ->
             yield key, value
 
 
-# The words that a key may have, for each key that is a choice among words, which may be left out (None).
+def _words(kind: Any) -> list[str]:
+    """The words of a choice among words, which may be left out (None); of another type none."""
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    parts = [_words(part) for part in get_args(kind) if part is not NoneType]
+    is_choice = get_origin(kind) in (Union, UnionType) and all(parts)
+    return list(dict.fromkeys(word for part in parts for word in part)) if is_choice else []
+
+
+# The words that a key may have, for each key that is a choice among words.
 _CHOICES = {
-    prefix + name: [str(word) for word in get_args(kind)]
-    for prefix, owner in (("model.", Classifier), ("model.attention.", AttentionConfig), ("data.", ImageDataModule))
+    prefix + name: words
+    for prefix, owner in (
+        ("model.", Classifier),
+        ("model.attention.", AttentionConfig),
+        ("data.", ImageDataModule),
+        ("trainer.", Trainer),
+    )
     for name, hint in get_type_hints(owner.__init__).items()
-    for kind in (hint, *get_args(hint))
-    if get_origin(kind) is Literal
+    if (words := _words(hint))
 }
 
 

@@ -212,7 +212,9 @@ def test_an_earlier_export_is_replaced_and_other_files_are_not_touched(own, comm
 def test_what_does_not_fit_together_is_one_line(own, command, tmp_path, monkeypatch):
     plain = [*own("Plain"), "--output", tmp_path / "out"]
     assert "has none; leave it out" in one_line(command(*plain, "--gates"))
-    assert "format=onyx must be one of 'onnx', 'pt2', 'safetensors'" in one_line(command(*plain, "--format", "onyx"))
+    assert "Expected a typing.Literal['onnx', 'pt2', 'safetensors']. Got value: onyx" in one_line(
+        command(*plain, "--format", "onyx")
+    )
     assert "required: output" in one_line(command(*plain[:-2]))
     error = one_line(command(*plain, "--format", "safetensors", "--input_type", "uint8"))
     assert "--input_type has no effect with --format safetensors" in error

@@ -377,7 +377,7 @@ def test_options_that_make_no_sense(command, run):
     )
     assert_rejected(visualize(command, run, "--indices", 1, "--class_name", "red"), "exclude one another")
     assert_rejected(visualize(command, run, "--indices", 1, "--num_images", 2), "--num_images has no effect")
-    assert_rejected(visualize(command, run, "--num_images", 0), "num_images=0 must be >0")
+    assert_rejected(visualize(command, run, "--num_images", 0), '"num_images": 0 does not conform to restriction v>0')
     assert_rejected(visualize(command, run, "--measure_images", 9), "no effect without --measure")
     assert_rejected(visualize(command, run, "--measure", "--measure_images", 1), "no other image", "use at least 2")
     assert_rejected(visualize(command, run, "--images", "x.png", "--measure"), "leave --images out")
