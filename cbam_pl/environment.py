@@ -54,4 +54,5 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 def environments_by_key(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """One text for each key: what the environments, in their order, have of it, each once."""
-    return {key: ", then ".join(dict.fromkeys(one[key] for one in environments)) for key in UNKNOWN}
+    texts = {key: ", then ".join(dict.fromkeys(one[key] for one in environments)) for key in UNKNOWN}
+    return {key: text or UNKNOWN[key] for key, text in texts.items()}

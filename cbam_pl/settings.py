@@ -189,16 +189,16 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
 def _reason(error: BaseException) -> str:
     """What is wrong with the value of a setting: the first cause, after the keys that lead to it.
 
-    The errors that it caused repeat it beside all types that the setting may have. All of that is needed where the
-    first cause has several lines itself, as of one of several callbacks.
+    The errors that it caused repeat it beside all types that the setting may have.
     """
-    whole, keys = str(error), []
-    while error.__cause__ is not None:
-        first, *others = str(error).splitlines()
-        keys += [first] * (isinstance(error, ArgumentError) and bool(others))
-        error = error.__cause__
-    text = whole if "\n" in str(error) else f"{' '.join(keys)} {error}"
-    return " ".join(text.split())
+    keys = []
+    while (cause := error.__cause__) is not None:
+        lines = str(error).splitlines()
+        if type(error) is ValueError and len(lines) > 1 and cause.__cause__ is None:
+            break  # a list of alternatives, of which the cause is only the first
+        keys += lines[:1] if isinstance(error, ArgumentError) and len(lines) > 1 else []
+        error = cause
+    return " ".join(f"{' '.join(keys)} {error}".split())
 
 
 def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:
@@ -391,8 +391,8 @@ def _check(key: str, value: Any, names: list[str]) -> None:
     if not is_known and key not in ("help", "") and not key.endswith(".help"):
         raise UserError(f"unknown key {key}{closest(key, names)}")
     choices = _CHOICES.get(key, [])
-    if choices and value and isinstance(value, str) and value not in (*choices, "null"):
-        near = difflib.get_close_matches(value, choices, 1)
+    if choices and value not in (None, "") and str(value) not in (*choices, "null"):
+        near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
         raise UserError(f"{key}={value} is unknown; {hint}")
 

@@ -20,3 +20,4 @@ def test_several_environments_are_one_text_for_each_key():
     first = dict.fromkeys(UNKNOWN, "a")
     texts = environments_by_key([first, {**first, "commit": "b"}, first])
     assert texts == {**first, "commit": "a, then b"}
+    assert environments_by_key([]) == UNKNOWN

@@ -251,7 +251,7 @@ def _figure(measured: Mapping[str, Any] | None, name: str) -> str:
 def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values of the settings that the network was trained with."""
     data, conditions = checkpoint["datamodule_hyper_parameters"], checkpoint["run_conditions"]
-    optimization = checkpoint.get("optimization", {})
+    optimization, trained_on = checkpoint.get("optimization", {}), environments_by_key(checkpoint["environments"])
     held_out = "a tenth, or the folder's own" if data["val_size"] is None else f"{data['val_size']:,}"
     rows = {
         "validation images, held out": held_out if data["val_size"] != 0 else "none: validated on the test images",
@@ -264,7 +264,7 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
         "label smoothing": checkpoint["hyper_parameters"]["label_smoothing"],
         "optimizer": _with_options("optimizer", optimization),
         "schedule": _with_options("lr_scheduler", optimization),
-        **environments_by_key(checkpoint["environments"]),
+        **{key: trained_on[key] for key in ("device", "versions", "commit")},
     }
     return [(name, str(value)) for name, value in rows.items() if value is not None]
 

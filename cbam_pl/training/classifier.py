@@ -193,8 +193,8 @@ class Classifier(LightningModule):
             self._warn_of_seen_images()
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
         is_pruned = any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if is_pruned and self._memory_format == torch.channels_last:
-            raise UserError("trainer.callbacks: ModelPruning works with --model.channels_last false alone; add it")
+        if stage == "fit" and is_pruned and self._memory_format == torch.channels_last:
+            raise UserError("trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
         """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""

@@ -21,7 +21,7 @@ _PATTERN: dict[Any, Any] = {
     "ImageDataModule": {"classes": [str], "mean": [float], "std": [float]},
     "figures": {str: float},
     "run_conditions": dict,
-    "environments": [dict.fromkeys(UNKNOWN, str)],
+    "environments": [{**dict.fromkeys(UNKNOWN, str), str: str}],
 }
 # The state of the training, which a folder of weights does not have.
 _STATE: dict[Any, Any] = {

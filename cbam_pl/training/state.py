@@ -129,6 +129,17 @@ class TrainingState(Callback):
         self._changes: list[str] = []
         self._environments: list[dict[str, str]] = []  # in which it was trained, in their order
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training of the same Trainer."""
+        if stage == "fit":
+            self._changes = []
+            self._environments = [] if self._resumed is None else self._resumed["environments"]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what was resumed: the next training may begin anew."""
+        if stage == "fit":
+            self._resumed = None
+
     def total_steps(self, trainer: Trainer) -> int | float:
         """Optimizer steps of the whole training, for a schedule over all of it."""
         total = trainer.estimated_stepping_batches
@@ -156,7 +167,7 @@ class TrainingState(Callback):
                 f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to Classifier or "
                 "load_from_checkpoint"
             )
-        self._changes = lasting_changes(checkpoint, trainer, classifier)
+        self._changes, self._environments = lasting_changes(checkpoint, trainer, classifier), checkpoint["environments"]
         loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         if _is_interrupted(checkpoint):
@@ -180,9 +191,8 @@ class TrainingState(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on in an epoch that was interrupted, and on a schedule that was stretched; note where it is trained."""
-        earlier = [] if self._resumed is None else self._resumed["environments"]
         here = describe_environment(trainer.strategy.root_device)
-        self._environments = earlier if here in earlier[-1:] else [*earlier, here]
+        self._environments = [*self._environments, *[here] * (here not in self._environments[-1:])]
         interrupted, self._interrupted = self._interrupted, {}
         classifier = cast("Classifier", pl_module)
         # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.

@@ -32,7 +32,7 @@ from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import Run, disk_error
 from cbam_pl.training.state import StepLosses, TrainingState
 
-# Callbacks that set an attribute of the network or the data, which the run's settings would not tell.
+# Callbacks that need attributes which the network does not have, or change what a run records; and what to set instead.
 _INSTEAD = {
     LearningRateFinder: "model.optimizer.lr",
     BatchSizeFinder: "data.batch_size",

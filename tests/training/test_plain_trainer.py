@@ -213,3 +213,27 @@ def test_a_resume_by_other_words_for_the_same_is_accepted_and_another_seed_is_no
     other = Classifier.load_from_checkpoint(best, **given)
     with pytest.raises(UserError, match=r"other settings: seed \(3 there, 0 here\); give the same"):
         trainer(tmp_path, "b", max_epochs=3, enable_checkpointing=False).fit(other, data, ckpt_path=best)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_where_it_was_trained_is_kept_without_a_step_and_is_not_another_networks(image_folder, tmp_path):
+    def environments(name):
+        return torch.load(tmp_path / name, weights_only=True)["environments"]
+
+    model, data = parts(image_folder)
+    first = trainer(tmp_path, "first", max_epochs=1)
+    first.fit(model, data)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    content = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    content["environments"][0]["commit"] = "abc"
+    torch.save(content, tmp_path / "elsewhere.ckpt")
+
+    again = trainer(tmp_path, "again", max_epochs=1)
+    again.fit(*parts(image_folder), ckpt_path=tmp_path / "elsewhere.ckpt")
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    assert environments("again.ckpt") == content["environments"]
+
+    again.fit_loop.max_epochs = 2
+    again.fit(*parts(image_folder))
+    again.save_checkpoint(tmp_path / "another.ckpt")
+    assert environments("another.ckpt") == environments("first.ckpt")

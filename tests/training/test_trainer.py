@@ -35,7 +35,7 @@ REJECTED = {
     ("--trainer.callbacks", "BatchSizeFinder"): "BatchSizeFinder does not work here; give data.batch_size instead",
     ("--trainer.callbacks", "BackboneFinetuning"): "BackboneFinetuning does not work here; give model.freeze and ",
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
-        "trainer.callbacks: ModelPruning works with --model.channels_last false alone; add it"
+        "trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it"
     ),
     ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_acc"): (
         "trainer.callbacks: monitor=val_acc is not logged; use one of val/loss"

@@ -202,6 +202,9 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
     if not plan.unequal and not _are_of_same_images(results):
         notes.append("The runs were not tested on the same images, so their figures cannot be compared.")
     trained = [{key: one[f"trained_{key}"] for key in UNKNOWN} for one in results]
+    unknown = sum("unknown" in one["device"] for one in trained)
+    if 0 < unknown < len(trained):
+        notes.append(f"Where {unknown} of {len(trained)} runs were trained, in part or all, was not noted.")
     corrupted = [one["test"].get("robustness", {}).get("environment", {}) for one in results]
     sides = {
         "runs were not trained": trained,
@@ -211,9 +214,9 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
     for key in ("device", "versions", "commit", "libraries"):
         found = []
         for what, environments in sides.items():
-            values = {one[key]: None for one in environments if key in one}
-            if len(values) > 1 and values not in found:  # mostly, a run is trained and tested in one place
-                notes.append(f"The {what} with the same {key}: {'; '.join(values)}.")
+            values = [one[key] for one in environments if "unknown" not in one.get(key, "unknown")]
+            if len(set(values)) > 1 and values not in found:  # mostly, a run is trained and tested in one place
+                notes.append(f"The {what} with the same {key}: {'; '.join(dict.fromkeys(values))}.")
             found.append(values)
     return notes
 
@@ -358,17 +361,22 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
     settings, first = split_settings(plan.given)[0], results[0]
     dates = sorted({run["date"] for run in results})
     data, steps = settings.get("data.dataset"), settings.get("trainer.max_steps", -1)
+    trained, tested = _place(first, "trained_"), _place(first)
+    same = {"trained and tested on": tested}
     known = {
         "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
         "epochs": settings.get("trainer.max_epochs"),
         **({"steps": f"at most {steps:,}"} if steps >= 0 else {}),
         "seeds": " ".join(map(str, plan.seeds)),
-        "trained on": first["trained_device"],
-        "tested on": first["device"],
-        **{name: first[name] for name in ("versions", "commit")},
+        **(same if trained == tested else {"trained on": trained, "tested on": tested}),
         "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     }
     return "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None) + "."
+
+
+def _place(run: Result, prefix: str = "") -> str:
+    device, versions, commit = (run[prefix + key] for key in ("device", "versions", "commit"))
+    return device if device == "unknown" else f"{device}, with {versions}, commit {commit}"
 
 
 def earlier_costs(plan: Plan) -> dict[str, Any] | None:

@@ -438,8 +438,22 @@ def test_where_runs_were_trained_is_noted_where_it_differs():
         "The runs were not trained with the same commit: c0ffee; c0ffee, then beef."
     ]
     assert notes(device="cuda: A") == ["The runs were not tested with the same device: cpu: abacus; cuda: A."]
+    unknown = dict.fromkeys(("trained_device", "trained_versions", "trained_commit"), "unknown")
+    assert notes(**unknown) == ["Where 1 of 4 runs were trained, in part or all, was not noted."]
     both = notes(trained_device="cuda: A", device="cuda: A")
     assert both == ["The runs were not trained with the same device: cpu: abacus; cuda: A."], "one line for both"
+
+
+def test_where_the_first_run_was_trained_and_tested_is_told_apart():
+    def measured(**changes):
+        run = result("k=none", 0, 0.8) | changes
+        return analyse(plan_for({"k=none": [0]}), [run], {})["measured"]
+
+    assert "; trained and tested on: cpu: abacus, with torch 0, commit c0ffee; date: 2024-05-06." in measured()
+    assert (
+        "; trained on: cpu: abacus, with torch 0, commit beef; tested on: cpu: abacus, with torch 0, commit c0ffee; "
+    ) in measured(trained_commit="beef")
+    assert "; trained on: unknown; tested on: cpu: abacus" in measured(trained_device="unknown")
 
 
 def test_pictures_that_cannot_be_drawn_leave_the_page(compared, command, recipes, tmp_path, monkeypatch):
