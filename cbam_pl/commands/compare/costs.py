@@ -2,7 +2,9 @@
 
 import itertools
 import multiprocessing
+import os
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -128,5 +130,14 @@ def in_new_process(threads: int, work: Callable[..., Any], *arguments: Any) -> A
 
 
 def _configure(threads: int) -> None:
+    threading.Thread(target=_follow_parent, daemon=True).start()
     configure_process()  # as of the commands, whose speed and memory are measured
     torch.set_num_threads(threads)
+
+
+def _follow_parent() -> None:
+    # A pool ends its processes only where its own process ends in order.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -55,3 +58,28 @@ def test_costs_are_left_out_only_where_memory_ran_out():
     assert in_new_process(1, os._exit, 9) is None
     with pytest.raises(RuntimeError, match="3 threads"):
         in_new_process(3, _fail)
+
+
+_MEASURE = """
+from cbam_pl.commands.compare.costs import in_new_process
+from tests.commands.compare.test_costs import measure_forever
+if __name__ == "__main__":
+    in_new_process(1, measure_forever)
+"""
+
+
+def measure_forever():
+    print("measuring", flush=True)
+    while True:
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_measurement_ends_with_its_program_even_if_that_is_killed(tmp_path):
+    file = tmp_path / "measure.py"
+    file.write_text(_MEASURE)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen([sys.executable, file], env=environment, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline() == "measuring\n"
+        program.kill()
+        assert program.communicate(timeout=60)[0] == ""  # ends when both processes have
