@@ -37,7 +37,9 @@ from cbam_pl.commands.compare.robustness import add_robustness, robustness_table
 from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
 from cbam_pl.commands.robustness import read_robustness
 from cbam_pl.environment import UNKNOWN, environments_by_key
+from cbam_pl.errors import UserError
 from cbam_pl.tables import print_table
+from cbam_pl.training.run import Run
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
 COSTS = {  # name → heading, divisor, digits
@@ -60,24 +62,33 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
         state, run = find(job)
         tested = state in ("tested", "done")
         if tested and run is not None and (best := read_best(run)) and (test := read_test(run)):
-            path, here = run.checkpoints / "best.ckpt", Path.cwd()
-            test = with_robustness(test, read_robustness(run.logs, test))
-            trained_on = environments_by_key(test.get("trained_on", [UNKNOWN]))
-            result = {
-                "recipe": job.name,
-                "seed": job.seed,
-                "epoch": test["epoch"],
-                "val_acc": 100 * best["val/acc"],
-                "test_acc": 100 * test["test/acc"],
-                "test_loss": test["test/loss"],
-                **read_measures(test),
-                "checkpoint": str(path.relative_to(here) if path.is_relative_to(here) else path),
-                **test["environment"],
-                **{f"trained_{key}": text for key, text in trained_on.items()},
-            }
-            read = {"test": test, "predictions": read_predictions(run, test), "epochs": read_epochs(run)}
-            results.append(result | read)
+            try:
+                results.append(_result_of(job, run, best, test))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                file = run.logs / "test.json"
+                raise UserError(f"{file} is damaged ({error!r}); delete it, and compare tests the run again") from error
     return results
+
+
+def _result_of(job: Job, run: Run, best: dict[str, Any], test: dict[str, Any]) -> Result:
+    path, here = run.checkpoints / "best.ckpt", Path.cwd()
+    test = with_robustness(test, read_robustness(run.logs, test))
+    trained_on = environments_by_key(test.get("trained_on", [UNKNOWN]))
+    return {
+        "recipe": job.name,
+        "seed": job.seed,
+        "epoch": test["epoch"],
+        "val_acc": 100 * best["val/acc"],
+        "test_acc": 100 * test["test/acc"],
+        "test_loss": test["test/loss"],
+        **read_measures(test),
+        "checkpoint": str(path.relative_to(here) if path.is_relative_to(here) else path),
+        **test["environment"],
+        **{f"trained_{key}": text for key, text in trained_on.items()},
+        "test": test,
+        "predictions": read_predictions(run, test),
+        "epochs": read_epochs(run),
+    }
 
 
 def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cbam_pl.commands.compare.plan import Control, Plan
 from cbam_pl.commands.compare.report import analyse, markdown, read_results, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
 from cbam_pl.environment import describe_environment
-from tests.helpers import REPOSITORY, plan_of
+from tests.helpers import REPOSITORY, one_line, plan_of
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
 COSTS |= {"latency_256": 80.0, "memory": None}
@@ -489,6 +489,17 @@ def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, 
     after = json.loads((root / "report/report.json").read_text())
     assert after["recipes"] == before["recipes"]  # the costs, too
     assert (root / "report/report.html").exists()
+
+
+@pytest.mark.parametrize("damage", [{"environment": 5}, {"trained_on": [{}]}, {"test/acc": None}])
+def test_a_damaged_test_is_named(damage, compared, command, recipes, tmp_path):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    file = root / "logs/none/version_0/test.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report", "--recompute"]
+    error = one_line(command("compare", *options, "--trainer.default_root_dir", root))
+    assert f"{file} is damaged (" in error
+    assert error.endswith("delete it, and compare tests the run again")
 
 
 @pytest.mark.parametrize("report", ["notebooks", "notebooks-controls"])
