@@ -20,9 +20,18 @@ class Interrupted(Exception):
         self.number = number
 
 
+LESS_MEMORY = (
+    "lower data.batch_size (and raise trainer.accumulate_grad_batches to keep the number of images per step), "
+    "data.image_size or model.attention.kernel_size"
+)
+
+
 @contextmanager
-def as_user_error() -> Iterator[None]:
-    """Turn an invalid argument, which a constructor rejects, and a lack of memory into a UserError."""
+def as_user_error(less_memory: str = LESS_MEMORY) -> Iterator[None]:
+    """Turn an invalid argument, which a constructor rejects, and a lack of memory into a UserError.
+
+    `less_memory` is the fix in the latter case.
+    """
     try:
         yield
     except (ValueError, MisconfigurationException) as error:
@@ -30,10 +39,7 @@ def as_user_error() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            "out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches to keep the number of "
-            "images per step), data.image_size or model.attention.kernel_size"
-        ) from error
+        raise UserError(f"out of memory; {less_memory}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

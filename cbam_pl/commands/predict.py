@@ -43,7 +43,7 @@ def predict(options: list[str]) -> None:
     for start in range(0, len(files), _MAX_DECODED):
         pixels = torch.stack([decode(file, size, proportional) for file in files[start : start + _MAX_DECODED]])
         images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
-        with running():
+        with running(less_memory="give fewer --images at once"):
             batches += trainer.predict(model, EvaluationLoader(images, batch_size, normalise, device, Shard())) or []
     probabilities = torch.cat(batches).cpu()  # (N, classes)
     if not probabilities.isfinite().all():

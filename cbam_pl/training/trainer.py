@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cbam_pl.errors import UserError, as_user_error
+from cbam_pl.errors import LESS_MEMORY, UserError, as_user_error
 from cbam_pl.training.callbacks import (
     EvaluationInterrupt,
     InterruptCheckpoint,
@@ -75,14 +75,11 @@ def training_trainer(
     """
     options = dict(**settings)
     check_settings(settings)
-    users = _listed(options["callbacks"])
+    users = _users_callbacks(settings)
     logged = [name for name in METRICS if settings.limit_val_batches != 0 or not name.startswith("val/")]
     known = (EarlyStopping, ModelCheckpoint)
     logs_more = any(not isinstance(callback, known) for callback in users)
     for callback in users:
-        for kind, setting in _INSTEAD.items():
-            if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {kind.__name__} does not work here; give {setting} instead")
         names = [*logged, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else logged  # which Lightning adds
         if not isinstance(callback, known) or callback.monitor in (None, *names):
             continue
@@ -118,7 +115,7 @@ def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None, own
     The command's `own` callbacks come first.
     """
     options = {**dict(**settings), "enable_checkpointing": False}
-    return _trainer(options, [*own, *_listed(options["callbacks"]), EvaluationInterrupt()], TrainingProgress(), logger)
+    return _trainer(options, [*own, *_users_callbacks(settings), EvaluationInterrupt()], TrainingProgress(), logger)
 
 
 def _trainer(
@@ -138,17 +135,29 @@ def _trainer(
         raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
 
 
+def _users_callbacks(settings: Namespace) -> list[Callback]:
+    callbacks = _listed(settings.callbacks)
+    for callback in callbacks:
+        for kind, setting in _INSTEAD.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: {kind.__name__} does not work here; give {setting} instead")
+    return callbacks
+
+
 def _listed(values: Any) -> list[Any]:
     return [] if values is None else [*values] if isinstance(values, list) else [values]
 
 
 @contextmanager
-def running(logs: Path | None = None) -> Iterator[None]:
-    """Turn what fails for the user's reasons while Lightning runs - memory, the disk of `logs` - into a UserError."""
+def running(logs: Path | None = None, less_memory: str = LESS_MEMORY) -> Iterator[None]:
+    """Turn what fails for the user's reasons while Lightning runs - memory, the disk of `logs` - into a UserError.
+
+    `less_memory` is the fix where memory ran out.
+    """
     of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
     existed = logs is not None and logs.is_dir()
     try:
-        with as_user_error():
+        with as_user_error(less_memory):
             yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # at which Lightning ends the process with status 1
@@ -160,7 +169,7 @@ def running(logs: Path | None = None) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         if error.errno == errno.ENOMEM:
-            with as_user_error():
+            with as_user_error(less_memory):
                 raise MemoryError from error
         if logs is None or error.errno not in of_the_disk:
             raise

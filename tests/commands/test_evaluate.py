@@ -210,6 +210,11 @@ def test_no_images_are_rejected(which, limit, trained, command):
     assert f"trainer.{limit}=0 evaluates no image; leave it out" in error
 
 
+def test_a_callback_that_changes_the_batches_is_rejected(trained, command):
+    words = ["--trainer.default_root_dir", trained[0], "--trainer.callbacks", "BatchSizeFinder"]
+    assert "BatchSizeFinder does not work here; give data.batch_size instead" in one_line(command("test", *words))
+
+
 def test_a_test_needs_no_validation_images(trained, command, tmp_path, image_folder):
     root, other = shutil.copytree(trained[0], tmp_path / "run"), tmp_path / "other"
     shutil.copytree(image_folder / "test", other / "test")

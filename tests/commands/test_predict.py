@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from PIL import Image
 
 from cbam_pl.commands import predict as predict_module
@@ -49,6 +50,15 @@ def test_as_many_images_are_predicted_at_once_as_are_tested(trained, command, im
     words = ["--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red"]
     assert command("predict", *words, "--output", tmp_path / "out.csv").status == 0
     assert sizes == [4 * 16]
+
+
+def test_too_little_memory_names_an_option_of_its_own(trained, command, image_folder, monkeypatch):
+    def predict(self, model, loader):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "predict", predict)
+    words = ["--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red"]
+    assert one_line(command("predict", *words)) == "error: out of memory; give fewer --images at once"
 
 
 def test_images_are_decoded_a_part_at_a_time(trained, command, image_folder, tmp_path, monkeypatch):
