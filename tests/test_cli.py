@@ -74,6 +74,14 @@ def test_help_needs_no_torch_and_names_the_program_as_it_is_installed():
     assert done.stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize("name", ["fit", "compare"])  # which have a parser each
+def test_the_help_of_a_command_names_the_program_as_it_is_installed(name):
+    script = f"import sys; sys.argv = ['bin/cbam-pl', '{name}', '--help']; import cbam_pl.cli as cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: cbam-pl {name} ")
+    assert "train.py" not in done.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_an_output_that_cannot_be_written_is_one_line():
     words = [sys.executable, "train.py", "--help"]

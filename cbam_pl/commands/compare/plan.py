@@ -14,6 +14,7 @@ from jsonargparse import Namespace, get_loader
 from jsonargparse.typing import PositiveInt
 
 from cbam_pl.attention import AttentionConfig, options_of
+from cbam_pl.cli import PROGRAM
 from cbam_pl.commands.robustness import find_corruptions
 from cbam_pl.data.corruptions import check_size
 from cbam_pl.data.datamodule import may_have_seen
@@ -110,7 +111,7 @@ class Plan:
 
 class _OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (python train.py compare --help)")
+        raise UserError(f"{message} ({PROGRAM} compare --help)")
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -118,8 +119,8 @@ def option_parser() -> argparse.ArgumentParser:
     parser = _OptionParser(
         prog="train.py compare",
         description="Train several recipes with several seeds, and report the differences, their uncertainty and "
-        "cost. Any setting of `fit` may be given too (python train.py fit --help) and applies to all recipes.",
-        usage="python train.py compare --configs FILE FILE ... --seeds 0 1 2 --output DIR [OPTIONS] [SETTINGS]",
+        f"cost. Any setting of `fit` may be given too ({PROGRAM} fit --help) and applies to all recipes.",
+        usage=f"{PROGRAM} compare --configs FILE FILE ... --seeds 0 1 2 --output DIR [OPTIONS] [SETTINGS]",
         allow_abbrev=False,
     )
     add = parser.add_argument
