@@ -25,6 +25,18 @@ def test_every_relative_link_leads_to_a_file():
     assert not missing
 
 
+def test_the_files_and_tests_that_are_named_are_there():
+    pages = [*MARKDOWN, *REPOSITORY.glob("cbam_pl/**/*.py"), *REPOSITORY.glob("configs/**/*.yaml")]
+    text = "\n".join(page.read_text() for page in pages)
+    files = set(re.findall(r"\b(?:benchmarks|cbam_pl|configs|tests)/[\w/]+\.(?:py|yaml)\b", text))
+    assert len(files) > 30
+    assert not [name for name in files - {"configs/RECIPE.yaml"} if not (REPOSITORY / name).is_file()]
+    tests = "\n".join(path.read_text() for path in REPOSITORY.glob("tests/**/test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (REPOSITORY / "docs/attention.md").read_text())
+    assert len(named) > 10
+    assert not [name for name in named if f"def {name}(" not in tests]
+
+
 class Page(HTMLParser):
     """The links of a page, and the places that links may lead to."""
 
