@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.models.insertion import evaluating, insert_attention, map_shapes
 
-TRUSTED = ("cbam_pl", "torchvision.models", "timm")  # what a checkpoint may name without being asked for
+# What a checkpoint may name without being asked for. Not all of cbam_pl: a Classifier is a module, too, and imports the
+# network that its arguments name.
+TRUSTED = ("cbam_pl.models", "torchvision.models", "timm")
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,11 @@ def test_networks_of_known_libraries_are_trusted(path, arguments):
         ("torchvision.models.list_models", {}, "it is not a network of torchvision; allow it with --trust torchvision"),
         ("torchvision.models._api.get_model_weights", {"name": "resnet18"}, "it is not a network of torchvision"),
         ("timm.models._helpers.load_checkpoint", {"checkpoint_path": "x"}, "it is not a network of timm"),
-        ("cbam_pl.cli.main", {}, "it is not a network of cbam_pl"),
+        ("cbam_pl.models.make_network", {}, "it is not a network of cbam_pl"),
+        ("cbam_pl.cli.main", {}, "is not imported"),
+        ("cbam_pl.Classifier", {"num_classes": 10, "network": {"class_path": "os.system"}}, "is not imported"),
+        ("cbam_pl.training.classifier.Classifier", {"num_classes": 10}, "is not imported"),
+        ("cbam_pl.training.checkpoint.load_classifier", {"trust": ["os"]}, "is not imported"),
         (
             "timm.create_model",
             {"model_name": "hf-hub:stranger/model"},
