@@ -91,7 +91,8 @@ class ChannelAttention(Gate):
         else:
             pooled = [_POOLS[pool](x) for pool in self.pools]
         hidden = torch.relu(self.reduce(torch.stack(pooled).flatten(2)))  # (pools, B, hidden)
-        return x, self.expand(hidden).sum(0)[:, :, None, None]
+        # Back to the map's type: autocast on CUDA sums in float32, in which all that follows the gate would be as well.
+        return x, self.expand(hidden).sum(0).to(x.dtype)[:, :, None, None]
 
 
 class SqueezeExcitation(ChannelAttention):

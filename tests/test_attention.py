@@ -7,6 +7,7 @@ The largest differences in docs/attention.md:
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
 from cbam_pl.attention import (
@@ -307,6 +309,31 @@ def test_layers_with_other_weights_train(change):
         evaluated = cbam(x)
     torch.testing.assert_close(cbam(x.clone().requires_grad_()), evaluated)
     assert len(list(cbam.parameters())) == (3 if change is prune.l1_unstructured else 6)
+
+
+@pytest.fixture
+def cuda_autocast():
+    """Switches autocast on, which the context torch.autocast does not where there is no GPU."""
+
+    def enable(dtype):
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+
+    before = torch.get_autocast_dtype("cuda")
+    yield enable
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@variants
+def test_autocast_on_cuda_keeps_the_type_of_the_map(config, dtype, cuda_autocast):
+    cuda_autocast(dtype)
+    # A result in float32 would make all that follows it float32, too. Fake tensors know types alone, and need no GPU.
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(2, 32, 8, 8, dtype=dtype, requires_grad=True)
+        for attention in (config.build(32), replace(config, start="identity").build(32)):
+            assert attention(x).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
