@@ -169,10 +169,14 @@ class TrainingState(Callback):
             )
         self._changes, self._environments = lasting_changes(checkpoint, trainer, classifier), checkpoint["environments"]
         loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        loop = checkpoint["loops"]["fit_loop"]
+        progress = loop["epoch_loop.batch_progress"]["current"]
         if _is_interrupted(checkpoint):
             self._interrupted = {"figures": checkpoint["figures"], **checkpoint["interrupted_epoch"]}
             self._all_batches_done = not loader["batches_done"]
+        else:  # Lightning counts the epoch as completed after its checkpoint is written
+            for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+                counts["completed"] = counts["processed"]
         decisive = ("processes", "limit_train_batches", "overfit_batches", "accumulate_grad_batches")
         if loader["batches_done"] and any(before.get(name, here[name]) != here[name] for name in decisive):
             # One order of the images is dealt out to all processes: as many are done as before, rounded down to whole
@@ -195,6 +199,9 @@ class TrainingState(Callback):
         self._environments = [*self._environments, *[here] * (here not in self._environments[-1:])]
         interrupted, self._interrupted = self._interrupted, {}
         classifier = cast("Classifier", pl_module)
+        if self._resumed is not None and not interrupted:
+            # With max_steps, Lightning takes every resume for one inside an epoch, and would end the last one again.
+            trainer.fit_loop.epoch_loop.restarting = False
         # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.
         if self._resumed is not None and classifier.schedule_spans_training and not interrupted:
             for config in trainer.lr_scheduler_configs:

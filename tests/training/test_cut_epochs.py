@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.helpers import EPOCHS, RUN, STEPS, assert_same_run, checkpoint, fit, scalars
+from tests.helpers import EPOCHS, RUN, STEPS, Break, PowerCut, assert_same_run, callbacks, checkpoint, fit, scalars
 
 
 class StopAt(Callback):
@@ -86,6 +86,30 @@ def test_stops_at_each_quarter_equal_one_go(setting, stop, schedule, command, re
         assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     else:
         assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.check_val_every_n_epoch", 2],
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(ONE_CYCLE, marks=pytest.mark.slow),
+        pytest.param(["--trainer.accumulate_grad_batches", 2], marks=pytest.mark.slow),
+    ],
+    ids=["validated every other epoch", "plateau", "one cycle", "accumulated"],
+)
+def test_with_max_steps_too_a_stop_between_two_epochs_changes_nothing(options, command, recipe, tmp_path):
+    options = [*options, "--trainer.max_steps", 7]  # the third or fourth epoch is cut off
+    whole = command(*fit(recipe, tmp_path / "whole", *options))
+    assert whole.status == 0, whole.err
+    with pytest.raises(PowerCut):
+        command(*fit(recipe, tmp_path / "parts", *options, *callbacks(Break, epoch=1)))
+    with pytest.raises(PowerCut):
+        command(*fit(recipe, tmp_path / "parts", *options, *callbacks(Break, epoch=2), "--ckpt_path", "last"))
+    rest = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert rest.status == 0, rest.err
+    assert checkpoint(tmp_path / "parts")["global_step"] == 7
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.slow

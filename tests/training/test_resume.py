@@ -40,6 +40,8 @@ class ScaledPrecision(MixedPrecision):
 
 SCHEDULES = {
     "plateau": ["--model.lr_scheduler.init_args.patience", 0],
+    "epochs": ["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.init_args.step_size", 1,
+               "--model.lr_scheduler.init_args.gamma", 0.5],
     "cosine": ["--model.lr_scheduler", "cbam_pl.schedules.WarmupCosineLR", "--model.lr_interval", "step",
                "--model.lr_scheduler.init_args.warmup", 0.25],
     "one cycle": ["--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_interval", "step",
