@@ -49,6 +49,8 @@ def fit(options: list[str]) -> None:
     root, recipe = Path(settings.trainer.default_root_dir), recipe_name(settings.config)
     path, checkpoint, run = None, None, None
     if settings.ckpt_path is not None:
+        if settings.trainer.fast_dev_run:
+            raise UserError("trainer.fast_dev_run tries a new training; leave it out, or --ckpt_path")
         path, checkpoint = find_checkpoint(root, settings.ckpt_path, recipe)
         attention, saved = values.model.attention, checkpoint["hyper_parameters"]["attention"]
         if attention.start is None and attention.kind == saved["kind"]:  # its file of weights may be gone

@@ -30,6 +30,8 @@ def predict(options: list[str]) -> None:
     with as_user_error():
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
         trainer = evaluating_trainer(parser.instantiate(settings).trainer)
+    if trainer.world_size > 1:
+        raise UserError("predict works in one process; leave trainer.devices, num_nodes and strategy out")
 
     files = find_images(settings.images)
     print(f"decoding {len(files):,} images")

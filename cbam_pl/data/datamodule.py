@@ -222,7 +222,7 @@ class ImageDataModule(LightningDataModule):
             kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
             train, val = train.subset(kept), train.subset(held_out)
             self._val_is_drawn = True
-        elif self.val_size is not None:
+        elif self.val_size is not None and stage in (None, "fit"):  # else the folder came after the training
             raise UserError(f"data.val_size={self.val_size}, but {self.root} has its own val folder; leave it out")
         self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:

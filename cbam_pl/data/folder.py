@@ -306,5 +306,6 @@ def _write_cache(path: Path, fingerprint: str, content: dict[str, dict[str, Tens
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = _failure_reason(error)
         warnings.warn(f"the decoded images are not cached: {path} cannot be written ({reason})", stacklevel=2)
-        with contextlib.suppress(OSError):  # nothing was written, on a read-only disk
+    finally:  # also after Ctrl-C
+        with contextlib.suppress(OSError):  # nothing is left, or was written, on a read-only disk
             temporary.unlink()

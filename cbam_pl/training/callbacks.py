@@ -60,6 +60,7 @@ class InterruptCheckpoint(Callback):
         self._saved_at = 0.0
         self._received: int | None = None
         self._last_step = 0
+        self._asked = False  # to stop, while a step was accumulating
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,9 +78,13 @@ class InterruptCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where it is time, between two optimizer steps."""
+        asked = self._asked or trainer.should_stop
         if trainer.global_step == self._last_step:
-            return  # a checkpoint does not hold the gradients of a step that is still accumulating
-        self._last_step = trainer.global_step
+            # A checkpoint does not hold the gradients of a step that is still accumulating. Lightning is not to see
+            # the request before its end: it would take the epoch for a complete one.
+            self._asked, trainer.should_stop = asked, False
+            return
+        self._last_step, self._asked, trainer.should_stop = trainer.global_step, False, asked
         if trainer.is_last_batch:
             return  # validation and the ordinary checkpoint follow
         budget = ""  # the setting that ends the training at this step
@@ -89,7 +94,9 @@ class InterruptCheckpoint(Callback):
             budget = "trainer.max_time or a callback" if trainer.current_epoch >= (trainer.min_epochs or 0) else ""
         stop, due = self._received is not None, time.monotonic() - self._saved_at > self._seconds
         if trainer.world_size > 1:
-            agree = (batch_idx + 1) % self.AGREE_EVERY == 0
+            agree = (
+                batch_idx + 1
+            ) % self.AGREE_EVERY < trainer.accumulate_grad_batches  # only batches with a step count
             stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
             due = agree and trainer.strategy.reduce_boolean_decision(due, all=False)
         if self._last is not None and (stop or due or budget):

@@ -215,6 +215,8 @@ def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Cl
     done = f"has completed {epochs} epochs and {steps} steps"
     if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs or 0 <= trainer.max_steps <= steps:
         return f"{done}; train further with --trainer.max_epochs"
+    if epochs < (trainer.min_epochs or 0) or steps < (trainer.min_steps or 0):
+        return ""  # what asked to stop before had to wait
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint["callbacks"].get(callback.state_key)
         if isinstance(callback, Timer) and (state or callback.time_remaining() == 0):

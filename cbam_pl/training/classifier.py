@@ -287,6 +287,8 @@ class Classifier(LightningModule):
         self.tested_epoch = self.current_epoch + 1
         if self.validated:
             figures |= self.val_figures
+            if not self.val_figures.keys() <= self.trainer.callback_metrics.keys():  # of a validation before a resume
+                self._tell_callbacks(self.val_figures)
         self._log(figures, self.current_epoch + 1)
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau) and (self.validated or not self.trainer.enable_validation):
@@ -398,6 +400,13 @@ class Classifier(LightningModule):
                 "model.lr_scheduler: a phase of the schedule has no step between its ends; train for more epochs, or "
                 "change the share of the rise (pct_start) so that it and the fall take two steps or more"
             ) from error
+        if isinstance(scheduler, ReduceLROnPlateau) and (
+            scheduler.mode != "min" or getattr(scheduler, "monitor", "val/loss") != "val/loss"
+        ):
+            raise UserError(
+                "model.lr_scheduler: a plateau is judged by val/loss, which is to fall; leave out mode, and a monitor "
+                "other than val/loss"
+            )
         if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
             raise UserError(
                 "model.lr_interval=step has no effect with ReduceLROnPlateau, which val/loss steps after each epoch; "
@@ -436,9 +445,12 @@ class Classifier(LightningModule):
         loss, acc, self.num_evaluated = metric.compute()
         metric.reset()
         figures = {f"{split}/loss": loss, f"{split}/acc": acc, **others}
+        self._tell_callbacks(figures)
+        return figures
+
+    def _tell_callbacks(self, figures: dict[str, float]) -> None:
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
         self.log_dict(tensors, logger=False, on_epoch=True, on_step=False, batch_size=1, rank_zero_only=False)
-        return figures
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:

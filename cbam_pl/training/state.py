@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from torch import Tensor, stack, tensor
 
 from cbam_pl.environment import UNKNOWN, describe_environment
@@ -171,7 +171,15 @@ class TrainingState(Callback):
         loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
         loop = checkpoint["loops"]["fit_loop"]
         progress = loop["epoch_loop.batch_progress"]["current"]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience  # the one that is given
         if _is_interrupted(checkpoint):
+            if loop["epoch_loop.batch_progress"]["is_last_batch"] and progress["completed"] < progress["processed"]:
+                raise UserError(
+                    "the checkpoint was saved after an epoch's last batch and before its validation, from where "
+                    "Lightning cannot resume; resume from last.ckpt"
+                )
             self._interrupted = {"figures": checkpoint["figures"], **checkpoint["interrupted_epoch"]}
             self._all_batches_done = not loader["batches_done"]
         else:  # Lightning counts the epoch as completed after its checkpoint is written
@@ -221,7 +229,7 @@ class TrainingState(Callback):
         for logger in trainer.loggers:
             logger.save()
         loader = _loader_state(checkpoint)
-        if classifier.epoch_ended:
+        if classifier.epoch_ended or trainer.is_last_batch:
             loader["batches_done"] = 0  # Lightning leaves an epoch with fewer batches than the loader has unfinished
         # What was measured of this epoch, not of an earlier one.
         measured = {"val": classifier.validated, "train": classifier.epoch_ended, "lr": classifier.epoch_ended}

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     Timer,
@@ -37,6 +38,7 @@ _INSTEAD = {
     LearningRateFinder: "model.optimizer.lr",
     BatchSizeFinder: "data.batch_size",
     BackboneFinetuning: "model.freeze and model.lr_factors",
+    GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
 }
 METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 
@@ -104,7 +106,7 @@ def training_trainer(
         # In this order last.ckpt knows of the best.
         last = checkpoint(filename="last")
         best = checkpoint(filename="best", monitor="val/acc", mode="max")
-        callbacks += [InterruptCheckpoint(last, minutes), best, last]
+        callbacks += [InterruptCheckpoint(None if settings.fast_dev_run else last, minutes), best, last]
     logger = None if run is None else RunLogger(run.logs, resumed=resumed)
     return _trainer(options, callbacks, TrainingProgress(losses), logger)
 

@@ -6,7 +6,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.helpers import EPOCHS, RUN, STEPS, Break, PowerCut, assert_same_run, callbacks, checkpoint, fit, scalars
+from tests.helpers import (
+    EPOCHS,
+    RUN,
+    STEPS,
+    Break,
+    PowerCut,
+    assert_same_run,
+    callbacks,
+    checkpoint,
+    fit,
+    one_line,
+    scalars,
+)
 
 
 class StopAt(Callback):
@@ -171,6 +183,90 @@ def test_early_stopping_that_ended_a_training_is_remembered(command, recipe, tmp
     assert checkpoint(tmp_path)["global_step"] == 2 * STEPS
     further = command(*fit(recipe, tmp_path, "--ckpt_path", "last"))
     assert (further.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS)
+
+
+EARLY = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss, min_delta: 100, "
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_what_is_to_stop_waits_for_the_least_epochs_after_a_resume_too(command, recipe, tmp_path):
+    stop = f"{EARLY}patience: 1}}}}"  # asks in the second epoch
+    options = ["--trainer.min_epochs", 3]
+    broken = command(*fit(recipe, tmp_path, *options, *callbacks(stop, Break, step=2 * STEPS + 1)))
+    assert broken.status == 143, broken.err
+    outcome = command(*fit(recipe, tmp_path, *options, "--trainer.callbacks", f"[{stop}]", "--ckpt_path", "last"))
+    assert (outcome.status, checkpoint(tmp_path)["global_step"]) == (0, 3 * STEPS), outcome.out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_resume_with_more_patience_has_it(command, recipe, tmp_path):
+    broken = command(*fit(recipe, tmp_path, *callbacks(f"{EARLY}patience: 1}}}}", Break, step=STEPS + 1)))
+    assert broken.status == 143, broken.err
+    patient = ["--trainer.callbacks", f"[{EARLY}patience: 9}}}}]", "--ckpt_path", "last"]
+    outcome = command(*fit(recipe, tmp_path, *patient))
+    assert (outcome.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS), outcome.err
+
+
+class AskAt(Callback):
+    """Asks the training to stop after a batch, once, which may be inside a step."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.place = epoch, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or (trainer.current_epoch, batch_idx) == self.place
+
+
+def test_a_stop_inside_an_accumulated_step_waits_for_its_end(command, recipe, tmp_path):
+    options = ["--trainer.accumulate_grad_batches", 2]
+    assert command(*fit(recipe, tmp_path / "whole", *options)).status == 0
+    stopped = command(*fit(recipe, tmp_path / "parts", *options, *callbacks(AskAt, epoch=1, batch=0)))
+    assert stopped.status == 0, stopped.err
+    assert "stopped by trainer.max_time or a callback in epoch 2 after step 3; the state is saved" in stopped.err
+    assert [row["epoch"] for row in rows(tmp_path / "parts")] == ["1"]
+    rest = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert rest.status == 0, rest.err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+# Checkpoints of the user's own: Setting → when they are saved.
+OWN = {
+    (): "monitor: val/loss, mode: min",  # with the bar, whose line of an epoch has its figures
+    ("--trainer.check_val_every_n_epoch", 2): "monitor: val/loss, mode: min",  # at the end of the validation
+    ("--trainer.check_val_every_n_epoch", 2, "--trainer.limit_train_batches", 2): "monitor: val/loss, mode: min",
+    ("--trainer.enable_progress_bar", "false"): f"every_n_train_steps: {STEPS - 1}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+@pytest.mark.parametrize("setting", OWN, ids=str)
+def test_a_checkpoint_of_the_users_own_resumes_exactly(setting, command, recipe, tmp_path):
+    name, place = "lightning.pytorch.callbacks.ModelCheckpoint", tmp_path / "own"
+    own = f"{{class_path: {name}, init_args: {{dirpath: {place}, save_top_k: -1, {OWN[setting]}}}}}"
+    whole = command(*fit(recipe, tmp_path / "whole", *setting, "--trainer.callbacks", f"[{own}]"))
+    assert whole.status == 0, whole.err
+    first = min(place.glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=True)["global_step"])
+    rest = command(*fit(recipe, tmp_path / "rest", *setting, "--ckpt_path", first))
+    assert rest.status == 0, rest.err
+    last, expected = (checkpoint(root) for root in (tmp_path / "rest", tmp_path / "whole"))
+    assert all(torch.equal(last["state_dict"][name], value) for name, value in expected["state_dict"].items())
+    assert last["figures"] == expected["figures"]
+    later = rows(tmp_path / "rest")
+    assert later == rows(tmp_path / "whole")[-len(later) :]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_checkpoint_between_the_last_batch_and_the_validation_is_rejected(command, recipe, tmp_path):
+    name, place = "lightning.pytorch.callbacks.ModelCheckpoint", tmp_path / "own"
+    own = f"{{class_path: {name}, init_args: {{dirpath: {place}, every_n_train_steps: {STEPS}}}}}"
+    whole = command(*fit(recipe, tmp_path / "whole", "--trainer.callbacks", f"[{own}]", "--trainer.max_epochs", 1))
+    assert whole.status == 0, whole.err
+    (file,) = place.glob("*.ckpt")
+    error = one_line(command(*fit(recipe, tmp_path / "rest", "--ckpt_path", file)))
+    assert "saved after an epoch's last batch and before its validation, from where Lightning cannot resume" in error
 
 
 @pytest.mark.slow

@@ -34,6 +34,13 @@ REJECTED = {
     ("--trainer.callbacks", "LearningRateFinder"): "LearningRateFinder does not work here; give model.optimizer.lr",
     ("--trainer.callbacks", "BatchSizeFinder"): "BatchSizeFinder does not work here; give data.batch_size instead",
     ("--trainer.callbacks", "BackboneFinetuning"): "BackboneFinetuning does not work here; give model.freeze and ",
+    ("--trainer.callbacks", "GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{0: 1, 1: 3}"): (
+        "GradientAccumulationScheduler does not work here; give trainer.accumulate_grad_batches instead"
+    ),
+    ("--model.lr_scheduler.init_args.mode", "max"): "model.lr_scheduler: a plateau is judged by val/loss, which is to",
+    ("--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/acc"): (
+        "model.lr_scheduler: a plateau is judged by val/loss, which is to fall; leave out mode, and a monitor other"
+    ),
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
         "trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it"
     ),
