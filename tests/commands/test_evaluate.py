@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.data.folder import load_folder
 from cbam_pl.training.classifier import Classifier
-from tests.helpers import callbacks, checkpoint, one_line, scalars
+from tests.helpers import callbacks, checkpoint, fit, one_line, scalars
 
 
 class Send(Callback):
@@ -251,6 +251,20 @@ def test_validation_images_that_were_trained_on_are_left_out(trained, command, t
         outcome = command("validate", *options)
     assert outcome.status == 0, outcome.err
     assert "on 1 val images of folder:" in outcome.out
+
+
+def test_a_val_folder_may_come_after_a_training_with_a_val_size(command, recipe, tmp_path, image_folder):
+    moved = shutil.copytree(image_folder, tmp_path / "moved", ignore=shutil.ignore_patterns(".*"))
+    options = ["--data.root", moved, "--trainer.max_epochs", 1]
+    assert command(*fit(recipe, tmp_path, *options)).status == 0
+    for name in ("blue", "green", "red"):
+        (moved / "val" / name).mkdir(parents=True)
+        shutil.copy(moved / "test" / name / "0.png", moved / "val" / name)
+    with pytest.warns(UserWarning, match="are not those of the checkpoint"):
+        outcome = command("validate", "--trainer.default_root_dir", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert "on 3 val images of folder:" in outcome.out
+    assert "has its own val folder; leave it out" in one_line(command(*fit(recipe, tmp_path / "new", *options)))
 
 
 def test_weights_are_tested_without_a_logger(trained, command, tmp_path):

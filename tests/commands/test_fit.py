@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers import checkpoint, fit, one_line, scalars
+from tests.helpers import Break, callbacks, checkpoint, fit, one_line, scalars
 
 
 def test_fit_writes_the_files_of_a_run(trained):
@@ -82,3 +82,11 @@ def test_a_dry_run_writes_nothing(command, recipe, tmp_path):
     outcome = command(*fit(recipe, tmp_path, "--trainer.fast_dev_run", "true"))
     assert outcome.status == 0, outcome.err
     assert not list(tmp_path.iterdir())
+    outcome = command(*fit(recipe, tmp_path, "--trainer.fast_dev_run", 3, *callbacks(Break, step=2)))
+    assert outcome.status == 143, outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_does_not_resume(trained, command, recipe):
+    error = one_line(command(*fit(recipe, trained[0], "--trainer.fast_dev_run", "true", "--ckpt_path", "last")))
+    assert error == "error: trainer.fast_dev_run tries a new training; leave it out, or --ckpt_path"

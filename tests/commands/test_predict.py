@@ -52,6 +52,12 @@ def test_as_many_images_are_predicted_at_once_as_are_tested(trained, command, im
     assert sizes == [4 * 16]
 
 
+def test_several_processes_are_rejected(trained, command, image_folder):
+    words = ["--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red"]
+    several = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    assert "predict works in one process; leave trainer.devices" in one_line(command("predict", *words, *several))
+
+
 def test_too_little_memory_names_an_option_of_its_own(trained, command, image_folder, monkeypatch):
     def predict(self, model, loader):
         raise RuntimeError("CUDA out of memory")

@@ -358,6 +358,18 @@ def load_in_process(root: str) -> list[int]:
     return reds(load_folder(root, 8))[0]
 
 
+def test_ctrl_c_while_the_cache_is_written_leaves_no_part_of_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(content: object, path: Path) -> None:
+        path.write_text("half of it")
+        raise KeyboardInterrupt
+
+    before = {*root.iterdir()}
+    monkeypatch.setattr(torch, "save", write)
+    with pytest.raises(KeyboardInterrupt):
+        load_folder(str(root), 8)
+    assert {*root.iterdir()} == before
+
+
 def test_processes_that_load_at_once(root: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         results = pool.map(load_in_process, [str(root)] * 12, chunksize=1)
