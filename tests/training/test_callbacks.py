@@ -5,11 +5,13 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from cbam_pl.errors import UserError
+from cbam_pl.errors import Interrupted, UserError
+from cbam_pl.training.callbacks import InterruptCheckpoint
 from cbam_pl.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from tests.helpers import EPOCHS, RUN, STEPS, Break, assert_same_run, callbacks, checkpoint, fit, one_line, scalars
 
@@ -46,6 +48,24 @@ def test_a_signal_saves_the_state_and_prints_the_command_that_resumes(number, ti
     outcome = command(*words[:place], *words[place + 2 :])
     assert outcome.status == 0, outcome.err
     assert_same_run(tmp_path, whole[0])
+
+
+@pytest.mark.parametrize("accumulated", [1, 3, 7, 16, 64])
+def test_processes_agree_to_stop_at_a_step_soon(accumulated):
+    """Two processes of epochs of 700 batches: the one here has received the signal with the first batch."""
+    trainer = SimpleNamespace(global_step=0, should_stop=False, is_last_batch=False, max_steps=-1, world_size=2)
+    trainer.accumulate_grad_batches, trainer.current_epoch, trainer.strategy = accumulated, 0, SimpleNamespace()
+    trainer.strategy.reduce_boolean_decision = lambda decision, all: decision
+    interrupt = InterruptCheckpoint(None, 5.0)
+    interrupt._received, interrupt._saved_at = signal.SIGTERM, time.monotonic()
+
+    def train(batches):
+        for batch in range(batches):
+            trainer.global_step = (batch + 1) // accumulated
+            interrupt.on_train_batch_end(trainer, None, None, None, batch)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM in epoch 1"):
+        train(2 * max(accumulated, interrupt.AGREE_EVERY))
 
 
 class Stop(Callback):
