@@ -42,7 +42,7 @@ def ablate_gates(network: nn.Module, images: Tensor, labels: Tensor, batch_size:
         and `change_error`, the standard error over the images of that paired difference. No rows without attention.
 
     Raises:
-        ValueError: a single image, which has no other.
+        ValueError: a single image, which has no other, or attention that is not its input times its gates.
     """
     network, labels = unwrap(network), labels.cpu()
     modules = attention_modules(network)
@@ -68,7 +68,8 @@ def ablate_gates(network: nn.Module, images: Tensor, labels: Tensor, batch_size:
             for (block, gate_name), keys in _targets(means).items():
                 chosen = {block: modules[block] for block, _ in keys}
                 for replacement in REPLACEMENTS:
-                    classes = _predict(network, batch, chosen, partial(_replace, replacement, keys, means, own))
+                    replace = partial(_replace, replacement, keys, means, own)
+                    classes = _predict(network, batch, chosen, partial(_product, replace))
                     predicted.setdefault((block, gate_name, replacement), []).append(classes)
     correct = (torch.cat(intact) == labels).double()
     rows = []
@@ -90,31 +91,50 @@ def _intact(network: nn.Module, images: Tensor, modules: Mapping[str, nn.Module]
         seen[block, name] = gate
         return gate
 
-    return _predict(network, images, modules, note), seen
+    def check(block: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
+        if not _same(_product(note, block, module, arguments, output), output):
+            raise ValueError(
+                f"the attention of {block} does not give its input times its gates, so they cannot be replaced"
+            )
+
+    return _predict(network, images, modules, check), seen
+
+
+def _same(product: Tensor, output: Any) -> bool:
+    """Whether they differ by rounding alone."""
+    if not isinstance(output, Tensor) or output.shape != product.shape:
+        return False
+    # Of the largest value: another order of the same products rounds otherwise. NaN, as after divergence, passes.
+    allowed = sqrt(torch.finfo(output.dtype).eps) * output.abs().max()
+    return not ((product - output).abs() > allowed).any()
 
 
 def _predict(
-    network: nn.Module,
-    images: Tensor,
-    modules: Mapping[str, nn.Module],
-    replace: Callable[[str, str, Tensor], Tensor],
+    network: nn.Module, images: Tensor, modules: Mapping[str, nn.Module], hook: Callable[..., Tensor | None]
 ) -> Tensor:
-    """The classes (B,) where each gate of the modules is what replace(block, name, gate) gives."""
-
-    def attend(block: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x, module = arguments[0], unwrap(module)
-        if isinstance(module, CBAM) and module.order != "parallel":
-            for name in module.order.split("_"):  # the second gate sees what the first, or its replacement, passes on
-                x = x * replace(block, name, module.get_submodule(name).gate(x))  # type: ignore[operator]
-            return x
-        for name, gate in module.gates(x).items():  # type: ignore[operator]
-            x = x * replace(block, name, gate)
-        return x
-
+    """The classes (B,) where each module's output is what hook(block, module, arguments, output) gives, if anything."""
     with ExitStack() as hooks:
         for block, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(attend, block)))
+            hooks.enter_context(module.register_forward_hook(partial(hook, block)))
         return network(as_input(images, network)).argmax(1).cpu()
+
+
+def _product(
+    replace: Callable[[str, str, Tensor], Tensor],
+    block: str,
+    module: nn.Module,
+    arguments: tuple[Tensor, ...],
+    output: Any,
+) -> Tensor:
+    """The module's input times its gates, where each is what replace(block, name, gate) gives."""
+    x, module = arguments[0], unwrap(module)
+    if isinstance(module, CBAM) and module.order != "parallel":
+        for name in module.order.split("_"):  # the second gate sees what the first, or its replacement, passes on
+            x = x * replace(block, name, module.get_submodule(name).gate(x))  # type: ignore[operator]
+        return x
+    for name, gate in module.gates(x).items():  # type: ignore[operator]
+        x = x * replace(block, name, gate)
+    return x
 
 
 def _replace(

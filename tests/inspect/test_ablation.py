@@ -140,3 +140,35 @@ def test_without_attention_or_a_second_image():
     shared = OwnGate()
     with pytest.raises(ValueError, match="the attention of 0 runs twice"):
         ablate_gates(nn.Sequential(shared, shared, Threshold()), torch.rand(2, 2, 2, 2), torch.zeros(2))
+
+
+class Residual(CBAM):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Pair(OwnGate):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("attention", [Residual(2, reduction=1), Pair()])
+def test_attention_that_is_not_its_input_times_its_gates_is_rejected(attention):
+    class Head(Threshold):
+        def forward(self, x):
+            return super().forward(x[0] if isinstance(x, tuple) else x)
+
+    with pytest.raises(ValueError, match="the attention of 0 does not give its input times its gates, so they cannot"):
+        ablate_gates(nn.Sequential(attention, Head()), torch.rand(2, 2, 2, 2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_order_of_the_same_products_differs_by_rounding_alone(dtype):
+    class Reordered(CBAM):
+        def forward(self, x):
+            gates = self.gates(x)
+            return x * (gates["channel"] * gates["spatial"])
+
+    torch.manual_seed(0)
+    network, images = nn.Sequential(Reordered(8, reduction=2), Threshold()).to(dtype), torch.randn(6, 8, 5, 5)
+    assert ablate_gates(network, images, torch.zeros(6))["rows"]
