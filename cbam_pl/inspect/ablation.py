@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cbam_pl.attention import CBAM
-from cbam_pl.inspect.gates import as_input, attention_modules, evaluation_mode, unwrap
+from cbam_pl.inspect.gates import as_input, attention_modules, evaluation_mode, gates_of, unwrap
 
 REPLACEMENTS = ("mean", "constant", "other image")
 Key = tuple[str, str]  # block, and channel, spatial or joint
@@ -42,7 +42,8 @@ def ablate_gates(network: nn.Module, images: Tensor, labels: Tensor, batch_size:
         and `change_error`, the standard error over the images of that paired difference. No rows without attention.
 
     Raises:
-        ValueError: a single image, which has no other, or attention that is not its input times its gates.
+        ValueError: a single image, which has no other; or attention that runs twice, is not its input times its gates,
+            or has `gates` of another form.
     """
     network, labels = unwrap(network), labels.cpu()
     modules = attention_modules(network)
@@ -92,6 +93,7 @@ def _intact(network: nn.Module, images: Tensor, modules: Mapping[str, nn.Module]
         return gate
 
     def check(block: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
+        gates_of(block, module, arguments)  # rejects another form
         if not _same(_product(note, block, module, arguments, output), output):
             raise ValueError(
                 f"the attention of {block} does not give its input times its gates, so they cannot be replaced"
@@ -132,7 +134,7 @@ def _product(
         for name in module.order.split("_"):  # the second gate sees what the first, or its replacement, passes on
             x = x * replace(block, name, module.get_submodule(name).gate(x))  # type: ignore[operator]
         return x
-    for name, gate in module.gates(x).items():  # type: ignore[operator]
+    for name, gate in gates_of(block, module, arguments).items():
         x = x * replace(block, name, gate)
     return x
 

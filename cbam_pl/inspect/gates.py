@@ -58,7 +58,8 @@ def attention_maps(network: nn.Module, images: Tensor) -> dict[str, AttentionMap
         attention module without a trailing `attention`. Empty for a network without attention.
 
     Raises:
-        ValueError: images are not (B, C, H, W), or a module runs twice in one forward pass.
+        ValueError: images are not (B, C, H, W), a module runs twice in one forward pass, or its `gates` are of another
+            form.
     """
     network = unwrap(network)
     with evaluation_mode(network), torch.no_grad(), recorded_maps(network) as maps:
@@ -71,14 +72,14 @@ def recorded_maps(network: nn.Module) -> Iterator[dict[str, AttentionMaps]]:
     """A dictionary that the next forward pass fills with the gates of every attention module, as attention_maps does.
 
     Raises:
-        ValueError: a module runs twice.
+        ValueError: a module runs twice, or its `gates` are of another form.
     """
     maps: dict[str, AttentionMaps] = {}
 
     def record(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if name in maps:
             raise ValueError(f"the attention of {name} runs twice in one forward pass; use one module per place")
-        maps[name] = _as_maps(module, module.gates(arguments[0]))  # type: ignore[operator]
+        maps[name] = _as_maps(module, gates_of(name, module, arguments))
 
     with ExitStack() as hooks:
         for name, module in attention_modules(network).items():
@@ -164,10 +165,28 @@ def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
         if callable(getattr(type(unwrap(module)), "gates", None)) and not path.startswith(inside):
             inside += (path + ".",) if path else ("",)
             name = plain_name(path)
-            while name.endswith("attention"):  # twice where it is in an IdentityStart
-                name = name.removesuffix("attention").removesuffix(".")
+            while name.split(".")[-1] == "attention":  # twice where it is in an IdentityStart
+                name = name.rpartition(".")[0]
             found[name or type(module).__name__] = module
     return found
+
+
+def gates_of(block: str, module: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Tensor]:
+    """The gates of a module for the arguments of its forward pass, by name, each with four dimensions.
+
+    Raises:
+        ValueError: its method `gates` takes or gives something else, as one of the user's network may.
+    """
+    expected = "gates(x) must give channel, spatial or joint → a tensor that multiplies x (B, C, H, W)"
+    try:
+        gates = unwrap(module).gates(*arguments[:1])  # type: ignore[operator]
+    except TypeError as error:
+        reason = str(error).partition("\n")[0]  # torch's own go on with the signatures that it knows
+        raise ValueError(f"the attention of {block} has gates of another form ({reason}); {expected}") from error
+    is_mapping = isinstance(gates, Mapping) and gates and gates.keys() <= {"channel", "spatial", "joint"}
+    if not is_mapping or not all(isinstance(gate, Tensor) and gate.ndim == 4 for gate in gates.values()):
+        raise ValueError(f"the attention of {block} has gates of another form; {expected}")
+    return gates
 
 
 def plain_name(path: str) -> str:
@@ -176,7 +195,7 @@ def plain_name(path: str) -> str:
 
 
 def _as_maps(module: nn.Module, gates: Mapping[str, Tensor]) -> AttentionMaps:
-    shift = 1 if isinstance(module, BAM) else 0
+    shift = 1 if isinstance(unwrap(module), BAM) else 0
     floats = {name: gate.float() - shift for name, gate in gates.items()}  # (B, C or 1, H or 1, W or 1)
     channel, spatial = (floats.get(name, floats.get("joint")) for name in ("channel", "spatial"))
     return AttentionMaps(

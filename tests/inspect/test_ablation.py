@@ -172,3 +172,15 @@ def test_another_order_of_the_same_products_differs_by_rounding_alone(dtype):
     torch.manual_seed(0)
     network, images = nn.Sequential(Reordered(8, reduction=2), Threshold()).to(dtype), torch.randn(6, 8, 5, 5)
     assert ablate_gates(network, images, torch.zeros(6))["rows"]
+
+
+def test_gates_of_another_form_are_rejected():
+    class Experts(OwnGate):
+        def gates(self, x):
+            return x.mean((2, 3)).softmax(1)
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="the attention of 0 has gates of another form; gates"):
+        ablate_gates(nn.Sequential(Experts(), Threshold()), torch.rand(2, 2, 2, 2), torch.zeros(2))

@@ -253,6 +253,47 @@ def test_a_layer_called_gates_is_not_attention():
     assert attention_maps(Gated(), images_of()) == {}
 
 
+@pytest.mark.parametrize(
+    "gates",
+    [
+        lambda self, x: x.mean((2, 3)).softmax(1),  # a mixture of experts
+        lambda self, x: {"channel": x.mean((2, 3))},
+        lambda self, x: {"expert": x},
+        lambda self, x: {},
+        lambda self, x: torch.add(x, "1"),  # whose error has several lines
+        lambda self: {"joint": torch.ones(1, 1, 1, 1)},
+        lambda self, x, temperature: {"joint": x / temperature},
+    ],
+)
+def test_gates_of_another_form_are_named(gates):
+    network = nn.Sequential(nn.Identity(), type("Own", (nn.Identity,), {"gates": gates})())
+    with pytest.raises(
+        ValueError, match=r"the attention of 1 has gates of another form.*; gates\(x\) must give"
+    ) as one:
+        attention_maps(network, images_of())
+    assert "\n" not in str(one.value)
+
+
+def test_gates_need_the_input_as_the_first_argument():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = CBAM(3)
+
+        def forward(self, x):
+            return self.attention(x=x)
+
+    with pytest.raises(ValueError, match=r"the attention of CBAM has gates of another form .*missing 1 required"):
+        attention_maps(Named(), images_of())
+
+
+def test_names_lose_a_whole_last_part_alone():
+    network = nn.Sequential()
+    network.self_attention = nn.Sequential(CBAM(3))
+    network.own_attention, network.attention = CBAM(3), CBAM(3)
+    assert list(attention_maps(network, images_of())) == ["self_attention.0", "own_attention", "CBAM"]
+
+
 def test_the_last_map_is_that_of_the_module_that_ran_last():
     class Reuses(nn.Module):
         def __init__(self):

@@ -204,6 +204,18 @@ class Shares(nn.Module):
     def forward(self, x):
         return self.head(self.attention(self.attention(self.conv(x))).mean((2, 3)))
 
+class Expert(nn.Conv2d):
+    def gates(self, x):
+        return x.mean((2, 3)).softmax(1)
+
+class Experts(Shares):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.attention = Expert(8, 8, 1)
+
+    def forward(self, x):
+        return self.head(self.attention(self.conv(x)).mean((2, 3)))
+
 class Flat(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
@@ -218,6 +230,7 @@ class Flat(nn.Module):
     ("network", "message", "count"),
     [
         ("Shares", "^no (statistics of the gates|pictures/.*) in TensorBoard: the attention of CBAM runs twice", 2),
+        ("Experts", "^no (statistics of the gates|pictures/.*) in TensorBoard: the attention of Expert has gates", 2),
         ("Flat", "^no pictures/features and pictures/attention in TensorBoard: no module of .* gives", 1),
     ],
 )
