@@ -36,12 +36,24 @@ class HubClassifier(ModelHubMixin, Classifier):  # type: ignore[misc]  # Classif
         classifier.folder = folder
         return classifier.eval()
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the folder that it was read from to another, as ModelHubMixin does, with its options.
+
+        Raises:
+            UserError: there is no such folder, it is `save_directory` itself, or the weights have changed since.
+        """
+        # Checked here, since the mixin deletes save_directory's config.json before it calls _save_pretrained.
         if self.folder is None:
             raise UserError("this classifier was not read from a folder of weights; export its checkpoint first")
+        if Path(save_directory).resolve() == self.folder.resolve():
+            raise UserError(f"{save_directory} is the folder that this classifier was read from; name another")
         saved = read_checkpoint(self.folder)["state_dict"]
         if any(not torch.equal(saved[name], value.cpu()) for name, value in self.state_dict().items()):
             raise UserError(f"the weights are no longer those of {self.folder}; export their checkpoint instead")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        folder = cast(Path, self.folder)  # save_pretrained has looked
         for name in NAMES:
-            if (self.folder / name).exists():
-                copyfile(self.folder / name, save_directory / name)
+            if (folder / name).exists():
+                copyfile(folder / name, save_directory / name)

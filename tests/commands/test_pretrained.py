@@ -410,6 +410,20 @@ def test_from_pretrained_reads_folders_and_gives_them_to_the_hub(folder, tmp_pat
         next(classifier.parameters()).add_(1)
     with pytest.raises(UserError, match=r"the weights are no longer those of .*tiny_float32; export their checkpoint"):
         classifier.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_save_pretrained_does_not_touch_the_folder_that_was_read(folder, tmp_path, monkeypatch):
+    read = shutil.copytree(folder, tmp_path / "read")
+    classifier, before = Classifier.from_pretrained(read), contents(read)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(read)
+    for name in (read, "read", "link"):
+        with pytest.raises(UserError, match=f"^{name} is the folder that this classifier was read from; name another$"):
+            classifier.save_pretrained(name)
+    assert contents(read) == before
+    classifier.save_pretrained(tmp_path / "other")
+    assert contents(tmp_path / "other") == before
 
 
 def test_the_hub_is_not_needed_for_anything_else(folder, monkeypatch):
