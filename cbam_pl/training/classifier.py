@@ -384,7 +384,10 @@ class Classifier(LightningModule):
             if self.schedule_spans_training:
                 make = partial(make, total_steps=self._training_steps())
             if self.lr_factors and isinstance(make, partial):  # rates that are given, not the optimizer's
-                given = {name: make.keywords[name] for name in ("max_lr", "base_lr") if name in make.keywords}
+                if eta_min := make.keywords.get("eta_min"):  # one number, to which the rates of all groups fall
+                    raise ValueError(f"the schedule cannot keep model.lr_factors with eta_min={eta_min}; leave it out")
+                names = ("max_lr", "base_lr", "min_lr")
+                given = {name: make.keywords[name] for name in names if name in make.keywords}
                 factors = [group["lr_factor"] for group in optimizer.param_groups]
                 rates = {n: [rate * f for f in factors] for n, rate in given.items() if not isinstance(rate, list)}
                 make = partial(make, **rates)

@@ -1,6 +1,7 @@
 """Weights from a file, frozen modules, and learning rates by module."""
 
 import os
+import pydoc
 import shutil
 import warnings
 from functools import partial
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.errors import UserError
 from cbam_pl.training.classifier import Classifier
 from tests.helpers import RUN, assert_equal, checkpoint, one_line, plan_of
 
@@ -200,6 +202,43 @@ def test_schedules_keep_the_factors(name, data, tmp_path):
     (rest, fc), base = model.trainer.optimizers[0].param_groups, model.trainer.optimizers[0].defaults["lr"]
     assert fc["lr"] == pytest.approx(4 * rest["lr"])
     assert rest["lr"] != base
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("torch.optim.lr_scheduler.ReduceLROnPlateau", {"min_lr": 0.02, "patience": 0}),
+        ("torch.optim.lr_scheduler.ReduceLROnPlateau", {"min_lr": [0.02, 0.002], "patience": 0}),
+        ("torch.optim.lr_scheduler.CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3}),
+        ("torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", {"T_0": 4, "eta_min": 0.0}),
+        ("cbam_pl.schedules.PiecewiseConstantLR", {"rates": {2: 0.01, 4: 0.001}}),
+        ("cbam_pl.schedules.WarmupCosineLR", {"total_steps": 6, "warmup": 0.5}),
+    ],
+)
+def test_every_rate_of_a_schedule_keeps_the_factors(schedule, options):
+    optimizer, factors = partial(torch.optim.SGD, lr=0.1, momentum=0.9), {"fc": 0.1}
+    make = partial(pydoc.locate(schedule), **options)
+    model = classifier(attention=NONE, lr_factors=factors, optimizer=optimizer, lr_scheduler=make)
+    model.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    made = model.configure_optimizers()
+    rates = []
+    for _ in range(6):
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step(*[1.0] * ("Plateau" in schedule))
+        rates.append([group["lr"] for group in made["optimizer"].param_groups])
+    assert len({rest for rest, _ in rates}) > 1
+    for rest, fc in rates:
+        assert fc == pytest.approx(0.1 * rest)
+
+
+@pytest.mark.parametrize(("name", "length"), [("CosineAnnealingLR", "T_max"), ("CosineAnnealingWarmRestarts", "T_0")])
+def test_a_rate_to_which_all_modules_fall_is_rejected_beside_factors(name, length):
+    make = partial(getattr(torch.optim.lr_scheduler, name), eta_min=0.001, **{length: 3})
+    model = classifier(attention=NONE, lr_factors={"fc": 0.1}, lr_scheduler=make)
+    model.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    message = "^model.lr_scheduler: the schedule cannot keep model.lr_factors with eta_min=0.001; leave it out$"
+    with pytest.raises(UserError, match=message):
+        model.configure_optimizers()
 
 
 def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_path):
