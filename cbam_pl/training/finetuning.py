@@ -3,7 +3,7 @@
 import json
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ def load_weights(
         ValueError: the file cannot be read, holds no weights, or those of another network, with their shapes.
     """
     (saved, data, theirs), ours = _read(Path(path)), network.state_dict()
+    saved = _with_names_of(ours, saved)
     inside = tuple(f"{name}." for name, module in network.named_modules() if is_attention(module))
     is_another = theirs and attention and theirs.kind != "none" and _as_json(theirs) != _as_json(attention)
     is_another = is_another and not (chosen and theirs and chosen == theirs.start)
@@ -138,11 +139,19 @@ def _read(path: Path) -> _File:
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
         raise ValueError(f"weights={path} is not a state dict, which maps names to tensors")
-    weights = dict(content)
-    for prefix in ("module.", "network."):  # of DistributedDataParallel, and of this program's checkpoints
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return _File(weights, data if isinstance(data, dict) else {}, attention)
+    return _File(dict(content), data if isinstance(data, dict) else {}, attention)
+
+
+def _with_names_of(ours: Collection[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what wrappers put before their names, unless they are names of ours as they are."""
+    # Of torch.compile, DistributedDataParallel, and this program's checkpoints; a network may have modules called so.
+    prefixes = ("_orig_mod.", "module.", "network.")
+    while not any(name in ours for name in weights):
+        prefix = next((one for one in prefixes if all(name.startswith(one) for name in weights)), None)
+        if prefix is None:
+            break
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def _other_start(network: nn.Module, saved: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Trainer
 from safetensors.torch import save_file
+from torch import nn
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
@@ -57,6 +58,28 @@ def test_weights_are_loaded_and_what_is_not_is_said(form, trained_elsewhere, tmp
     for name, tensor in model.network.state_dict().items():
         from_file = name in trained_elsewhere and not name.startswith("fc.")
         assert torch.equal(tensor, trained_elsewhere[name] if from_file else start[name]), name
+
+
+class Own(nn.Module):
+    def __init__(self, num_classes, name="network"):
+        super().__init__()
+        self.add_module(name, nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, num_classes)))
+
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["network", "module", "other"])
+@pytest.mark.parametrize("before", ["", "module.", "network.", "_orig_mod.", "network._orig_mod.", "module._orig_mod."])
+def test_a_prefix_may_be_the_networks_own(name, before, tmp_path):
+    own = {"class_path": f"{__name__}.Own", "init_args": {"name": name}}
+    weights = classifier(3, NONE, own, seed=1).network.state_dict()
+    torch.save({before + key: tensor for key, tensor in weights.items()}, tmp_path / "own.pth")
+    model = classifier(3, NONE, own, weights=str(tmp_path / "own.pth"))
+    assert model.load_weights() == f"2 of 2 tensors from {tmp_path / 'own.pth'}"
+    assert_equal(dict(model.network.state_dict()), dict(weights))
 
 
 def test_the_network_with_weights_begins_as_it_was_without_attention(trained_elsewhere, tmp_path):
