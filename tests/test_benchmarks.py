@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import subprocess
 import sys
 import threading
@@ -65,6 +66,24 @@ def test_expected_efficiency_is_the_ring_all_reduces():
     # 4 GPUs: 2 · 3/4 of 8 bytes at 4 bytes/s are 3 s, and 6 messages of 0.5 s are 3 s; 2/3 of 9 s hide 6 s of it.
     assert expected_efficiency(4, 9.0, 8.0, 4.0, 0.5) == (9 / 15, 1.0)
     assert expected_efficiency(1, 9.0, 8.0, 4.0, 0.5) == (1.0, 1.0)
+
+
+def stubborn_steps(clock):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        clock.step(1)
+
+
+def failing_steps(clock):
+    raise ValueError("on purpose")
+
+
+@pytest.mark.slow
+def test_a_failing_child_ends_the_others_whatever_they_do_at_a_signal():
+    variants = {"stubborn": (stubborn_steps, {}), "failing": (failing_steps, {})}
+    with pytest.raises(RuntimeError, match="a benchmark's process ended with status 1"):
+        measure.take_turns(variants, rounds=1, seconds=0.05, threads=1, device="cpu")
+    assert not multiprocessing.active_children()
 
 
 SHORT = ["--threads", "1", "--rounds", "1", "--device", "cpu"]
