@@ -170,17 +170,19 @@ def networks(setup: Setup) -> Iterator[Row]:
             for kind in ("none", "cbam")
         }
         memory: dict[str, float] = {}
-        rates: dict[str, list[float]] = {}
-        for rates in _in_turns(setup, variants, memory):  # noqa: B007  the last round's stay
-            pass
+        batches = f"{mode}, batches of {batch_size}"
+        for rates in _in_turns(setup, variants, memory):
+            for name in variants:
+                yield f"{name}, {batches}: images/s", Spread.of(rates[name]).text() if name in rates else "failed", ""
+            for arch in archs:
+                none, cbam = rates.get(f"{arch} none"), rates.get(f"{arch} cbam")
+                if none and cbam:
+                    yield f"{arch}, {batches}: step with CBAM ÷ without", ratio(none, cbam).text(2), asked[arch]
         for arch in archs:
-            none, cbam = f"{arch} none", f"{arch} cbam"
-            if none in rates and cbam in rates:
-                name = f"{arch}, {mode}, batches of {batch_size}"
-                yield f"{name}: images/s without attention", Spread.of(rates[none]).text(), ""
-                yield f"{name}: step with CBAM ÷ without", ratio(rates[none], rates[cbam]).text(2), asked[arch]
-                megabytes = f"{memory[cbam]:,.0f} ÷ {memory[none]:,.0f} MB = {memory[cbam] / memory[none]:.2f}"
-                yield f"{name}: peak memory with CBAM ÷ without", megabytes, ""
+            none, cbam = memory.get(f"{arch} none"), memory.get(f"{arch} cbam")
+            if none and cbam:
+                megabytes = f"{cbam:,.0f} ÷ {none:,.0f} MB = {cbam / none:.2f}"
+                yield f"{arch}, {batches}: peak memory with CBAM ÷ without", megabytes, ""
 
 
 def layers(setup: Setup) -> Iterator[Row]:
@@ -246,6 +248,8 @@ def _difference(one: Path, other: Path) -> str:
 
 def resume(setup: Setup) -> Iterator[Row]:
     """Whether a training that was interrupted and resumed ends with the same weights."""
+    # For the deterministic one; cuBLAS reads it once, at the first of the trainings in this process.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     steps = 4 if setup.tiny else 40
     variants = {name: ["--trainer.precision", precision] for name, precision in _PRECISIONS.items()}
     variants["float32, deterministic"] = ["--trainer.deterministic", "true"]
@@ -254,7 +258,7 @@ def resume(setup: Setup) -> Iterator[Row]:
             continue
         roots = [f"{name} {run}" for run in ("whole", "again", "resumed")]
         short = [*options, "--model.compile", "false", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1",
-                 "--trainer.limit_train_batches", str(steps)]  # fmt: skip
+                 "--trainer.limit_train_batches", str(steps), "--pictures_every", "0"]  # fmt: skip
         commands = [setup.fit(root, "cbam_cnn", *short) for root in roots]
         interrupted = [*commands[2], "--trainer.callbacks+", "benchmarks.gpu.InterruptAt",
                        "--trainer.callbacks.step", str(steps * 3 // 2)]  # fmt: skip
@@ -276,7 +280,7 @@ def out_of_memory(setup: Setup) -> Iterator[Row]:
         resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, resource.RLIM_INFINITY))
     # Smaller on a CPU, where even building a network of 152 layers takes its time.
     arch = "resnet152" if setup.device == "cuda" else "resnet18"
-    huge = ["--model.arch", arch, "--data.batch_size", "4000", "--model.compile", "false"]
+    huge = ["--model.arch", arch, "--data.batch_size", "4000", "--model.compile", "false", "--pictures_every", "0"]
     status, errors = _call(setup.fit("memory", "cbam_cnn", *huge))
     lines = [line for line in errors.splitlines() if line.strip()]
     yield "exit status", str(status), "2"

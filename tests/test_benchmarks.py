@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +134,52 @@ def test_the_gpu_table_is_filled_as_far_as_a_cpu_can(tmp_path):
     assert float(figures["loops", "fit, float32, eager ÷ plain loop, 0 workers"].split()[0]) > 0
     for part, what in figures:  # printed as they come
         assert f"{part:<10} {what}: {figures[part, what]}" in done.stdout
+
+
+class SteadyChild:
+    """In place of a measured process: CBAM takes twice the time and memory, and the resnet18 with it does not start."""
+
+    def __init__(self, work, threads, device, arguments):
+        if (arguments["arch"], arguments["kind"]) == ("resnet18", "cbam"):
+            raise RuntimeError("a benchmark's process ended with status 1")
+        self.factor = 2 if arguments["kind"] == "cbam" else 1
+        self.rounds = 0
+
+    def time(self, seconds):
+        self.rounds += 1
+        return 100 * self.rounds / self.factor
+
+    def finish(self):
+        return 10.0 * self.factor
+
+    def stop(self):
+        pass
+
+
+def test_networks_are_reported_round_by_round_and_those_that_failed_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "Child", SteadyChild)
+    rows = list(gpu.networks(gpu.Setup("cpu", False, tmp_path, [], False, False)))
+    cnn = "cnn, eager, batches of 128"
+    speeds = [figure for what, figure, _ in rows if what == "cnn cbam, eager, batches of 128: images/s"]
+    assert speeds[0] == "50 (50 to 50)"
+    assert speeds[4] == "150 (50 to 250)"
+    ratios = [figure for what, figure, _ in rows if what == f"{cnn}: step with CBAM ÷ without"]
+    assert ratios == ["2.00 (2.00 to 2.00)"] * 5
+    found = {what: figure for what, figure, _ in rows}
+    assert found[f"{cnn}: peak memory with CBAM ÷ without"] == "20 ÷ 10 MB = 2.00"
+    assert found["resnet18 cbam, eager, batches of 128: images/s"] == "failed"
+    assert found["resnet18 none, eager, batches of 128: images/s"] == "300 (100 to 500)"
+    assert not [what for what in found if what.startswith("resnet18, ")]
+
+
+def test_cublas_is_set_up_before_the_first_training_of_the_deterministic_ones_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after this test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen = []
+    monkeypatch.setattr(gpu, "_call", lambda options: (seen.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]), (1, ""))[1])
+    with pytest.raises(RuntimeError, match="the whole run, float32, ended with status 1"):
+        list(gpu.resume(gpu.Setup("cpu", True, tmp_path, [], False, False)))
+    assert seen == [":4096:8"]
 
 
 def endless_part(setup):
