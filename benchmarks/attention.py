@@ -1,7 +1,8 @@
 """What attention costs: python -m benchmarks.attention (one layer), python -m benchmarks.attention --part networks
 
-Every kind against none, and against timm's CbamModule, with the time that the bytes alone would take: a forward pass
-must read its input and write its output once, a backward pass read input and gradient and write one gradient.
+Every kind against none, and our CBAM of timm's form (preset timm, with batch norm, which the paper's has not) against
+timm's CbamModule, with the time that the bytes alone would take: a forward pass must read its input and write its
+output once, a backward pass read input and gradient and write one gradient.
 
     python -m benchmarks.attention --dtypes bfloat16                       the layers in bfloat16
     python -m benchmarks.attention --kinds se spatial eca --modes eager    other kinds
@@ -28,7 +29,7 @@ from benchmarks.measure import (
     report,
     take_turns,
 )
-from cbam_pl.attention import AttentionConfig, AttentionKind
+from cbam_pl.attention import CBAM, AttentionConfig, AttentionKind
 from cbam_pl.models import build_network
 from cbam_pl.process import keep_freed_memory
 from cbam_pl.timing import time_in_turns
@@ -38,12 +39,15 @@ SHAPES = {  # arch → (channels, height and width) of each attention's input, f
     "resnet20": [(16, 32), (32, 16), (64, 8)],
     "cnn": [(32, 16), (64, 8), (128, 4)],
 }
+TIMMS_FORM = "cbam_of_timms_form"  # ours; kind timm is timm's own
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _build(kind: str, channels: int) -> nn.Module:
     if kind == "timm":
         return CbamModule(channels, spatial_kernel_size=7)
+    if kind == TIMMS_FORM:
+        return CBAM(channels, preset="timm")
     return AttentionConfig(kind=kind).build(channels)  # type: ignore[arg-type]  # one of the choices
 
 
@@ -97,6 +101,7 @@ def layers(options: argparse.Namespace) -> list[Table]:
     for name in options.dtypes:
         rows: list[list[Any]] = []
         best: dict[tuple[int, int], dict[str, float]] = {}
+        compared = [TIMMS_FORM, "timm"] if "cbam" in options.kinds else []
         for arch in options.archs:
             for channels, size in SHAPES[arch]:
                 # Every shape is compiled for itself; of one function dynamo compiles eight at most, then none.
@@ -107,7 +112,7 @@ def layers(options: argparse.Namespace) -> list[Table]:
                 functions: dict[str, Callable[[], Any]] = {"copy": lambda x=x, y=y: y.copy_(x)}  # type: ignore[misc]
                 memory = {}
                 for mode in options.modes:
-                    for kind in [*options.kinds, "timm"]:
+                    for kind in [*options.kinds, *compared]:
                         key = f"{kind} {mode}"
                         forward, both, memory[key] = layer_calls(kind, channels, x, _DTYPES[name], mode)
                         functions[f"{key} forward"], functions[f"{key} both"] = forward, both
@@ -121,9 +126,9 @@ def layers(options: argparse.Namespace) -> list[Table]:
                     fastest[kind] = min(fastest.get(kind, float("inf")), both_time)
                     microseconds = [f"{1e6 * time:,.0f}" for time in (forward_time, copy, both_time, 2.5 * copy)]
                     rows.append([f"{arch} {channels}×{size}×{size}, {key}", *microseconds, held])
-                if "cbam" in options.kinds:
-                    quotient = fastest["cbam"] / fastest["timm"]
-                    rows.append([f"our CBAM ÷ timm's, each at its best: {quotient:.2f}", *[""] * 5])
+                if compared:
+                    quotient = fastest[TIMMS_FORM] / fastest["timm"]
+                    rows.append([f"our CBAM of timm's form ÷ timm's, each at its best: {quotient:.2f}", *[""] * 5])
         columns = [
             "layer",
             "forward, µs",

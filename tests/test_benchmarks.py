@@ -90,7 +90,7 @@ def test_a_failing_child_ends_the_others_whatever_they_do_at_a_signal():
 SHORT = ["--threads", "1", "--rounds", "1", "--device", "cpu"]
 EAGER = ["--seconds", "0.05", "--archs", "cnn", "--modes", "eager", "--batch_size", "4"]
 COMMANDS = {  # options, the beginning of a row, rows of the longest table
-    "attention": ([*EAGER, "--kinds", "cbam", "se"], "cnn 32×16×16, se eager", 12),
+    "attention": ([*EAGER, "--kinds", "cbam", "se"], "cnn 32×16×16, cbam_of_timms_form eager", 15),
     "attention networks": ([*EAGER, "--part", "networks"], "cnn cbam, eager", 2),
     "scaling": (["--seconds", "0.05", "--processes", "1"], "512", 3),
     "images": (["--images", "80", "--size", "32", "--batch_size", "8"], "this program, first decoding", 3),
