@@ -252,6 +252,7 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values of the settings that the network was trained with."""
     data, conditions = checkpoint["datamodule_hyper_parameters"], checkpoint["run_conditions"]
     optimization, trained_on = checkpoint.get("optimization", {}), environments_by_key(checkpoint["environments"])
+    factors = optimization.get("lr_factors", {})
     held_out = "a tenth, or the folder's own" if data["val_size"] is None else f"{data['val_size']:,}"
     rows = {
         "validation images, held out": held_out if data["val_size"] != 0 else "none: validated on the test images",
@@ -264,6 +265,8 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
         "label smoothing": checkpoint["hyper_parameters"]["label_smoothing"],
         "optimizer": _with_options("optimizer", optimization),
         "schedule": _with_options("lr_scheduler", optimization),
+        "frozen modules": ", ".join(optimization.get("freeze", [])) or None,
+        "factors on the learning rate": ", ".join(f"{name} {factor}" for name, factor in factors.items()) or None,
         **{key: trained_on[key] for key in ("device", "versions", "commit")},
     }
     return [(name, str(value)) for name, value in rows.items() if value is not None]
@@ -271,5 +274,6 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _with_options(name: str, optimization: Mapping[str, Any]) -> str | None:
     options = {key.partition(".")[2]: value for key, value in optimization.items() if key.startswith(f"{name}.")}
-    given = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (None, False))
+    # By identity, since 0, which a user may have chosen, equals False.
+    given = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None and value is not False)
     return f"{optimization[name]} ({given})" if given and optimization.get(name) else optimization.get(name)

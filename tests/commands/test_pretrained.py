@@ -190,6 +190,25 @@ def test_the_card_has_the_figures_of_the_run_and_of_the_file(best, root, half):
     )
 
 
+def test_the_card_says_how_a_network_was_fine_tuned(best, tmp_path):
+    content = torch.load(best, weights_only=True)
+    content["optimization"] |= {"optimizer.weight_decay": 0, "freeze": ["conv1", "layer?.0"], "lr_factors": {}}
+    torch.save(content, tmp_path / "frozen.ckpt")
+    content["optimization"] |= {"freeze": [], "lr_factors": {"layer?": 0.1, "fc": 10.0}}
+    torch.save(content, tmp_path / "slow.ckpt")
+    texts = {}
+    for name in ("frozen", "slow"):
+        write_pretrained(tmp_path / f"{name}.ckpt", tmp_path / name)
+        texts[name] = (tmp_path / name / "README.md").read_text()
+    assert "| frozen modules | conv1, layer?.0 |" in texts["frozen"]
+    assert "factors on the learning rate" not in texts["frozen"]
+    assert "| factors on the learning rate | layer? 0.1, fc 10.0 |" in texts["slow"]
+    assert "frozen modules" not in texts["slow"]
+    for text in texts.values():
+        assert re.search(r"^\| optimizer \| Adam \(.*weight_decay 0, ", text, re.MULTILINE)
+        assert "amsgrad" not in text  # which is False
+
+
 def test_what_was_not_measured_is_called_so(best, root, trained, tmp_path):
     loose = shutil.copy(best, tmp_path / "loose.ckpt")  # its run is not known
     lines = write_pretrained(loose, tmp_path / "loose")
