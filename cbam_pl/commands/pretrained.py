@@ -265,6 +265,7 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
         "label smoothing": checkpoint["hyper_parameters"]["label_smoothing"],
         "optimizer": _with_options("optimizer", optimization),
         "schedule": _with_options("lr_scheduler", optimization),
+        "started from": checkpoint.get("started_from") or None,
         "frozen modules": ", ".join(optimization.get("freeze", [])) or None,
         "factors on the learning rate": ", ".join(f"{name} {factor}" for name, factor in factors.items()) or None,
         **{key: trained_on[key] for key in ("device", "versions", "commit")},

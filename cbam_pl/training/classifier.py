@@ -127,6 +127,9 @@ class Classifier(LightningModule):
         saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
         self.save_hyperparameters({**saved, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip})
         self.weights = weights  # the file that is still to be loaded
+        has_own = made_by is not None and made_by.has_weights
+        # What the training started from, for its checkpoints; empty where it begins anew.
+        self.started_from = str(weights) if weights else "the network's own weights" if has_own else ""
         self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         self.lr_factors = dict(lr_factors or {})

@@ -52,7 +52,8 @@ def check_checkpoint(checkpoint: dict[str, Any], has_state: bool = True) -> None
     if not isinstance(version, int) or version > FORMAT:
         raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
     _match(checkpoint, _PATTERN | _STATE if has_state else _PATTERN)
-    for name, pattern in {"changes": [str], "optimization": dict}.items():  # which earlier versions did not write
+    later = {"changes": [str], "optimization": dict, "started_from": str}  # which earlier versions did not write
+    for name, pattern in later.items():
         if name in checkpoint:
             _match(checkpoint[name], pattern, name)
     if (network := checkpoint["hyper_parameters"].get("network")) is not None:

@@ -160,6 +160,7 @@ class TrainingState(Callback):
         if not trainer.training:
             return
         classifier = cast("Classifier", pl_module)
+        classifier.started_from = checkpoint.get("started_from", "")
         ours = {"seed": classifier.seed, **classifier.optimization}
         saved = checkpoint.get("optimization", {})
         if changed := changed_settings("", ours, {name: saved[name] for name in ours.keys() & saved.keys()}):
@@ -244,6 +245,7 @@ class TrainingState(Callback):
             "run_conditions": run_conditions(trainer),
             "changes": self._changes,
             "environments": self._environments,
+            "started_from": classifier.started_from,
             "optimization": {"seed": classifier.seed, **classifier.optimization},
             "figures": figures,
             "interrupted_epoch": {"lr": classifier.epoch_lr, "sums": classifier.train_metric.sums()},

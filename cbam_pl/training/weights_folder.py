@@ -25,7 +25,7 @@ _NETWORK = "network."  # what the names of weights begin with in a checkpoint, w
 # What is kept of a checkpoint, beside the weights and the ids.
 _KEPT = (
     *("format", "epoch", "global_step", "saved_at", "hyper_parameters", "datamodule_hyper_parameters"),
-    *("ImageDataModule", "figures", "run_conditions", "environments", "optimization"),
+    *("ImageDataModule", "figures", "run_conditions", "environments", "optimization", "started_from"),
 )
 
 Precision = Literal["float32", "float16"]

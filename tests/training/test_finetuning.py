@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cbam_pl.attention import AttentionConfig
+from cbam_pl.commands.pretrained import write_pretrained
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
+from cbam_pl.training.checkpoint import read_checkpoint
 from cbam_pl.training.classifier import Classifier
 from tests.helpers import RUN, assert_equal, checkpoint, one_line, plan_of
 
@@ -61,7 +63,7 @@ def test_weights_are_loaded_and_what_is_not_is_said(form, trained_elsewhere, tmp
 
 
 class Own(nn.Module):
-    def __init__(self, num_classes, name="network"):
+    def __init__(self, num_classes, name="network", weights=None):
         super().__init__()
         self.add_module(name, nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, num_classes)))
 
@@ -283,6 +285,34 @@ def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_p
     changed = [word for word in options if word != "--model.freeze" and word != "blocks.1"]
     error = one_line(command("fit", *changed, parts, "--trainer.max_epochs", 3, "--ckpt_path", "last"))
     assert "was trained with other settings: model.freeze (['blocks.1'] there, [] here)" in error
+
+
+def test_what_a_run_started_from_is_kept_over_resumes_and_on_its_card(command, recipe, trained, tmp_path):
+    weights = trained[0] / "checkpoints" / RUN / "best.ckpt"
+    words = ["fit", "--config", recipe, "--pictures_every", 0, "--trainer.default_root_dir", tmp_path]
+    for more in ((1, "--model.weights", weights), (2, "--ckpt_path", "last")):
+        outcome = command(*words, "--trainer.max_epochs", *more)
+        assert outcome.status == 0, outcome.err
+        assert checkpoint(tmp_path)["started_from"] == str(weights)
+    assert checkpoint(trained[0])["started_from"] == ""
+    last = tmp_path / "checkpoints" / RUN / "last.ckpt"
+    for source, output in ((last, "one"), (tmp_path / "one", "two")):
+        write_pretrained(source, tmp_path / output)
+        assert f"| started from | {weights} |" in (tmp_path / output / "README.md").read_text()
+    write_pretrained(trained[0] / "checkpoints" / RUN / "last.ckpt", tmp_path / "anew")
+    assert "started from" not in (tmp_path / "anew/README.md").read_text()
+    content = checkpoint(tmp_path)
+    torch.save({**content, "started_from": 3}, last)
+    with pytest.raises(UserError, match="has started_from of type int, which must be str"):
+        read_checkpoint(last)
+
+
+def test_what_a_network_starts_from_is_a_file_or_its_own_weights():
+    assert Classifier(3).started_from == ""
+    assert Classifier(3, weights="x.pth").started_from == "x.pth"
+    own = {"class_path": f"{__name__}.Own", "init_args": {"weights": "DEFAULT"}}
+    assert classifier(attention=NONE, network=own).started_from == "the network's own weights"
+    assert classifier(attention=NONE, network=own, weights="x.pth").started_from == "x.pth"
 
 
 def test_frozen_batch_norms_that_a_strategy_replaces_keep_their_statistics():
