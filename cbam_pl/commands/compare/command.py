@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, Future, wait
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -63,7 +64,12 @@ def compare(arguments: list[str]) -> None:
     failures = {} if options.recompute else _run(plan, jobs, options)
     if results := report.read_results(jobs):
         costs = report.earlier_costs(plan) if options.recompute else None
-        costs = costs or measure_costs(plan.configs, threads_per_job(), _COST_ROUNDS, _COST_SECONDS)
+        if costs is None:
+            try:
+                costs = measure_costs(plan.configs, threads_per_job(), _COST_ROUNDS, _COST_SECONDS)
+            except UserError as error:  # the runs may have been trained on other machines
+                costs = dict.fromkeys(plan.configs)
+                plan = replace(plan, notes=[*plan.notes, f"The costs could not be measured: {error}."])
         content = report.analyse(plan, results, costs)
         page = plan.output / "report.html"
         try:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from lightning import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cbam_pl.commands.compare.plan import nest
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
 from cbam_pl.environment import describe_environment
-from cbam_pl.errors import is_out_of_memory
+from cbam_pl.errors import UserError, is_out_of_memory
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.process import configure_process
 from cbam_pl.settings import command_parser, make_training
@@ -35,8 +36,11 @@ class TimedRecipe:
         # Before the network is moved and converted to another type, which counting does not know.
         self.parameters = count_parameters(classifier.network)
         self.flops = count_flops(classifier.network, self._shape)
-        # Fabric applies the precision as Lightning's Trainer does, without the Trainer's own loop.
-        self._fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
+        try:
+            # Fabric applies the precision as Lightning's Trainer does, without the Trainer's own loop.
+            self._fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
+        except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
         self._convert = self._fabric.strategy.precision.convert_input
         self.device = self._fabric.device
         self.classifier = classifier
@@ -54,11 +58,19 @@ class TimedRecipe:
         """One optimizer step, from uint8 pixels on."""
         self.classifier.train()
         batch = self._convert(next(self._batches))
-        with self._fabric.autocast():
-            loss = self.classifier.training_step(batch, 0)
-        self._fabric.backward(loss)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+
+        def compute_gradients() -> Any:
+            with self._fabric.autocast():
+                loss = self.classifier.training_step(batch, 0)
+            self._optimizer.zero_grad()
+            self._fabric.backward(loss)
+            return loss
+
+        if getattr(self._fabric.strategy.precision, "scaler", None) is None:
+            self._optimizer.step(compute_gradients)  # which LBFGS computes several times
+        else:  # torch's scaler of float16 gradients works without a closure alone
+            compute_gradients()
+            self._optimizer.step()
 
     def forward_pass(self, batch_size: int) -> Callable[[], None]:
         """What computes the logits of a batch, in evaluation mode."""

@@ -67,6 +67,21 @@ def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes,
     assert "se seed 1" in (tmp_path / "report/report.md").read_text(), "it can neither be tested nor reported"
 
 
+def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes, command, tmp_path, monkeypatch):
+    def reject(*_):
+        raise UserError("the trainer's settings do not fit together or this machine: No supported gpu backend found!")
+
+    monkeypatch.setattr(command_module, "measure_costs", reject)
+    outcome = command(*again(compared[0], recipes, "--output", tmp_path / "report"))
+    assert outcome.status == 0, outcome.err
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    assert [one["cost"] for one in content["recipes"].values()] == [None] * 3
+    assert content["notes"][0].startswith("The costs could not be measured: the trainer's settings do not fit")
+    for name in ("report.md", "report.html"):
+        assert "The costs could not be measured" in (tmp_path / "report" / name).read_text()
+    assert "The costs could not be measured" in outcome.out
+
+
 def test_an_error_while_runs_are_watched_stops_them(command, recipes, tmp_path, monkeypatch):
     stopped = threading.Event()
 

@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 
+from cbam_pl.commands.compare import command as command_module
 from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process, peak_training_memory, time_recipes
-from tests.helpers import plan_of
+from cbam_pl.errors import UserError
+from tests.helpers import one_line, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,34 @@ def test_every_precision_can_be_timed(plan, precision):
     assert costs["parameters"] == 1_147_305
     assert 1 < costs["train_images_per_second"] < 1e6
     assert 0 < costs["latency_1"] < costs["latency_32"]
+
+
+def test_an_optimizer_may_compute_the_loss_several_times(recipes, tmp_path, monkeypatch):
+    words = ["--model.optimizer", "LBFGS", "--model.optimizer.max_iter", 3, "--model.channels_last", "false"]
+    plan = plan_of("--configs", recipes["none"], recipes["se"], "--output", tmp_path, *words)
+    recipe = TimedRecipe(plan.configs["none"])
+    step, losses = recipe.classifier.training_step, []
+    monkeypatch.setattr(recipe.classifier, "training_step", lambda *batch: losses.append(step(*batch)) or losses[-1])
+    recipe.train_step()
+    assert len(losses) > 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [("trainer.accelerator", "tpu", "torch_xla"), ("trainer.precision", "transformer-engine", "transformer")],
+)
+def test_a_device_or_precision_that_is_not_here_is_a_users_mistake(key, value, reason, plan):
+    message = rf"the trainer's settings do not fit together or this machine: .*(?i:{reason})"
+    with pytest.raises(UserError, match=message):
+        TimedRecipe(plan.configs["cbam"] | {key: value})
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_so_in_one_line(recipes, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_module, "in_new_process", in_new_process)  # not that of quicker tests
+    words = ["--configs", recipes["none"], recipes["se"], "--output", tmp_path / "report", "--dry-run"]
+    message = "the trainer's settings do not fit together or this machine: "
+    assert message in one_line(command("compare", *words, "--trainer.accelerator", "tpu"))
 
 
 @pytest.mark.slow
