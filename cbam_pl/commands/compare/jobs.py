@@ -153,11 +153,11 @@ def _state(run: Run, job: Job) -> State:
     predictions = read_predictions(run, tested)
     complete = "calibration" in tested and predictions is not None and _has_corruptions(run, job, tested)
     trained = last is not None or len(read_epochs(run)) == job.epochs
-    if same and complete and trained:
-        return "done"  # whether its checkpoints are still there or not
+    if same and trained:
+        return "done" if complete else "tested"  # whether its checkpoints are still there or not
     if not trained or read_progress(run, "best") is None:
         return "new"  # nothing to resume from, or to test
-    return "tested" if same else "trained"
+    return "trained"
 
 
 def read_progress(run: Run, name: str) -> dict[str, Any] | None:
@@ -251,9 +251,11 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
             return failure
         state, run = find(job)
     if state in ("trained", "tested") and run is not None:
+        best = run.checkpoints / "best.ckpt"
+        if not best.exists():
+            return f"{best} was deleted, so it cannot be tested again; to train it again, delete {run.logs}"
         corruptions = ["--corruptions", *job.corruptions] if job.corruptions else []
-        best = str(run.checkpoints / "best.ckpt")
-        test = ["test", "--ckpt_path", best, "--calibrate", *job.test_options, *corruptions]
+        test = ["test", "--ckpt_path", str(best), "--calibrate", *job.test_options, *corruptions]
         if failure := call(test):
             return failure
         state, run = find(job)

@@ -61,10 +61,19 @@ def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes,
     assert "best.ckpt is not there" in page
 
     (tmp_path / "logs/se/version_1/test.npz").unlink()
-    options = [*again(tmp_path, recipes, "--output", tmp_path / "report"), "--recompute"]
-    outcome = command(*options)
-    assert outcome.status == 0, outcome.err
-    assert "se seed 1" in (tmp_path / "report/report.md").read_text(), "it can neither be tested nor reported"
+    options = again(tmp_path, recipes, "--output", tmp_path / "report")
+    recomputed = command(*options, "--recompute")
+    assert recomputed.status == 0, recomputed.err
+    assert len(json.loads((tmp_path / "report/report.json").read_text())["runs"]) == 6, "what there is"
+    for more in ([], ["--corruptions", "fog"]):
+        outcome = command(*options, *more)
+        assert outcome.status == 2
+        assert not quick, "nothing is trained again"
+        first = ("se", "version_1") if not more else ("none", "version_0")
+        best = tmp_path / "checkpoints" / first[0] / first[1] / "best.ckpt"
+        reason = f"{best} was deleted, so it cannot be tested again; to train it again, delete {tmp_path / 'logs'}"
+        assert reason in outcome.err.splitlines()[-1]
+        assert len(json.loads((tmp_path / "report/report.json").read_text())["runs"]) == 6
 
 
 def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes, command, tmp_path, monkeypatch):

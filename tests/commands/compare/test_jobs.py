@@ -119,6 +119,11 @@ def test_the_files_tell_how_far_a_job_is(compared, recipes, tmp_path):
     assert find(job)[0] == "new", "it is not tested"
     (logs / "test.json").write_text(json.dumps(tested))
     assert find(job)[0] == "done", "and needs its checkpoints no more"
+    (logs / "test.json").write_text(json.dumps(older))
+    assert find(job)[0] == "tested", "which is reported as it is"
+    (logs / "test.json").write_text(json.dumps(tested | {"epoch": 9}))
+    assert find(job)[0] == "new", "it is not tested, and no longer can be"
+    (logs / "test.json").write_text(json.dumps(tested))
     rows = (logs / "metrics.csv").read_text().splitlines()
     (logs / "metrics.csv").write_text("\n".join([*rows[:-1], ""]))
     assert find(job)[0] == "new", "an epoch is missing"
