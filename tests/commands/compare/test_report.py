@@ -348,6 +348,18 @@ def test_the_files_agree_with_the_tests_of_the_runs(compared):
     assert f"medians of interleaved rounds on {here}, threads: {torch.get_num_threads()}." in text
 
 
+def test_accuracies_are_exact_where_a_device_has_rounded_them(compared, recipes, tmp_path):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    for file in (root / "logs").glob("*/version_*/test.json"):
+        tested = json.loads(file.read_text())
+        file.write_text(json.dumps(tested | {"test/acc": tested["test/acc"] * (1 - 1e-7)}))  # as a float32 may be off
+    words = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report"]
+    results = read_results(jobs_of(plan_of(*words, "--trainer.default_root_dir", root)))
+    for run in results:
+        right = sum(run["test"]["confusion"][label][label] for label in range(3))
+        assert run["test_acc"] == 100 * right / 21
+
+
 class _Page(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -491,7 +503,7 @@ def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, 
     assert (root / "report/report.html").exists()
 
 
-@pytest.mark.parametrize("damage", [{"environment": 5}, {"trained_on": [{}]}, {"test/acc": None}])
+@pytest.mark.parametrize("damage", [{"environment": 5}, {"trained_on": [{}]}, {"confusion": None}])
 def test_a_damaged_test_is_named(damage, compared, command, recipes, tmp_path):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     file = root / "logs/none/version_0/test.json"
