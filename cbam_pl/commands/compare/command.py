@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from cbam_pl.commands.compare import report
 from cbam_pl.commands.compare.bands import Bands
-from cbam_pl.commands.compare.controls import add_controls, control_line
+from cbam_pl.commands.compare.controls import add_controls, control_line, note_left_out
 from cbam_pl.commands.compare.costs import in_new_process, measure_costs, time_recipes
 from cbam_pl.commands.compare.jobs import (
     STOPPED,
@@ -46,7 +46,7 @@ _COST_ROUNDS, _COST_SECONDS = 9, 0.5
 def compare(arguments: list[str]) -> None:
     """Run what is not done yet, and write the report; runs that failed are reported after it."""
     options, settings = option_parser().parse_known_args(arguments)
-    plan = make_plan(options, settings)
+    plan = note_left_out(make_plan(options, settings), options.controls)
     if options.controls:
         plan = add_controls(plan, options.controls, may_choose=not options.recompute)
         for control in plan.controls:
@@ -55,7 +55,6 @@ def compare(arguments: list[str]) -> None:
     for line in (line for job in jobs for line in left_out(job)):
         print(line)
     if options.dry_run:
-        plan.claim_output(dry_run=True)
         _print_estimate(plan, options.jobs)
         return
     if options.recompute and not any(find(job)[0] in ("tested", "done") for job in jobs):

@@ -94,6 +94,18 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
     return replace(plan, configs=configs, labels=labels, controls=controls, added=added)
 
 
+def note_left_out(plan: Plan, costs: Sequence[Cost]) -> Plan:
+    """The plan with a note of the controls that its output folder records and that are not of these costs, if any."""
+    left_out = dict.fromkeys(one.cost for one in plan.claim_output(dry_run=True) if one.cost not in costs)
+    if not left_out:
+        return plan
+    note = (
+        f"This comparison has controls with the same {' and '.join(left_out)}, which are left out here, as is their "
+        f"part in Holm's correction; --controls {' '.join([*costs, *left_out])} includes them."
+    )
+    return replace(plan, notes=[*plan.notes, note])
+
+
 def describe(control: Control, plan: Plan) -> dict[str, Any]:
     """What a control and its recipe cost, as text; by what share the control costs more; and a note if it is much."""
     recipe, own = control.measured["recipe"], control.measured["control"]

@@ -96,6 +96,12 @@ class Plan:
                 chosen = [Control(**control) for control in saved.get("controls", [])]
             if dry_run:
                 return chosen
+            taken = {(one.recipe, one.cost) for one in chosen}
+            if any((one.recipe, one.cost) in taken for one in self.controls if one not in chosen):
+                raise UserError(
+                    f"another comparison has chosen controls in {self.output} meanwhile; start the command again, "
+                    "which then uses these"
+                )
             (self.output / "configs").mkdir(parents=True, exist_ok=True)
             for name, settings in self.configs.items():
                 text = f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}"

@@ -15,6 +15,7 @@ from cbam_pl.commands.compare.controls import (
     control_line,
     describe,
     match_width,
+    note_left_out,
     search_width,
     with_more_epochs,
 )
@@ -253,10 +254,24 @@ def test_controls_are_added_to_a_finished_comparison_and_kept(compared, recipes,
     for more, count in ((controls, 5), (["--recompute"], 3)):
         again = command(*words, *more)
         assert again.status == 0, again.err
-        assert len(json.loads((report / "report.json").read_text())["recipes"]) == count
+        content = json.loads((report / "report.json").read_text())
+        assert len(content["recipes"]) == count
+        assert any("includes them" in note for note in content["notes"]) == (count == 3)
     assert len(measured.calls) == 2
     assert not quick
     assert len(json.loads((report / "comparison.json").read_text())["controls"]) == 6
+
+
+def test_controls_that_are_left_out_are_noted(recipes, tmp_path, measured):
+    plan = plan_of("--configs", recipes["none"], recipes["cbam"], "--output", tmp_path)
+    add_controls(plan, ["time", "parameters"], may_choose=True).claim_output()
+    for costs, left_out in (
+        ([], "with the same time and parameters, which are left out here, .*; --controls time parameters includes"),
+        (["parameters"], "with the same time, which are left out here, .*; --controls parameters time includes"),
+    ):
+        (note,) = note_left_out(plan, costs).notes
+        assert re.search(left_out, note)
+    assert note_left_out(plan, ["time", "parameters"]) == plan
 
 
 def test_recipes_share_an_equal_control(recipes, tmp_path, measured):

@@ -213,6 +213,19 @@ def test_seeds_may_be_added_and_keep_the_controls_that_were_chosen(recipes, tmp_
         first.claim_output()
 
 
+def test_controls_that_another_comparison_has_chosen_meanwhile_are_kept_alone(recipes, tmp_path):
+    plan = plan_of("--configs", recipes["none"], recipes["se"], "--output", tmp_path)
+    first = Control("se", "time", "width", "none-width=1.5", {"model.width": 1.5}, {"recipe": 2.0, "control": 2.1})
+    second = replace(first, name="none-width=1.25", change={"model.width": 1.25})
+    replace(plan, controls=[first]).claim_output()
+    with pytest.raises(UserError, match=r"another comparison has chosen controls in .* start the command again"):
+        replace(plan, controls=[second]).claim_output()
+    assert plan.claim_output(dry_run=True) == [first]
+    same_parameters = replace(second, cost="parameters")
+    replace(plan, controls=[first, same_parameters]).claim_output()
+    assert plan.claim_output(dry_run=True) == [first, same_parameters]
+
+
 def test_unequal_recipes_may_be_allowed(recipes, tmp_path):
     plan = plan_of("--configs", recipes["se"], "--grid", "max_epochs=1,2", "--unequal", "--output", tmp_path)
     assert plan.unequal == ["trainer.max_epochs is 1 in se-max_epochs=1, 2 in se-max_epochs=2"]
