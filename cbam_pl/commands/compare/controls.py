@@ -295,8 +295,8 @@ def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:
             stretched[key] = [round(one * factor) for one in length]
         elif length is not None:
             stretched[key] = round(length * factor)
-    if schedule == "ExponentialLR":
-        key = f"{_SCHEDULE}init_args.gamma"
+    key = f"{_SCHEDULE}init_args.gamma"
+    if schedule in ("ExponentialLR", "CyclicLR") and key in settings:  # of each step; that of others is of each length
         stretched[key] = settings[key] ** float(1 / factor)
     rates = f"{_SCHEDULE}init_args.rates."  # of PiecewiseConstantLR: the epoch is part of the key
     moved = {key: value for key, value in settings.items() if key.startswith(rates)}

@@ -109,6 +109,14 @@ def test_real_steps_are_timed(recipes, tmp_path):
         ("ConstantLR", ["--model.lr_scheduler.total_iters", "8"]),
         ("PolynomialLR", ["--model.lr_scheduler.total_iters", "12"]),
         ("ExponentialLR", ["--model.lr_scheduler.gamma", "0.9"]),
+        (
+            "CyclicLR",
+            [
+                *["--model.lr_scheduler.base_lr", "0.01", "--model.lr_scheduler.max_lr", "0.1"],
+                *["--model.lr_scheduler.step_size_up", "4", "--model.lr_scheduler.cycle_momentum", "false"],
+                *["--model.lr_scheduler.mode", "exp_range", "--model.lr_scheduler.gamma", "0.9"],
+            ],
+        ),
         ("cbam_pl.schedules.PiecewiseConstantLR", ["--model.lr_scheduler.rates", "{4: 0.01, 6: 0.005}"]),
     ],
 )
@@ -142,6 +150,8 @@ def test_what_spans_the_training_by_itself_stays_and_the_limit_of_steps_grows():
     assert with_more_epochs(settings, 31) == settings | {"trainer.max_epochs": 31}
     steps = {"model.lr_scheduler.class_path": "OneCycleLR", "model.lr_scheduler.init_args.total_steps": 1000}
     assert with_more_epochs(settings | steps, 31)["model.lr_scheduler.init_args.total_steps"] == 1550
+    epochs = {"model.lr_scheduler.class_path": "OneCycleLR", "model.lr_scheduler.init_args.epochs": 20}
+    assert with_more_epochs(settings | epochs, 31)["model.lr_scheduler.init_args.epochs"] == 31
     limited = settings | {"trainer.max_steps": 64_000}
     assert with_more_epochs(limited, 31)["trainer.max_steps"] == 99_200
     with pytest.raises(UserError, match=r"LambdaLR cannot be stretched to more epochs; use one of ConstantLR, .*"):
