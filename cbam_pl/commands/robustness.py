@@ -146,11 +146,10 @@ def measure_robustness(
         "environment": {**describe_environment(trainer.strategy.root_device), "libraries": libraries},
     }
     earlier, begun = ({} if logs is None else read_robustness(logs, tested, name) for name in (_FILE, _UNFINISHED))
-    known: Accuracies = {}
-    for one in (earlier, begun):
-        if _is_repeatable(one, record):
-            known |= one["accuracy"]
-    known = trainer.strategy.broadcast(known)
+    known_earlier, known_begun = (
+        one["accuracy"] if _is_repeatable(one, record) else Accuracies() for one in (earlier, begun)
+    )
+    known = trainer.strategy.broadcast(_merged(known_earlier, known_begun))
     accuracies: Accuracies = {name: {} for name, _ in conditions}
     console = Console(stderr=True, quiet=not trainer.is_global_zero)
     seconds = 0.0
@@ -174,18 +173,21 @@ def measure_robustness(
             how = f"{seconds:.0f} s" if new else "measured before"
             progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
             record |= {"accuracy": {name: row for name, row in accuracies.items() if row}, "seconds": seconds}
+            unfinished = record | {"accuracy": _merged(known_begun, record["accuracy"])}
             if logs is not None and trainer.is_global_zero:
                 # An error of one process alone would leave the others waiting.
                 alone = trainer.world_size == 1
                 with nullcontext() if alone else suppress(OSError), atomic_write(logs / _UNFINISHED) as stream:
-                    stream.write(json.dumps(record).encode())
+                    stream.write(json.dumps(unfinished).encode())
     if not trainer.is_global_zero:
         return
     _print(record)
     if logs is not None:
         with running(logs):
-            _write(logs, _with_earlier(record, earlier))
-            (logs / _UNFINISHED).unlink(missing_ok=True)
+            written = _with_earlier(record, earlier)
+            _write(logs, written)
+            if _merged(known_begun, written["accuracy"]) == written["accuracy"]:
+                (logs / _UNFINISHED).unlink(missing_ok=True)  # it has nothing of a longer measurement that was stopped
 
 
 def _write(logs: Path, record: dict[str, Any]) -> None:
@@ -224,12 +226,16 @@ def _with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, 
     """
     if not _is_same_test(earlier, record):
         return record
-    old, new = earlier["accuracy"], record["accuracy"]
-    names = [name for name in CORRUPTIONS if name in old or name in new]
-    both = {name: dict(sorted({**old.get(name, {}), **new.get(name, {})}.items())) for name in names}
+    both = _merged(earlier["accuracy"], record["accuracy"])
     if len({tuple(row) for row in both.values()}) > 1:
         return record
     return record | {"accuracy": both, "seconds": earlier["seconds"] + record["seconds"]}
+
+
+def _merged(old: Accuracies, new: Accuracies) -> Accuracies:
+    """The accuracies of both; the new one where both have it."""
+    names = [name for name in CORRUPTIONS if name in old or name in new]
+    return {name: dict(sorted({**old.get(name, {}), **new.get(name, {})}.items())) for name in names}
 
 
 def _corrupt(name: str, severity: int, pixels: Tensor, indices: Tensor) -> Tensor:

@@ -124,6 +124,34 @@ def test_a_measurement_that_is_stopped_goes_on_where_it_was(commit, trained, com
     assert whole["mean"] == means(whole["accuracy"])
 
 
+def test_another_measurement_keeps_what_one_that_was_stopped_has_measured(trained, command, tmp_path, monkeypatch):
+    root, measured = shutil.copytree(trained[0], tmp_path / "run"), []
+    file = root / "logs/tiny/version_0/robustness.json"
+    words = ["test", "--trainer.default_root_dir", root, "--severities", 1, "--corruptions"]
+    corrupt = robustness.corrupt
+
+    def stop_at_contrast(pixels, name, *others):
+        if name == "contrast":
+            raise KeyboardInterrupt
+        measured.append(name)
+        return corrupt(pixels, name, *others)
+
+    monkeypatch.setattr(environment, "commit", lambda: "abc")
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "corrupt", stop_at_contrast)
+        assert command(*words, "fog", "snow", "contrast").status == 130
+        assert command(*words, "frost", "contrast").status == 130, "stopped, too"
+        assert command(*words, "fog").status == 0
+    assert list(json.loads(file.read_text())["accuracy"]) == ["fog"]
+    monkeypatch.setattr(robustness, "corrupt", lambda *given: (measured.append(given[1]), corrupt(*given))[1])
+    outcome = command(*words, "fog", "snow", "frost", "contrast")
+    assert outcome.status == 0, outcome.err
+    assert sorted(set(measured)) == ["contrast", "fog", "frost", "snow"]
+    assert len(measured) == 4 * measured.count("fog"), "each once"
+    assert set(json.loads(file.read_text())["accuracy"]) == set(measured)
+    assert not file.with_name("robustness.partial.json").exists()
+
+
 def test_a_test_without_corruptions_measures_none(trained, command, tmp_path):
     root = shutil.copytree(trained[0], tmp_path / "run")
     assert command("test", "--trainer.default_root_dir", root).status == 0
