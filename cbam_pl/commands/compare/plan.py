@@ -35,6 +35,8 @@ _BUDGET = {
 _WITHOUT_EFFECT = {"config", "ckpt_path", "checkpoint_minutes", "pictures_every"} | {
     f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps")
 }
+# Of these, 1 is one batch and 1.0 all of them.
+_BATCHES = {f"trainer.{name}_batches" for name in ("limit_train", "limit_val", "limit_test", "overfit")}
 
 Cost = Literal["time", "parameters"]
 
@@ -235,7 +237,9 @@ def same_settings(saved: dict[str, Any], asked: dict[str, Any], defaults: dict[s
     if (devices := str(saved.get("trainer.devices"))).isdigit():
         saved["trainer.devices"] = int(devices)  # earlier versions kept the command line's text
     known = {**defaults, **saved}
-    return saved.keys() <= asked.keys() and all(key in known and known[key] == value for key, value in asked.items())
+    return saved.keys() <= asked.keys() and all(
+        key in known and _is_equal(key, known[key], value) for key, value in asked.items()
+    )
 
 
 def split_settings(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -243,11 +247,16 @@ def split_settings(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], 
     common, differing = {}, {}
     for key in {key: None for settings in configs.values() for key in settings}:
         values = [settings.get(key) for settings in configs.values()]
-        if all(value == values[0] for value in values):
+        if all(_is_equal(key, value, values[0]) for value in values):
             common[key] = values[0]
         else:
             differing[key] = values
     return common, differing
+
+
+def _is_equal(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same."""
+    return one == other and (key not in _BATCHES or one != 1 or type(one) is type(other))
 
 
 def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
@@ -302,7 +311,8 @@ def _variations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
         variation = dict(zip(grid, values, strict=True))
         for name in _unused_options(variation):
             variation.pop(f"model.attention.{name}", None)
-        if variation not in variations:
+        known = (one for one in variations if one.keys() == variation.keys())
+        if not any(all(_is_equal(key, one[key], value) for key, value in variation.items()) for one in known):
             variations.append(variation)
     return variations
 

@@ -15,6 +15,7 @@ from cbam_pl.commands.compare.plan import (
     name_of,
     nest,
     same_settings,
+    split_settings,
 )
 from cbam_pl.errors import UserError
 from cbam_pl.settings import command_parser
@@ -78,6 +79,17 @@ def test_options_that_a_kind_has_no_use_for_are_left_out_and_make_no_second_run(
         ["kind=cbam", "kernel_size=7"],
     ]
     assert _variations({}) == [{}]
+
+
+def test_one_batch_is_not_all_of_them():
+    key = "trainer.limit_train_batches"
+    assert _variations({key: [1, 1.0], "model.width": [2, 2.0]}) == [{key: 1, "model.width": 2}] * 2
+    assert not same_settings({key: 1}, {key: 1.0}, {})
+    assert not same_settings({}, {key: 1}, {key: 1.0})
+    assert same_settings({key: 1.0, "model.width": 1}, {key: 1.0, "model.width": 1.0}, {})
+    assert split_settings({"one": {key: 1}, "all": {key: 1.0}}) == ({}, {key: [1, 1.0]})
+    none = "trainer.overfit_batches"
+    assert same_settings({none: 0}, {none: 0.0}, {})
 
 
 def test_labels_are_as_given_and_names_fit_for_a_folder():
