@@ -22,7 +22,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from cbam_pl.commands.compare.plan import make_plan, option_parser
+from cbam_pl.commands.compare.plan import make_plan, parse_options
 from cbam_pl.training.state import completed_epochs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def wait_until(done: Callable[[], bool], process, output: Path, seconds: float =
 
 def plan_of(*words):
     """The plan of `compare` with these options."""
-    options, settings = option_parser().parse_known_args([str(word) for word in words])
+    options, settings = parse_options([str(word) for word in words])
     return make_plan(options, settings)
 
 

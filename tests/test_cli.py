@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cbam_pl.cli import COMMANDS
-from cbam_pl.commands.compare.plan import make_plan, option_parser
+from cbam_pl.commands.compare.plan import make_plan, parse_options
 from cbam_pl.settings import command_parser, parse_with_recipes
 from tests.helpers import REPOSITORY, one_line
 
@@ -126,6 +126,6 @@ def test_commands_of_the_readme_parse(line, monkeypatch):
     command, *options = words[words.index("train.py") + 1 :]
     assert command in COMMANDS
     if command == "compare":
-        make_plan(*option_parser().parse_known_args(options))
+        make_plan(*parse_options(options))
     else:
         parse_with_recipes(command_parser(command), options)

@@ -34,7 +34,7 @@ from cbam_pl.commands.compare.jobs import (
     uses_cuda,
 )
 from cbam_pl.commands.compare.page import render, write_gallery
-from cbam_pl.commands.compare.plan import Plan, make_plan, nest, option_parser
+from cbam_pl.commands.compare.plan import Plan, make_plan, nest, parse_options
 from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
@@ -45,7 +45,7 @@ _COST_ROUNDS, _COST_SECONDS = 9, 0.5
 
 def compare(arguments: list[str]) -> None:
     """Run what is not done yet, and write the report; runs that failed are reported after it."""
-    options, settings = option_parser().parse_known_args(arguments)
+    options, settings = parse_options(arguments)
     plan = note_left_out(make_plan(options, settings), options.controls)
     if options.controls:
         plan = add_controls(plan, options.controls, may_choose=not options.recompute)

@@ -152,6 +152,15 @@ def option_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `compare`, and the others, which are settings of `fit`."""
+    words: list[str] = []
+    for word in arguments:
+        # With a space in it, argparse takes an unknown --KEY=VALUE for a value of the option before it.
+        words += word.split("=", 1) if " " in word and re.match("--[^ =]+=", word) else [word]
+    return option_parser().parse_known_args(words)
+
+
 def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
     """Resolve every recipe with its settings, options of `fit` for all, and check that they can be compared."""
     if len(set(options.seeds)) < len(options.seeds):
@@ -177,7 +186,10 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
                 parsed[f"model.attention.{option}"] = parser.get_defaults()[f"model.attention.{option}"]
             notes += _check(name, parser, parsed, options.seeds)
             if name in configs:
-                raise UserError(f"two recipes are called {name}; rename a file, since runs are stored by that name")
+                raise UserError(
+                    f"two recipes are called {name}, and runs are stored by that name; rename a file, or give one of "
+                    "two values of a grid in a recipe of its own"
+                )
             configs[name] = _as_saved(parser, parsed)
             labels[name] = name if len(options.configs) > 1 else " ".join(word.removeprefix("kind=") for word in words)
     if len(configs) < 2:

@@ -35,6 +35,17 @@ def test_settings_apply_to_every_recipe_and_the_first_is_the_baseline(recipes, t
     assert list(plan.labels.values()) == ["se", "cbam"]
 
 
+def test_a_setting_with_a_space_is_no_seed(recipes, image_folder, tmp_path):
+    words = ("--configs", recipes["se"], recipes["cbam"], "--output", tmp_path, "--seeds", 0, 1)
+    root = tmp_path / "my = data"
+    root.symlink_to(image_folder)
+    for more in ([f"--data.root={root}"], [f"--data.root={root}", "--trainer.max_epochs=7"], ["--data.root", root]):
+        plan = plan_of(*words, *more)
+        assert plan.seeds == [0, 1]
+        assert [one["data.root"] for one in plan.configs.values()] == [str(root)] * 2
+    assert plan_of(*words[:3], f"--output={root}").output == root
+
+
 def test_the_recipes_written_are_read_as_the_same_settings(recipes, tmp_path):
     output = tmp_path / "report"
     plan = plan_of("--configs", recipes["cbam"], "--grid", "model.optimizer.lr=0.1,1e-3", "--output", output)
@@ -159,6 +170,8 @@ BAD = {
     "a grid of a list": (["--configs", "{cbam}", "--grid", "attention.kind=[none,se]"], "attention.kind"),
     "a grid's key twice": (["--configs", "{cbam}", "--grid", "attention.kind=none,se", "model.attention.kind=cbam,bam"],
                            "duplicate key model.attention.kind; give all its values at once"),
+    "two grid values of one name": (["--configs", "{cbam}", "--data.dataset", "shapes", "--grid", "data.root=a?,a*"],
+                                    "two recipes are called cbam-root=a_, .* or give one of two values of a grid in a"),
     "a key without its group": (["--configs", "{cbam}", "--grid", "kernel_size=3"], "attention.kernel_size"),
     "an option without use": (["--configs", "{none}", "{se}", "--model.attention.kernel_size", "3"], "kernel_size"),
     "the clock as budget": (["--configs", "{none}", "{se}", "--trainer.max_time", "00:00:01:00"], "trainer.max_time"),
