@@ -39,6 +39,7 @@ from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
 from cbam_pl.tables import print_table
+from cbam_pl.training.run import atomic_write
 
 _COST_ROUNDS, _COST_SECONDS = 9, 0.5
 
@@ -74,7 +75,8 @@ def compare(arguments: list[str]) -> None:
         try:
             report.write_report(plan.output, content)
             no_gallery = write_gallery(plan.output / "gallery.html", plan, results)
-            page.write_text(render(plan, content, results, no_gallery))
+            with atomic_write(page) as stream:
+                stream.write(render(plan, content, results, no_gallery).encode())
         except OSError as error:
             raise UserError(f"cannot write the report to {plan.output} ({error.strerror}); free some space") from error
         report.print_report(content)

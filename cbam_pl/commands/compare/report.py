@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from cbam_pl.commands.robustness import read_robustness
 from cbam_pl.environment import UNKNOWN, environments_by_key
 from cbam_pl.errors import UserError
 from cbam_pl.tables import print_table
-from cbam_pl.training.run import Run
+from cbam_pl.training.run import Run, atomic_write
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
 COSTS = {  # name → heading, divisor, digits
@@ -395,7 +396,7 @@ def _place(run: Result, prefix: str = "") -> str:
 def earlier_costs(plan: Plan) -> dict[str, Any] | None:
     """The costs in the report that exists already; None if they are not those of all recipes."""
     try:
-        recipes = json.loads((plan.output / "report.json").read_text())["recipes"]
+        recipes = json.loads((plan.output / "report.json").read_text("utf-8"))["recipes"]
         costs = {name: recipes[name]["cost"] for name in plan.configs}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -404,14 +405,20 @@ def earlier_costs(plan: Plan) -> dict[str, Any] | None:
 
 def write_report(folder: Path, content: dict[str, Any]) -> None:
     """Write report.md, report.csv and report.json."""
-    (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    with (folder / "report.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(content["runs"][0]))
-        writer.writeheader()
-        for run in content["runs"]:
-            # Ten digits: 100 times an accuracy is otherwise 71.41999999999999.
-            writer.writerow({name: f"{one:.10g}" if isinstance(one, float) else one for name, one in run.items()})
-    (folder / "report.md").write_text(markdown(content))
+    table = StringIO(newline="")
+    writer = csv.DictWriter(table, list(content["runs"][0]))
+    writer.writeheader()
+    for run in content["runs"]:
+        # Ten digits: 100 times an accuracy is otherwise 71.41999999999999.
+        writer.writerow({name: f"{one:.10g}" if isinstance(one, float) else one for name, one in run.items()})
+    texts = {
+        "report.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+        "report.csv": table.getvalue(),
+        "report.md": markdown(content),
+    }
+    for name, text in texts.items():
+        with atomic_write(folder / name) as stream:
+            stream.write(text.encode())
 
 
 def markdown(content: dict[str, Any]) -> str:

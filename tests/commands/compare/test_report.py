@@ -1,5 +1,7 @@
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 from base64 import b64decode
@@ -358,6 +360,25 @@ def test_accuracies_are_exact_where_a_device_has_rounded_them(compared, recipes,
     for run in results:
         right = sum(run["test"]["confusion"][label][label] for label in range(3))
         assert run["test_acc"] == 100 * right / 21
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.csv", "report.md", "report.html"])
+def test_a_full_disk_leaves_the_earlier_report(name, compared, command, recipes, tmp_path, monkeypatch):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    file, write = root / "report" / name, os.fsync
+    before = file.read_bytes()
+
+    def fsync(number):
+        if f"/.{name}." in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report", "--recompute"]
+    error = one_line(command("compare", *options, "--trainer.default_root_dir", root))
+    assert "cannot write the report to" in error
+    assert file.read_bytes() == before
+    assert not list(file.parent.glob(".*"))
 
 
 class _Page(HTMLParser):
