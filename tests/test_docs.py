@@ -1,6 +1,7 @@
 """The documentation: its links, its site as `make docs` builds it, and its notebook, which is run."""
 
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -8,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from cbam_pl.commands.compare.plan import parse_options
 from tests.helpers import REPOSITORY
 
 NOTEBOOK = REPOSITORY / "docs/notebook.ipynb"
@@ -35,6 +37,14 @@ def test_the_files_and_tests_that_are_named_are_there():
     named = re.findall(r"`(test_\w+)`", (REPOSITORY / "docs/attention.md").read_text())
     assert len(named) > 10
     assert not [name for name in named if f"def {name}(" not in tests]
+
+
+def test_the_comparisons_have_the_options_that_compare_needs():
+    text = "\n".join(page.read_text() for page in MARKDOWN).replace("\\\n", " ")
+    lines = re.findall(r"^python train\.py compare (.*?)(?:  #.*)?$", text, re.MULTILINE)
+    assert len(lines) > 15
+    for line in lines:
+        parse_options(shlex.split(line))
 
 
 class Page(HTMLParser):
