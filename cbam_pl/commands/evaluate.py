@@ -14,7 +14,7 @@ from rich.markup import escape
 from scipy.special import log_softmax
 
 from cbam_pl.commands.robustness import CorrectPredictions, choose_conditions, decisive_options, measure_robustness
-from cbam_pl.data.datamodule import ImageDataModule, data_for_test
+from cbam_pl.data.datamodule import ImageDataModule, data_for_test, images_digest
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.inspect.calibration import fit_temperature, measure_images, reliability
@@ -92,6 +92,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
                 "options": options,
                 "environment": describe_environment(trainer.strategy.root_device),
                 "trained_on": checkpoint["environments"],
+                "trained_images": images_digest(checkpoint["ImageDataModule"]),
             }
             with atomic_write(logs / "test.npz") as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)

@@ -1,5 +1,6 @@
 """The LightningDataModule: a data source, its validation split and normalisation, and batches for every stage."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -91,6 +92,17 @@ def data_for_test(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
     data = ImageDataModule(**{**checkpoint["datamodule_hyper_parameters"], **settings, "val_size": 0})
     data.load_state_dict({name: checkpoint["ImageDataModule"][name] for name in ("classes", "mean", "std")})
     return data
+
+
+def images_digest(state: Mapping[str, Any]) -> str | None:
+    """A text that changes with the images of a folder that were trained on or held out; None of fixed data.
+
+    `state` is what a checkpoint has of its ImageDataModule.
+    """
+    if "train_ids" not in state:
+        return None
+    ids = torch.cat([state["train_ids"], state["val_ids"]]).sort().values  # the same for every seed's split
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
 def may_have_seen(trained: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, may_have_seen, stratified_split
+from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, images_digest, may_have_seen, stratified_split
 from cbam_pl.data.folder import decode
 from cbam_pl.data.images import Images
 from cbam_pl.errors import UserError
@@ -243,6 +243,17 @@ def test_the_split_of_an_unchanged_folder_and_of_an_older_checkpoint_is_that_of_
     again.load_state_dict(data.state_dict())
     assert torch.equal(again.images("val").pixels, data.images("val").pixels)
     assert torch.equal(again.images("train").pixels, data.images("train").pixels)
+
+
+def test_the_digest_of_a_folders_images_depends_on_them_and_not_on_their_split(image_folder, tmp_path):
+    first, other = (prepared(image_folder, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.state_dict()["val_ids"], other.state_dict()["val_ids"])
+    assert images_digest(first.state_dict()) == images_digest(other.state_dict())
+    moved = shutil.copytree(image_folder, tmp_path / "moved", ignore=shutil.ignore_patterns(".*"))
+    assert images_digest(prepared(moved).state_dict()) == images_digest(first.state_dict())
+    shutil.copy(moved / "test/red/0.png", moved / "train/red/new.png")
+    assert images_digest(prepared(moved).state_dict()) != images_digest(first.state_dict())
+    assert images_digest({"classes": ["a"], "mean": [], "std": []}) is None
 
 
 def test_none_of_the_held_out_images_is_left(image_folder):

@@ -215,6 +215,9 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
         notes.append(f"Not done, so missing: {', '.join(missing)}. A pair without both runs is left out.")
     if not plan.unequal and not _are_of_same_images(results):
         notes.append("The runs were not tested on the same images, so their figures cannot be compared.")
+    digests = [one["test"].get("trained_images") for one in results]
+    if not plan.unequal and len({digest for digest in digests if digest}) > 1:
+        notes.append("The runs were not trained on the same images: their folder has changed between them.")
     trained = [{key: one[f"trained_{key}"] for key in UNKNOWN} for one in results]
     unknown = sum("unknown" in one["device"] for one in trained)
     if 0 < unknown < len(trained):

@@ -460,6 +460,18 @@ def test_other_test_images_and_another_program_for_corrupted_ones_are_noted():
     assert note == "The corrupted images were not tested with the same libraries: pillow 2; pillow 1."
 
 
+def test_other_training_images_of_a_folder_are_noted():
+    def notes(*digests, unequal=()):
+        runs = [result("k=none", seed, 0.8) for seed in range(len(digests))]
+        for run, digest in zip(runs, digests, strict=True):
+            run["test"] |= {"trained_images": digest}
+        return analyse(plan_for({"k=none": [0] * len(digests)}, unequal), runs, {})["notes"]
+
+    assert notes("a", "a") == notes(None, None) == notes(None, "a") == []  # of earlier versions, it is not known
+    assert notes("a", "b") == ["The runs were not trained on the same images: their folder has changed between them."]
+    assert len(notes("a", "b", unequal=["data.root a and b"])) == 1, "which says so, too"
+
+
 def test_where_runs_were_trained_is_noted_where_it_differs():
     def notes(**changes):
         runs = [result(f"k={kind}", seed, 0.8) for kind in ("none", "cbam") for seed in (0, 1)]
