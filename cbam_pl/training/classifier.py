@@ -406,12 +406,13 @@ class Classifier(LightningModule):
                 "model.lr_scheduler: a phase of the schedule has no step between its ends; train for more epochs, or "
                 "change the share of the rise (pct_start) so that it and the fall take two steps or more"
             ) from error
+        judge = "val/loss" if self.trainer.enable_validation else "train/loss"
         if isinstance(scheduler, ReduceLROnPlateau) and (
-            scheduler.mode != "min" or getattr(scheduler, "monitor", "val/loss") != "val/loss"
+            scheduler.mode != "min" or getattr(scheduler, "monitor", judge) != judge
         ):
             raise UserError(
-                "model.lr_scheduler: a plateau is judged by val/loss, which is to fall; leave out mode, and a monitor "
-                "other than val/loss"
+                f"model.lr_scheduler: a plateau is judged by {judge}, which is to fall; leave out mode, and give "
+                f"monitor={judge} where it is needed"
             )
         if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
             raise UserError(

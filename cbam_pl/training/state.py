@@ -178,8 +178,8 @@ class TrainingState(Callback):
         if _is_interrupted(checkpoint):
             if loop["epoch_loop.batch_progress"]["is_last_batch"] and progress["completed"] < progress["processed"]:
                 raise UserError(
-                    "the checkpoint was saved after an epoch's last batch and before its validation, from where "
-                    "Lightning cannot resume; resume from last.ckpt"
+                    "the checkpoint was saved between an epoch's last batch and its end, from where Lightning cannot "
+                    "resume; resume from another one"
                 )
             self._interrupted = {"figures": checkpoint["figures"], **checkpoint["interrupted_epoch"]}
             self._all_batches_done = not loader["batches_done"]
@@ -211,6 +211,10 @@ class TrainingState(Callback):
         if self._resumed is not None and not interrupted:
             # With max_steps, Lightning takes every resume for one inside an epoch, and would end the last one again.
             trainer.fit_loop.epoch_loop.restarting = False
+        if self._resumed is not None and self._resumed.get("stopped_early"):
+            # A request to stop that waits for min_epochs or min_steps, which Lightning does not restore.
+            stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+            trainer.should_stop = any(stop.wait_count >= stop.patience for stop in stops)
         # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.
         if self._resumed is not None and classifier.schedule_spans_training and not interrupted:
             for config in trainer.lr_scheduler_configs:

@@ -39,7 +39,7 @@ REJECTED = {
     ),
     ("--model.lr_scheduler.init_args.mode", "max"): "model.lr_scheduler: a plateau is judged by val/loss, which is to",
     ("--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/acc"): (
-        "model.lr_scheduler: a plateau is judged by val/loss, which is to fall; leave out mode, and a monitor other"
+        "a plateau is judged by val/loss, which is to fall; leave out mode, and give monitor=val/loss where it is need"
     ),
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
         "trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it"

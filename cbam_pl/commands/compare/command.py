@@ -68,8 +68,9 @@ def compare(arguments: list[str]) -> None:
             try:
                 costs = measure_costs(plan.configs, threads_per_job(), _COST_ROUNDS, _COST_SECONDS)
             except UserError as error:  # the runs may have been trained on other machines
-                costs = dict.fromkeys(plan.configs)
-                plan = replace(plan, notes=[*plan.notes, f"The costs could not be measured: {error}."])
+                earlier = report.earlier_costs(plan)
+                costs, which = earlier or dict.fromkeys(plan.configs), "; these are earlier ones" if earlier else ""
+                plan = replace(plan, notes=[*plan.notes, f"The costs could not be measured{which}: {error}."])
         content = report.analyse(plan, results, costs)
         page = plan.output / "report.html"
         try:

@@ -92,13 +92,18 @@ def find(job: Job) -> tuple[State, Run | None]:
     Of several runs with the job's settings the most advanced counts, and of those the first; never the better result.
     """
 
-    def progress(found: tuple[State, Run]) -> tuple[int, int]:
+    def progress(found: tuple[State, Run]) -> tuple[bool, int, int]:
         state, run = found
         epochs = (read_progress(run, "last") or {}).get("epochs", 0) if state == "interrupted" else 0
-        return get_args(State).index(state), epochs
+        may_be_done = state != "tested" or _best(run).exists()
+        return may_be_done, get_args(State).index(state), epochs
 
     found = [(state, run) for run in runs_of(job) if (state := _state(run, job)) != "new"]
     return max(found, key=progress, default=("new", None))
+
+
+def _best(run: Run) -> Path:
+    return run.checkpoints / "best.ckpt"
 
 
 def begun_last(job: Job) -> Run | None:
@@ -251,7 +256,7 @@ def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> st
             return failure
         state, run = find(job)
     if state in ("trained", "tested") and run is not None:
-        best = run.checkpoints / "best.ckpt"
+        best = _best(run)
         if not best.exists():
             return f"{best} was deleted, so it cannot be tested again; to train it again, delete {run.logs}"
         corruptions = ["--corruptions", *job.corruptions] if job.corruptions else []

@@ -67,7 +67,10 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
                 results.append(_result_of(job, run, best, test))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 file = run.logs / "test.json"
-                raise UserError(f"{file} is damaged ({error!r}); delete it, and compare tests the run again") from error
+                raise UserError(
+                    f"{file} is damaged ({error!r}); restore it, or delete it: compare then tests the run again, or "
+                    "trains it where its checkpoints are gone"
+                ) from error
     return results
 
 

@@ -90,6 +90,15 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes,
         assert "The costs could not be measured" in (tmp_path / "report" / name).read_text()
     assert "The costs could not be measured" in outcome.out
 
+    root = shutil.copytree(compared[0], tmp_path / "copy")  # whose report has costs
+    outcome = command(*again(root, recipes, "--output", root / "report"))
+    assert outcome.status == 0, outcome.err
+    content = json.loads((root / "report/report.json").read_text())
+    assert {name: one["cost"] for name, one in content["recipes"].items()} == {
+        name: one["cost"] for name, one in compared[3]["recipes"].items()
+    }
+    assert content["notes"][0].startswith("The costs could not be measured; these are earlier ones: the trainer's")
+
 
 def test_an_error_while_runs_are_watched_stops_them(command, recipes, tmp_path, monkeypatch):
     stopped = threading.Event()

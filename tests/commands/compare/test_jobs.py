@@ -162,6 +162,21 @@ def test_of_several_runs_the_furthest_counts_and_never_the_better(compared, reci
     assert find(job)[1].version == 7
 
 
+def test_a_run_that_can_be_tested_comes_before_one_whose_checkpoints_are_gone(compared, recipes, tmp_path):
+    root = copy_of(compared, tmp_path)
+    job = jobs_of(plan_in(root, recipes))[0]
+    for kind in ("checkpoints", "logs"):
+        shutil.copytree(root / kind / "none/version_0", root / kind / "none/version_7")
+    for version in (0, 7):
+        (root / f"logs/none/version_{version}/test.npz").unlink()  # tested, with fewer figures
+    shutil.rmtree(root / "checkpoints/none/version_0")
+    assert [find(job)[0], find(job)[1].version] == ["tested", 7]
+    (root / "logs/none/version_7/test.json").unlink()
+    assert [find(job)[0], find(job)[1].version] == ["trained", 7]
+    shutil.rmtree(root / "logs/none/version_7")
+    assert [find(job)[0], find(job)[1].version] == ["tested", 0]
+
+
 def test_of_several_interrupted_runs_the_furthest_is_resumed(compared, recipes, tmp_path):
     root = copy_of(compared, tmp_path)
     job = jobs_of(plan_in(root, recipes, "--trainer.max_epochs", 3))[0]

@@ -544,7 +544,7 @@ def test_a_damaged_test_is_named(damage, compared, command, recipes, tmp_path):
     options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report", "--recompute"]
     error = one_line(command("compare", *options, "--trainer.default_root_dir", root))
     assert f"{file} is damaged (" in error
-    assert error.endswith("delete it, and compare tests the run again")
+    assert "; restore it, or delete it: compare then tests the run again" in error
 
 
 @pytest.mark.parametrize("report", ["notebooks", "notebooks-controls"])
