@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from inspect import signature
 from itertools import zip_longest
@@ -259,13 +259,14 @@ def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
     """The settings of `fit`: options over the recipes that --config names. `config` becomes the first one's path."""
     files, options = split_option(options, "--config")
     recipe: dict[str, Any] = {}
+    names = setting_names(parser)
     for file in files:
         content = read_recipe(file)
         try:
             parse(parser, [], content)  # by itself, so that a mistake is reported with the file that has it
         except UserError as error:
             raise UserError(f"{show(file)}: {error}") from error
-        recipe = _merge(recipe, content)
+        recipe = _merge(recipe, content, names)
     settings = parse(parser, options, recipe)
     settings.config = files[0] if files else None
     return settings
@@ -330,22 +331,28 @@ def read_recipe(path: str) -> dict[str, Any]:
     return content
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over others; a class with its arguments replaces another class with its own."""
+def _merge(
+    below: Mapping[str, Any], above: Mapping[str, Any], names: Collection[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Settings over others, each as a whole; of the same class, its arguments over the other's arguments."""
     merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        if (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and value.get("class_path") in (None, old.get("class_path"))
-        ):
-            value = _merge(old, value)
-        merged[key] = value
+    for name, value in above.items():
+        old, key = merged.get(name), f"{prefix}{name}"
+        if isinstance(old, dict) and isinstance(value, dict):
+            if key not in names:  # a group, such as model
+                value = _merge(old, value, names, f"{key}.")
+            elif _is_class(old) and _is_class(value) and value.get("class_path") in (None, old.get("class_path")):
+                arguments = {**(old.get("init_args") or {}), **(value.get("init_args") or {})}
+                value = {**old, **value, "init_args": arguments}
+        merged[name] = value
     for one, other in (("arch", "network"), ("network", "arch")):  # of the two the later wins
         if above.get(one) is not None and above.get(other) is None:
             merged.pop(other, None)
     return merged
+
+
+def _is_class(value: Mapping[str, Any]) -> bool:
+    return value.keys() <= {"class_path", "init_args"}
 
 
 def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

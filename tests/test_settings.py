@@ -183,6 +183,23 @@ def test_another_class_in_a_later_recipe_has_its_own_arguments(tmp_path: Path) -
     assert settings.model.optimizer.init_args.lr == 0.2
 
 
+def test_a_later_recipe_replaces_each_setting_as_a_whole(tmp_path: Path) -> None:
+    schedule = "lr_scheduler: {class_path: cbam_pl.schedules.PiecewiseConstantLR, init_args: {rates: %s}}"
+    files = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    factors = "{blocks: 0.1, classifier: 10}", "{}"
+    for file, rates, own in zip(files, ("{60: 0.02, 120: 0.004}", "{30: 0.5}"), factors, strict=True):
+        file.write_text(f"model: {{{schedule % rates}, lr_factors: {own}}}")
+    files.append(tmp_path / "third.yaml")
+    files[-1].write_text("model: {optimizer: {init_args: {lr: 0.2}}}")  # of the class before
+    files.insert(0, tmp_path / "zeroth.yaml")
+    files[0].write_text("model: {optimizer: {class_path: torch.optim.SGD, init_args: {momentum: 0.5}}}")
+    settings = parse_with_recipes(command_parser("fit"), [word for file in files for word in ("--config", str(file))])
+    assert settings.model.lr_scheduler.init_args.rates == {30: 0.5}
+    assert settings.model.lr_factors == {}
+    arguments = settings.model.optimizer.init_args
+    assert (arguments.lr, arguments.momentum) == (0.2, 0.5)
+
+
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "overfit_batches"])
 def test_one_batch_and_all_batches_differ(key: str, tmp_path: Path) -> None:
     for text, value in (("40", 40), ("1", 1), ("1.0", 1.0), ("0.5", 0.5)):

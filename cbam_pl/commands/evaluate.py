@@ -80,7 +80,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     split: Literal["test", "val"] = "test" if command == "test" else "val"
     figures = measure(split)
     options = decisive_options(split_option(options, "--ckpt_path")[1])
-    tested = {"epoch": epoch, "step": checkpoint["global_step"], **figures}
+    tested = {"epoch": epoch, "step": checkpoint["global_step"], "saved_at": checkpoint.get("saved_at"), **figures}
     if trainer.is_global_zero:
         count, total = model.num_evaluated, len(data.images(split))
         described, arrays = _describe(evaluated, data.classes, calibration)
@@ -100,7 +100,8 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
                 stream.write(f"{json.dumps(record)}\n".encode())
             _remove_events(earlier)  # testing again replaces the point
         part = "" if count == total else f" of {total:,}"
-        print(f"{path}, epoch {epoch}, on {count:,}{part} {split} images of {data.dataset}:")
+        images = "test images, as data.val_size=0," if split == "val" and data.val_size == 0 else f"{split} images"
+        print(f"{path}, epoch {epoch}, on {count:,}{part} {images} of {data.dataset}:")
         for name, value in figures.items():
             print(f"{name}  {value:.4f}")
         if command == "test":

@@ -123,6 +123,8 @@ def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule
     has_last = limit >= batches if isinstance(limit, int) else limit == 1
     if (images % data.batch_size == 1 and has_last) or data.batch_size == 1:
         network = deepcopy(model.network).train()
+        for name in model.frozen_norms:
+            network.get_submodule(name).eval()
         try:
             network(torch.zeros(1, 3, data.image_size, data.image_size))
         except ValueError as error:

@@ -139,6 +139,7 @@ def measure_robustness(
     record: dict[str, Any] = {
         "epoch": tested["epoch"],
         "step": tested["step"],
+        "saved_at": tested.get("saved_at"),
         "images": len(data.images("test")),
         "seed": SEED,
         "test/acc": tested["test/acc"],
@@ -204,7 +205,8 @@ def read_robustness(logs: Path, tested: Mapping[str, Any], name: str = _FILE) ->
     record = read_json(logs / name)
     options, tested_options = (decisive_options(one.get("options", [])) for one in (record, tested))
     same = options == tested_options and record.get("seed") == SEED
-    return record if same and is_result_of(record, tested.get("epoch"), tested.get("step")) else {}
+    place = tested.get("epoch"), tested.get("step"), tested.get("saved_at")
+    return record if same and is_result_of(record, *place) else {}
 
 
 def _is_repeatable(earlier: dict[str, Any], record: dict[str, Any]) -> bool:

@@ -76,7 +76,7 @@ def deletion_order(maps: Tensor) -> Tensor:
 
 
 def mean_colour(images: Tensor, missing: Tensor) -> Tensor:
-    """Normalised images (B, C, H, W) with the data's mean colour, zero, in missing (B, 1, H, W) bool places."""
+    """Normalised images (B, C, H, W) with zero, the mean colour normalised, in missing (B, 1, H, W) bool places."""
     return images.masked_fill(missing, 0.0)
 
 

@@ -28,10 +28,12 @@ class NetworkConfig:
         init_args: its arguments, without the number of classes.
     """
 
-    class_path: str
+    class_path: str = ""
     init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.class_path:
+            raise ValueError("network needs a class_path, an import path such as torchvision.models.resnet18")
         if not isinstance(self.class_path, str) or not isinstance(self.init_args, dict):
             raise ValueError(
                 f"network={self.class_path!r} must be an import path, with a mapping of arguments init_args"

@@ -132,8 +132,10 @@ class Classifier(LightningModule):
         self.started_from = str(weights) if weights else "the network's own weights" if has_own else ""
         self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
-        self.lr_factors = dict(lr_factors or {})
-        self._frozen_norms = freeze_modules(self.network, self.freeze_patterns)  # names: some strategies replace them
+        self.lr_factors = {
+            str(pattern): factor for pattern, factor in (lr_factors or {}).items()
+        }  # YAML reads 0 as a number
+        self.frozen_norms = freeze_modules(self.network, self.freeze_patterns)  # names: some strategies replace them
         self.parameter_groups()  # so that a mistake in a pattern is reported at once
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -265,7 +267,7 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before."""
-        for name in self._frozen_norms:
+        for name in self.frozen_norms:
             self.network.get_submodule(name).eval()
 
     def on_train_epoch_start(self) -> None:

@@ -103,7 +103,8 @@ def results_folder(checkpoint: Path, root: Path) -> Path | None:
 def read_result(logs: Path, name: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a JSON file in a log folder holds of this checkpoint; None where it has nothing of it."""
     content = read_json(logs / name)
-    return content if is_result_of(content, checkpoint["epoch"] + 1, checkpoint["global_step"]) else None
+    place = checkpoint["epoch"] + 1, checkpoint["global_step"], checkpoint.get("saved_at")
+    return content if is_result_of(content, *place) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,13 +116,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def is_result_of(result: Mapping[str, Any], epoch: int | None, step: int | None) -> bool:
-    """Whether a result is of the checkpoint of that epoch, from 1, after that step, if both are known.
+def is_result_of(result: Mapping[str, Any], epoch: int | None, step: int | None, saved_at: float | None = None) -> bool:
+    """Whether a result is of the checkpoint of that epoch, from 1, that step, and that time, as far as they are known.
 
-    An epoch that was interrupted, and the same epoch once it is complete, have other weights; earlier versions did not
-    note the step.
+    An epoch that was interrupted, and the same epoch once it is complete, have other weights, and so have two folders
+    of weights of one name; earlier versions did not note step and time.
     """
-    return result.get("epoch") == epoch and (step is None or result.get("step", step) == step)
+    others = {"step": step, "saved_at": saved_at}
+    known = all(value is None or result.get(name, value) in (value, None) for name, value in others.items())
+    return result.get("epoch") == epoch and known
 
 
 def run_of(checkpoint: Path) -> Run | None:

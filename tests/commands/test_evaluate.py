@@ -139,6 +139,10 @@ def test_calibration_needs_validation_images(trained, command, tmp_path):
     assert "--calibrate: " in error
     assert "was trained with data.val_size=0" in error
     assert not (root / "logs/tiny/version_0/test.json").exists()
+    with pytest.warns(UserWarning, match="are not those of the checkpoint"):  # which had others held out
+        outcome = command("validate", "--trainer.default_root_dir", root)
+    assert outcome.status == 0, outcome.err
+    assert "test images, as data.val_size=0, of folder:" in outcome.out
 
 
 def test_validate_gives_the_figures_of_training(trained, command):
@@ -274,7 +278,8 @@ def test_weights_are_tested_without_a_logger(trained, command, tmp_path):
     assert outcome.status == 0, outcome.err
     outcome = command("test", *place, "--ckpt_path", tmp_path / "mine", "--trainer.logger", "false")
     assert outcome.status == 0, outcome.err
-    assert (tmp_path / "logs/weights/mine/test.json").is_file()
+    tested = json.loads((tmp_path / "logs/weights/mine/test.json").read_text())
+    assert tested["saved_at"] == checkpoint(trained[0], "best")["saved_at"]
 
 
 def test_predictions_are_of_the_mirror_image_too_where_that_was_chosen(trained, command, tmp_path, image_folder):

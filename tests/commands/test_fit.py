@@ -76,6 +76,10 @@ def test_a_last_batch_of_one_image_is_rejected_before_the_first_step(command, re
     error = one_line(command(*fit(recipe, tmp_path, *options)))
     assert "data.batch_size=63 leaves a batch of one image of 64" in error
     assert not list(tmp_path.glob("*/*"))
+    # Frozen batch norm has no need of the batch's variance.
+    frozen = ["--model.freeze", "stages.3", "--trainer.max_epochs", 1]
+    outcome = command(*fit(recipe, tmp_path, *options, *frozen))
+    assert outcome.status == 0, outcome.err
 
 
 def test_a_dry_run_writes_nothing(command, recipe, tmp_path):

@@ -261,6 +261,11 @@ def test_what_is_attention():
     assert is_attention(BAM(32))
 
 
+def test_a_network_without_a_class_is_named():
+    with pytest.raises(ValueError, match=r"^network needs a class_path, an import path such as torchvision"):
+        NetworkConfig(init_args={"width": 3})
+
+
 # What a checkpoint may name
 
 

@@ -189,6 +189,7 @@ def test_weights_that_may_have_seen_the_validation_images_are_noted(seed, traine
         ({"freeze": "layr1"}, "^freeze='layr1' matches no module of the network; it has layer1"),
         ({"freeze": ("*",), "attention": NONE}, r"^freeze=\['\*'\] leaves nothing to train; leave a module out of it$"),
         ({"lr_factors": {"layer9": 0.1}}, "^lr_factors='layer9' matches no module"),
+        ({"lr_factors": {9: 0.1}}, "^lr_factors='9' matches no module"),  # as YAML reads such a name
         ({"lr_factors": {"fc": 0.0}}, "^lr_factors: fc=0.0 must be above 0 and finite; to keep weights, use freeze$"),
         ({"lr_factors": {"fc": 0.1, "f?": 0.2}}, "^lr_factors: fc has no weights that no later pattern matches"),
         ({"lr_factors": {"relu": 0.1}}, "^lr_factors: relu has no weights"),

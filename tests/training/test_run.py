@@ -7,7 +7,7 @@ import pytest
 
 from cbam_pl.errors import UserError
 from cbam_pl.training.checkpoint import newest_checkpoint
-from cbam_pl.training.run import Run, new_run, run_of
+from cbam_pl.training.run import Run, is_result_of, new_run, run_of
 
 
 def test_versions_count_up_from_zero_past_either_folder(tmp_path):
@@ -45,6 +45,16 @@ def test_the_newest_checkpoint_is_the_last_written(tmp_path):
     assert newest_checkpoint(tmp_path, "best", "a").parent.name == "version_0"
     with pytest.raises(UserError, match=re.escape("no last.ckpt of a under")):
         newest_checkpoint(tmp_path, "last", "a")
+
+
+def test_a_result_is_of_one_checkpoint_alone():
+    result = {"epoch": 3, "step": 9, "saved_at": 1.5}
+    assert is_result_of(result, 3, 9, 1.5)
+    assert is_result_of(result, 3, None)
+    assert is_result_of({"epoch": 3}, 3, 9, 1.5), "of an earlier version"
+    assert is_result_of({**result, "saved_at": None}, 3, 9, 1.5), "of its checkpoint"
+    others = ((2, 9, 1.5), (3, 8, 1.5), (3, 9, 2.5))  # the last: another folder of weights of the same name
+    assert not any(is_result_of(result, *other) for other in others)
 
 
 def test_only_an_unused_run_is_discarded(tmp_path):
