@@ -137,11 +137,14 @@ class NetworkMonitor(Callback):
         epoch, pictures = f"epoch {self._epoch}", {}
         try:
             features, maps = gates.feature_maps(network, inputs), gates.attention_maps(network, inputs)  # type: ignore[arg-type]
+            logits = features.logits
+            if pl_module.hparams["test_time_flip"]:  # as in the validation
+                logits = (logits + gates.feature_maps(network, inputs.flip(3)).logits) / 2  # type: ignore[arg-type]
         except ValueError as error:
             self._warn_once("maps", f"no pictures/features and pictures/attention in TensorBoard: {error}")
         else:
             headings = [f"true: {self._classes[label]}" for label in self._probed.labels[chosen]]
-            captions = drawing.describe(features.logits, self._classes, headings)
+            captions = drawing.describe(logits, self._classes, headings)
             images = drawing.CaptionedImages(self._probed.pixels[chosen], captions)
             pictures["features"] = partial(drawing.draw_features, images, features, f"Features\n{epoch}")
             if maps:

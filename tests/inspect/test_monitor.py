@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cbam_pl.data.datamodule import ImageDataModule
+from cbam_pl.inspect import drawing
 from cbam_pl.inspect.gates import attention_maps, gate_health
 from cbam_pl.inspect.monitor import NetworkMonitor
 from cbam_pl.training.checkpoint import load_classifier
@@ -61,6 +62,22 @@ def test_pictures_show_eight_fixed_validation_images(four, image_folder):
             top = len(pixels) - 40 - (8 - index) * 142  # 40 pixels below the images, and 14 from one to the next
             shown = pixels[top : top + 128, 160:288].reshape(32, 4, 32, 4, 3)[:, 1, :, 1]  # each pixel is 4×4
             assert np.array_equal(shown, images.pixels[index].permute(1, 2, 0).numpy())
+
+
+def test_captions_are_of_both_mirror_images_where_the_validation_is(
+    tmp_path, command, recipe, image_folder, monkeypatch
+):
+    shown = []
+    describe = drawing.describe
+    monkeypatch.setattr(drawing, "describe", lambda logits, *more: shown.append(logits) or describe(logits, *more))
+    fit(command, recipe, tmp_path, "--trainer.max_epochs", 1, "--model.test_time_flip", "true")
+    path = tmp_path / "checkpoints/tiny/version_0/last.ckpt"
+    model = load_classifier(path, checkpoint(tmp_path)).eval()
+    data = ImageDataModule("folder", str(image_folder), seed=3)
+    data.setup()
+    with torch.no_grad():
+        expected = model.evaluation_logits(data.normalise(data.images("val").pixels[:8]))
+    torch.testing.assert_close(shown[0], expected)
 
 
 def test_health_is_that_of_the_networks_gates(four, image_folder):
