@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class PiecewiseConstantLR(LambdaLR):
-    """The optimizer's own rate, then the given rates from the given epochs on.
+    """The optimizer's own rate, then the given rates from the given epochs on, or steps with `model.lr_interval` step.
 
     Args:
         optimizer: the optimizer whose rate is set.

@@ -82,7 +82,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         owned_by_data = {"num_classes", "image_size", "seed"}
         parser.add_class_arguments(Classifier, "model", skip=owned_by_data, instantiate=False, sub_configs=True)
     elif command == "visualize":
-        checkpoint_help = "FILES, folders of weights, or the newest run's best or last"
+        checkpoint_help = "FILES, folders of weights, or best or last: the best.ckpt or last.ckpt written last"
         add("--ckpt_path", nargs="+", type=str, default=["best"], help=checkpoint_help)
         add("--images", nargs="+", type=str, help="your own image files, or folders of them")
         add("--indices", nargs="+", type=int, help="test images, by number from 0")
@@ -98,7 +98,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
         add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
     else:
-        checkpoint_help = "a FILE, a folder of weights, or the newest run's best or last"
+        checkpoint_help = "a FILE, a folder of weights, or best or last: the best.ckpt or last.ckpt written last"
         add("--ckpt_path", type=str, default="best", help=checkpoint_help)
         add(
             "--model.test_time_flip",
@@ -106,7 +106,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             help="classify by the mean of the logits of each image and its mirror image; by default as in training",
         )
     if command != "fit":
-        trust_help = "packages whose networks a checkpoint may import, beside cbam_pl, torchvision.models and timm"
+        trust_help = "packages whose networks a checkpoint may import, beside those of cbam_pl, torchvision and timm"
         add("--trust", nargs="+", type=str, default=[], help=trust_help)
     if command == "test":
         add("--calibrate", action="store_true", help="fit a temperature on the validation images; figures with it, too")
@@ -262,6 +262,8 @@ def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
     names = setting_names(parser)
     for file in files:
         content = read_recipe(file)
+        if "grid" in content:
+            raise UserError(f"{show(file)} has a grid, each of whose values is a training; use {PROGRAM} compare")
         try:
             parse(parser, [], content)  # by itself, so that a mistake is reported with the file that has it
         except UserError as error:
@@ -338,6 +340,8 @@ def _merge(
     merged = dict(below)
     for name, value in above.items():
         old, key = merged.get(name), f"{prefix}{name}"
+        if isinstance(old, str) and isinstance(value, dict) and _is_class(value):
+            old = {"class_path": old}  # as one may write a class without arguments
         if isinstance(old, dict) and isinstance(value, dict):
             if key not in names:  # a group, such as model
                 value = _merge(old, value, names, f"{key}.")
@@ -352,7 +356,7 @@ def _merge(
 
 
 def _is_class(value: Mapping[str, Any]) -> bool:
-    return value.keys() <= {"class_path", "init_args"}
+    return bool(value) and value.keys() <= {"class_path", "init_args"}
 
 
 def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -138,6 +138,7 @@ def test_the_ends_of_the_ranges_are_valid() -> None:
         (b"data:\nseed: 1", "data=null must be a mapping of its keys, or left out"),
         (b"data: 3", "data=3 must be a mapping of its keys, or left out"),
         (b"config: other.yaml", "names another recipe"),
+        (b"grid: {attention.kind: [none, cbam]}", "has a grid, .*; use .* compare"),
     ],
 )
 def test_yaml_that_is_not_a_recipe_is_rejected(content: bytes, text: str, tmp_path: Path) -> None:
@@ -181,6 +182,16 @@ def test_another_class_in_a_later_recipe_has_its_own_arguments(tmp_path: Path) -
     settings = parse_with_recipes(command_parser("fit"), ["--config", str(first), "--config", str(second)])
     assert settings.model.optimizer.class_path == "torch.optim.SGD"
     assert settings.model.optimizer.init_args.lr == 0.2
+
+
+def test_arguments_alone_are_those_of_the_class_before(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: {optimizer: SGD, lr_factors: {}}")
+    second.write_text("model: {optimizer: {init_args: {lr: 0.2}}, lr_factors: {}}")
+    settings = parse_with_recipes(command_parser("fit"), ["--config", str(first), "--config", str(second)])
+    assert settings.model.optimizer.class_path == "torch.optim.SGD"
+    assert settings.model.optimizer.init_args.lr == 0.2
+    assert settings.model.lr_factors == {}
 
 
 def test_a_later_recipe_replaces_each_setting_as_a_whole(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from lightning import Trainer
 from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
@@ -21,9 +23,43 @@ from cbam_pl.inspect.calibration import fit_temperature, measure_images, reliabi
 from cbam_pl.settings import EVALUATION_DATA, OWN_LIMIT, command_parser, parse, split_option
 from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
+from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import atomic_write, results_folder
 from cbam_pl.training.trainer import evaluating_trainer, running
+
+Split = Literal["test", "val"]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A checkpoint, and what measures it."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    model: Classifier
+    data: ImageDataModule
+    trainer: Trainer
+    seen: EvaluatedImages  # by the trainer
+    logs: Path | None  # the folder of the results; None where none are written
+    earlier: set[Path]  # event files of earlier tests at this epoch
+
+    @property
+    def epoch(self) -> int:
+        """The checkpoint's, from 1."""
+        return self.checkpoint["epoch"] + 1
+
+    def measure(self, split: Split) -> dict[str, float]:
+        """Loss and accuracy, also as a point in TensorBoard where results are written."""
+        with running(self.logs):
+            run = self.trainer.test if split == "test" else self.trainer.validate
+            run(self.model, datamodule=self.data, verbose=False)
+        figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+            _remove(_events(self.logs, self.epoch) - self.earlier)
+            fix = "the network has diverged; choose an earlier checkpoint"
+            raise UserError(f"{bad[0]} of {self.path} is not finite: {fix}")
+        return figures
 
 
 def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
@@ -32,94 +68,93 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     names = parse(parser, options)
     root = Path(names.trainer.default_root_dir)
     path, checkpoint = find_checkpoint(root, names.ckpt_path)
-
     # What is not given here is as the checkpoint was trained with.
     saved = checkpoint["datamodule_hyper_parameters"]
     settings = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}})
-    epoch = checkpoint["epoch"] + 1
-    writes = command == "test" and not settings.trainer.fast_dev_run
-    logs = results_folder(path, root) if writes else None
-    suffix = f".test-epoch{epoch}"
-    earlier = [] if logs is None else list(logs.glob(f"events*{suffix}"))
-    evaluated, correct = EvaluatedImages(), CorrectPredictions()
     if settings.trainer[limit := OWN_LIMIT[command]] == 0:
         raise UserError(f"trainer.{limit}={settings.trainer[limit]} evaluates no image; leave it out")
-    validates = command == "validate" or settings.calibrate
+    calibrates, writes = settings.get("calibrate"), command == "test" and not settings.trainer.fast_dev_run
     with as_user_error():
         values = parser.instantiate(settings)
-        if validates:
+        if command == "validate" or calibrates:
             data = ImageDataModule(**saved | dict(values.data))
             data.load_state_dict(checkpoint["ImageDataModule"])
         else:
             data = data_for_test(checkpoint, dict(values.data))
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
-        logger = None if logs is None else RunLogger(logs, suffix)
-        trainer = evaluating_trainer(values.trainer, logger, [evaluated, correct])
+        epoch, logs = checkpoint["epoch"] + 1, results_folder(path, root) if writes else None
+        logger = None if logs is None else RunLogger(logs, _suffix(epoch))
+        seen, correct = EvaluatedImages(), CorrectPredictions()
+        trainer = evaluating_trainer(values.trainer, logger, [seen, correct])
         conditions = choose_conditions(settings, data.image_size)
+    one = _Evaluation(path, checkpoint, model, data, trainer, seen, logs, _events(logs, epoch))
 
-    def measure(split: Literal["test", "val"]) -> dict[str, float]:
-        with running(logs):
-            (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False)
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-            _remove_events(set() if logs is None else {*logs.glob(f"events*{suffix}")} - {*earlier})
-            fix = "the network has diverged; choose an earlier checkpoint"
-            raise UserError(f"{bad[0]} of {path} is not finite: {fix}")
-        return figures
-
-    calibration: dict[str, Any] = {}
-    if command == "test" and settings.calibrate:
-        if data.val_size == 0:
-            raise UserError(
-                f"--calibrate: {path} was trained with data.val_size=0, so all images that are not test images were "
-                "trained on; leave it out, or train with validation images"
-            )
-        measure("val")
-        temperature = fit_temperature(evaluated.logits.double().numpy(), evaluated.labels.numpy())
-        calibration = {"temperature": temperature, "images": len(evaluated.labels)}
-    split: Literal["test", "val"] = "test" if command == "test" else "val"
-    figures = measure(split)
-    options = decisive_options(split_option(options, "--ckpt_path")[1])
-    tested = {"epoch": epoch, "step": checkpoint["global_step"], "saved_at": checkpoint.get("saved_at"), **figures}
+    calibration = _calibrate(one) if calibrates else {}
+    split: Split = "test" if command == "test" else "val"
+    figures = one.measure(split)
+    tested = {
+        "epoch": epoch,
+        "step": checkpoint["global_step"],
+        "saved_at": checkpoint.get("saved_at"),
+        **figures,
+        "options": decisive_options(split_option(options, "--ckpt_path")[1]),
+    }
     if trainer.is_global_zero:
-        count, total = model.num_evaluated, len(data.images(split))
-        described, arrays = _describe(evaluated, data.classes, calibration)
+        described, arrays = _describe(seen, data.classes, calibration)
         if logs is not None:
-            record = {
-                **tested,
-                "images": count,
-                **described,
-                "options": options,
-                "environment": describe_environment(trainer.strategy.root_device),
-                "trained_on": checkpoint["environments"],
-                "trained_images": images_digest(checkpoint["ImageDataModule"]),
-            }
-            with atomic_write(logs / "test.npz") as stream:
-                np.savez_compressed(stream, allow_pickle=False, **arrays)
-            with atomic_write(logs / "test.json") as stream:
-                stream.write(f"{json.dumps(record)}\n".encode())
-            _remove_events(earlier)  # testing again replaces the point
-        part = "" if count == total else f" of {total:,}"
-        images = "test images, as data.val_size=0," if split == "val" and data.val_size == 0 else f"{split} images"
-        print(f"{path}, epoch {epoch}, on {count:,}{part} {images} of {data.dataset}:")
-        for name, value in figures.items():
-            print(f"{name}  {value:.4f}")
-        if command == "test":
-            _print(described)
+            _write(one, logs, tested | described, arrays)
+            _remove(one.earlier)  # testing again replaces the point
+        _print(one, split, figures, described)
+        if writes and logs is None:
+            print(f"nothing is written, as {path} is in no folder checkpoints/RECIPE/version_N of a run with logs")
     # Last, so that a long measurement that is stopped loses nothing else.
-    measure_robustness(trainer, model, data, conditions, correct, {**tested, "options": options}, logs)
+    measure_robustness(trainer, model, data, conditions, correct, tested, logs)
 
 
-def _remove_events(files: Iterable[Path]) -> None:
+def _suffix(epoch: int) -> str:
+    return f".test-epoch{epoch}"
+
+
+def _events(logs: Path | None, epoch: int) -> set[Path]:
+    return set() if logs is None else {*logs.glob(f"events*{_suffix(epoch)}")}
+
+
+def _remove(files: Iterable[Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
 
 
+def _calibrate(one: _Evaluation) -> dict[str, Any]:
+    """The temperature that fits the validation images best, and how many they are."""
+    if one.data.val_size == 0:
+        raise UserError(
+            f"--calibrate: {one.path} was trained with data.val_size=0, so all images that are not test images were "
+            "trained on; leave it out, or train with validation images"
+        )
+    one.measure("val")
+    temperature = fit_temperature(one.seen.logits.double().numpy(), one.seen.labels.numpy())
+    return {"temperature": temperature, "images": len(one.seen.labels)}
+
+
+def _write(one: _Evaluation, logs: Path, tested: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    record = {
+        **tested,
+        "images": one.model.num_evaluated,
+        "environment": describe_environment(one.trainer.strategy.root_device),
+        "trained_on": one.checkpoint["environments"],
+        "trained_images": images_digest(one.checkpoint["ImageDataModule"]),
+    }
+    with atomic_write(logs / "test.npz") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+    with atomic_write(logs / "test.json") as stream:
+        stream.write(f"{json.dumps(record)}\n".encode())
+
+
 def _describe(
-    evaluated: EvaluatedImages, classes: list[str], calibration: dict[str, Any]
+    seen: EvaluatedImages, classes: list[str], calibration: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What test.json says of the predictions, and the arrays of test.npz, a row for each image."""
-    logits, labels = evaluated.logits.double().numpy(), evaluated.labels.numpy()
+    logits, labels = seen.logits.double().numpy(), seen.labels.numpy()
     log_probabilities = log_softmax(logits, axis=1)
     predicted = logits.argmax(1)
     confusion = np.zeros((len(classes), len(classes)), dtype=int)
@@ -137,7 +172,7 @@ def _describe(
         record["calibration"] = calibration | _summary(scaled, labels)
         measures |= {f"calibrated_{name}": values for name, values in measure_images(scaled, labels).items()}
     arrays = {
-        "image": evaluated.numbers.numpy().astype(np.int32),  # its number in the test split
+        "image": seen.numbers.numpy().astype(np.int32),  # its number in the test split
         "label": labels.astype(np.int32),
         "predicted": predicted.astype(np.int32),
         "probabilities": np.exp(log_probabilities).astype(np.float16),  # (N, C)
@@ -151,7 +186,16 @@ def _summary(log_probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any
     return {"measures": measures, "reliability": reliability(log_probabilities, labels)}
 
 
-def _print(record: dict[str, Any]) -> None:
+def _print(one: _Evaluation, split: Split, figures: dict[str, float], record: dict[str, Any]) -> None:
+    count, total = one.model.num_evaluated, len(one.data.images(split))
+    part = "" if count == total else f" of {total:,}"
+    is_test = split == "val" and one.data.val_size == 0
+    images = "test images, as data.val_size=0," if is_test else f"{split} images"
+    print(f"{one.path}, epoch {one.epoch}, on {count:,}{part} {images} of {one.data.dataset}:")
+    for name, value in figures.items():
+        print(f"{name}  {value:.4f}")
+    if split == "val":
+        return
     calibration = record.get("calibration")
     if calibration:
         print(

@@ -48,6 +48,7 @@ _OF_FILES = ("--gates", "--input_type", "--benchmark", "--model.", "--data.")  #
 NUM_IMAGES = 64  # that a file is verified on
 # The largest difference from the checkpoint, in float32, that any output may have. Half precision has three digits.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
+_MORE_MEMORY = "end other programs, or export on a machine that has more"
 _BATCH_SIZES, _ROUNDS, _SECONDS = (1, 64), 5, 0.5  # of the benchmark; the seconds are those of a round, at least
 
 
@@ -61,7 +62,7 @@ def export(options: list[str]) -> None:
         for key in (word.partition("=")[0] for word in options):
             if key.startswith(_OF_FILES):
                 raise UserError(f"{key} has no effect with --format safetensors; leave it out")
-        with as_user_error():
+        with as_user_error(_MORE_MEMORY):
             print(*write_pretrained(path, output, settings.precision, settings.trust, settings.licence), sep="\n")
         return
     saved = checkpoint["datamodule_hyper_parameters"]
@@ -70,7 +71,7 @@ def export(options: list[str]) -> None:
     _check_output(output)
     if settings.format == "onnx" or settings.benchmark:
         import_onnxruntime()
-    with as_user_error():
+    with as_user_error(_MORE_MEMORY):
         _export_file(path, checkpoint, settings, data, output)
 
 
@@ -142,7 +143,7 @@ def _outputs_of(
 ) -> Outputs:
     """What `predict` computes of pixels (N, 3, H, W) uint8, and the gates, by name, as a file should give them."""
     data = checkpoint["ImageDataModule"]
-    inputs = Normalise(data["mean"], data["std"], torch.device("cpu"))(pixels.float() / 255)
+    inputs = Normalise(data["mean"], data["std"], torch.device("cpu"))(pixels)
     if with_gates and not attention_modules(classifier.network):
         raise UserError(f"--gates: the network of {path} has none; leave it out")
     with torch.no_grad():

@@ -66,8 +66,7 @@ class ExportedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """Images (B, 3, H, W) → the outputs by name."""
-        pixels = images if images.is_floating_point() else images.float() / 255
-        x = self.normalise(pixels).to(self.dtype, memory_format=torch.channels_last)
+        x = self.normalise(images).to(self.dtype, memory_format=torch.channels_last)
         with ExitStack() as recording:
             maps = recording.enter_context(recorded_maps(self.network)) if self.gates else {}
             logits = self.network(x)  # (B, classes)

@@ -5,9 +5,11 @@ python train.py export --ckpt_path checkpoints/x/version_0/best.ckpt --format sa
 
 import json
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -99,12 +101,16 @@ def read_record(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     test, robustness = (
         None if run is None else read_result(run.logs, name, checkpoint) for name in ("test.json", "robustness.json")
     )
-    if test is not None:
-        figures = {"accuracy": test["test/acc"], **test.get("measures", {})}
-        test = {"figures": figures, **{name: test[name] for name in ("images", "options", "environment")}}
-    if robustness is not None:
-        names = ("images", "seed", "accuracy", "mean", "options", "environment")
-        robustness = {name: robustness[name] for name in names}
+    try:
+        if test is not None:
+            figures = {"accuracy": test["test/acc"], **test.get("measures", {})}
+            test = {"figures": figures, **{name: test[name] for name in ("images", "options", "environment")}}
+        if robustness is not None:
+            names = ("images", "seed", "accuracy", "mean", "options", "environment")
+            robustness = {name: robustness[name] for name in names}
+    except KeyError as error:
+        logs = "" if run is None else f" in {run.logs}"
+        raise UserError(f"test.json or robustness.json{logs} has no {error}; test the checkpoint again") from error
     return record | {"test": test, "robustness": robustness, "reports": [] if run is None else _find_reports(run)}
 
 
@@ -113,9 +119,9 @@ def _read_predictions(run: Run | None) -> np.ndarray | None:
     if run is None:
         return None
     try:
-        with np.load(run.logs / "test.npz") as file:
+        with (run.logs / "test.npz").open("rb") as stream, np.load(stream) as file:
             return file["predicted"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error):
         return None
 
 
@@ -125,7 +131,7 @@ def _find_reports(run: Run) -> list[dict[str, Any]]:
     reports = []
     for file in sorted({*run.root.glob("*/report.json"), *run.root.glob("*/*/report.json")}):
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text("utf-8"))
             for one in content["runs"]:
                 # A run of the same name under another root is another run; a relative path began where compare ran.
                 if own in (Path(one["checkpoint"]).resolve(), (run.root / one["checkpoint"]).resolve()):
@@ -265,6 +271,7 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
         "label smoothing": checkpoint["hyper_parameters"]["label_smoothing"],
         "optimizer": _with_options("optimizer", optimization),
         "schedule": _with_options("lr_scheduler", optimization),
+        "averaging of weights": conditions.get("averaging") if conditions.get("averaging") != "none" else None,
         "started from": checkpoint.get("started_from") or None,
         "frozen modules": ", ".join(optimization.get("freeze", [])) or None,
         "factors on the learning rate": ", ".join(f"{name} {factor}" for name, factor in factors.items()) or None,

@@ -24,7 +24,7 @@ from cbam_pl.inspect.ablation import ablate_gates
 from cbam_pl.inspect.charts import draw_ablation, draw_randomisation
 from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.gallery import render_gallery, view_network
-from cbam_pl.inspect.gates import attention_maps, attention_modules, feature_maps, map_layer
+from cbam_pl.inspect.gates import attention_maps, feature_maps, logits_of, map_layer
 from cbam_pl.inspect.randomisation import cascading_randomisation
 from cbam_pl.inspect.scores import grad_cam, measure
 from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
@@ -84,7 +84,7 @@ class LoadedCheckpoint:
         """Pixels (B, 3, H, W) uint8 → the network's input, on its device."""
         device = next(self.network.parameters()).device
         data = self.content["ImageDataModule"]
-        return Normalise(data["mean"], data["std"], device)(pixels.to(device).float() / 255)
+        return Normalise(data["mean"], data["std"], device)(pixels.to(device))
 
 
 def visualize(options: list[str]) -> None:
@@ -99,7 +99,7 @@ def visualize(options: list[str]) -> None:
         data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
         loaded.append(LoadedCheckpoint(path, content, {**saved, **data}, settings.trust, root))
     folder = loaded[0].logs / "pictures" if settings.output is None else Path(settings.output).expanduser()
-    with as_user_error():
+    with as_user_error("draw fewer images, measure on fewer (--measure_images), or lower data.batch_size"):
         (_write_page if settings.page else _write_pictures)(settings, loaded, folder)
 
 
@@ -155,7 +155,7 @@ def _write_pictures(settings: Any, loaded: Sequence[LoadedCheckpoint], folder: P
             images = one.test_images
             subset = images.subset(torch.tensor(_evenly(len(images), settings.measure_images or 1000)))
             _measure(one, title, subset, settings.layer, folder / f"{prefix}measures.csv")
-            _intervene(one, title, subset, settings.layer, folder, prefix, file_format)
+            failures += _intervene(one, title, subset, settings.layer, folder, prefix, file_format)
     if failures:
         raise UserError("; ".join(failures))
 
@@ -227,9 +227,7 @@ def pictures_of(
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
     features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
-    logits = features.logits
-    if loaded.flips:
-        logits = (logits + feature_maps(network, inputs.flip(3)).logits) / 2
+    logits = logits_of(network, inputs, loaded.flips)
     if layer is not None:
         map_layer(network, inputs, layer)  # rejects an unknown one before anything is drawn
     shown = drawing.CaptionedImages(pixels, drawing.describe(logits, classes, headings))
@@ -356,8 +354,8 @@ def _intervene(
     folder: Path,
     prefix: str,
     file_format: str,
-) -> None:
-    """Replace the gates and randomise the layers: write, draw and print what changes."""
+) -> list[str]:
+    """Replace the gates and randomise the layers: write, draw and print what changes. Returns what cannot be made."""
     network, inputs = loaded.network, loaded.normalise(images.pixels)
 
     def save(name: str, result: dict[str, Any], figure: Figure) -> str:
@@ -366,13 +364,18 @@ def _intervene(
         figure.savefig(picture)
         return f"{table}\n{picture}"
 
-    if attention_modules(network):
+    failures = []
+    try:
         ablation = ablate_gates(network, inputs, images.labels, loaded.batch_size)
+    except ValueError as error:  # attention that is not its input times its gates
+        failures.append(f"no {prefix}ablation.json: {error}")
+        ablation = {"rows": []}
+    if ablation["rows"]:
         paths = save("ablation", ablation, draw_ablation(ablation, f"Accuracy where gates are replaced\n{title}"))
         print(f"Gates replaced, {title}, {len(inputs):,} test images:")
         print_ablation(ablation)
         print(paths)
-    else:
+    elif not failures:
         print(f"{title}: this network has no gates, so there is no ablation of them")
     randomisation = cascading_randomisation(network, inputs[::RANDOMISED_EVERY], loaded.batch_size, layer=layer)
     heading = f"Similarity to the trained network's maps\n{title}"
@@ -380,3 +383,4 @@ def _intervene(
     print(f"Layers randomised, {title}, {randomisation['images']:,} test images:")
     print_randomisation(randomisation)
     print(paths)
+    return failures

@@ -234,7 +234,7 @@ class ImageDataModule(LightningDataModule):
             kept, held_out = stratified_split(train.labels, val_size, self.seed, source.classes)
             train, val = train.subset(kept), train.subset(held_out)
             self._val_is_drawn = True
-        elif self.val_size is not None and stage in (None, "fit"):  # else the folder came after the training
+        elif self.val_size is not None and not self.classes:  # of a checkpoint: the folder came after its training
             raise UserError(f"data.val_size={self.val_size}, but {self.root} has its own val folder; leave it out")
         self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:
@@ -248,7 +248,7 @@ class ImageDataModule(LightningDataModule):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) uint8 → what the network is given, float32, on their device; once `setup` has run."""
-        return Normalise(self.mean, self.std, pixels.device)(pixels.float() / 255)
+        return Normalise(self.mean, self.std, pixels.device)(pixels)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be used without the training images, and the ids of a folder's images."""

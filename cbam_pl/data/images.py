@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
@@ -38,6 +39,13 @@ class Images:
         masks, ids = (None if tensor is None else tensor[indices] for tensor in (self.masks, self.ids))
         rows = indices if self.rows is None else self.rows[indices]
         return Images(self.store, self.labels[indices], masks, ids, rows)
+
+    def copy_to(self, device: torch.device, part: int = 1024) -> "Images":
+        """Pixels and labels on a device, copied by so many images at a time, as all may exceed the CPU's memory."""
+        pixels = torch.empty(len(self), *self.store.shape[1:], dtype=torch.uint8, device=device)
+        for to, numbers in zip(pixels.split(part), torch.arange(len(self)).split(part), strict=True):
+            to.copy_(self.take(numbers))
+        return Images(pixels, self.labels.to(device))
 
     def centre(self, size: int) -> "Images":
         """The middle size × size pixels of each image."""

@@ -25,7 +25,7 @@ class Shard:
 
 
 class Normalise:
-    """(image − mean) / std per channel of images in [0, 1] on `device`, in one pass."""
+    """(image − mean) / std per channel of images in [0, 1] on `device`."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         spread = torch.tensor(std, device=device).view(3, 1, 1)
@@ -33,7 +33,9 @@ class Normalise:
         self._shift = -torch.tensor(mean, device=device).view(3, 1, 1) / spread
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → the same shape."""
+        """(B, 3, H, W), floats in [0, 1] or uint8, which is divided by 255 → the same shape, floats."""
+        if not images.is_floating_point():
+            images = images.float() / 255
         return torch.addcmul(self._shift, images, self._scale)
 
 
@@ -41,7 +43,7 @@ def _place(images: Images, device: torch.device) -> Images:
     """The images, on the device where they fit into half of its free memory."""
     if device.type != "cuda" or images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
         return images
-    return Images(images.pixels.to(device), images.labels.to(device))
+    return images.copy_to(device)
 
 
 def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:
@@ -74,7 +76,7 @@ class TrainingLoader:
     crop_scale: float = CROP_SCALE  # of resized_crop: smallest part of the area
 
     def __post_init__(self) -> None:
-        self.images = _place(self.images, self.device)
+        self._placed: Images | None = None  # where batches are taken from, once one is asked for
         self._start = 0  # the first batch of the next iteration
         self._batches_done = 0  # in the current iteration
         self._iterations = 0  # begun so far
@@ -85,9 +87,7 @@ class TrainingLoader:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Start the next iteration after the batches that are done."""
-        # older checkpoints have the key "taken"
-        done = state_dict["batches_done"] if "batches_done" in state_dict else state_dict["taken"]
-        self._start = self._batches_done = done % len(self)
+        self._start = self._batches_done = state_dict["batches_done"] % len(self)
 
     def __len__(self) -> int:
         return -(-(len(self.images) // self.shard.world_size) // self.batch_size)
@@ -112,12 +112,14 @@ class TrainingLoader:
             alternate_flips(draws, first, epoch)
         order = order[self.shard.rank : count - count % world_size : world_size]
         draws = draws[order].to(self.device)
-        order = order.to(self.images.labels.device)
+        # Only now: Lightning makes loaders of which it asks the length alone.
+        images = self._placed = self._placed or _place(self.images, self.device)
+        order = order.to(images.labels.device)
         batches = list(zip(order.split(self.batch_size), draws.split(self.batch_size), strict=True))
         for index in range(start, len(batches)):
             self._batches_done = index + 1
             indices, batch_draws = batches[index]
-            pixels, labels = _gather(self.images, indices, self.device)
+            pixels, labels = _gather(images, indices, self.device)
             augmented = augment(pixels, batch_draws, self.augmentation, self.image_size, self.crop_scale)
             yield self.normalise(augmented), labels
 
@@ -138,7 +140,7 @@ class EvaluationLoader:
     change: Callable[[Tensor, Tensor], Tensor] | None = None  # of pixels (B, 3, H, W) uint8 and their indices, on a CPU
 
     def __post_init__(self) -> None:
-        self.images = _place(self.images, self.device)
+        self._placed: Images | None = None  # where batches are taken from, once one is asked for
         generator = torch.Generator().manual_seed(derive_seed("evaluation", 0))
         count = len(self.images)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
@@ -153,8 +155,13 @@ class EvaluationLoader:
         return self._order.tensor_split(len(self))
 
     def __iter__(self) -> Iterator[Batch]:
+        images = self.images
+        if self.change is None:
+            images = self._placed = self._placed or _place(images, self.device)
         for indices in self.indices():
-            pixels, labels = _gather(self.images, indices, self.device)
-            if self.change is not None:
-                pixels = self.change(pixels.cpu(), indices).to(self.device)
-            yield self.normalise(pixels.float().div_(255)), labels
+            if self.change is None:
+                pixels, labels = _gather(images, indices, self.device)
+            else:
+                pixels = self.change(images.take(indices), indices).to(self.device)
+                labels = images.labels[indices].to(self.device)
+            yield self.normalise(pixels), labels

@@ -34,7 +34,7 @@ def ablate_gates(network: nn.Module, images: Tensor, labels: Tensor, batch_size:
         network: (B, 3, H, W) → logits (B, classes), with modules that have `gates`, as attention_maps finds them.
         images: (N, 3, H, W), normalised, two or more.
         labels: (N,), the true classes.
-        batch_size: images in one forward pass at most.
+        batch_size: images in one forward pass at most, or the least above it that leaves no image alone.
 
     Returns:
         `images`, N; `accuracy`, of the unchanged network; `rows`, for each `block` (or all) and `gate` (channel,
@@ -51,7 +51,9 @@ def ablate_gates(network: nn.Module, images: Tensor, labels: Tensor, batch_size:
         raise ValueError("the gates of another image need at least two images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     labels = labels[order]
-    batches = images[order.to(images.device)].tensor_split(ceil(len(images) / batch_size))
+    # Of two images at least, as a gate comes from another image of the batch.
+    num_batches = min(ceil(len(images) / batch_size), len(images) // 2)
+    batches = images[order.to(images.device)].tensor_split(num_batches)
 
     intact: list[Tensor] = []
     sums: Gates = {}
@@ -93,7 +95,7 @@ def _intact(network: nn.Module, images: Tensor, modules: Mapping[str, nn.Module]
         return gate
 
     def check(block: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
-        gates_of(block, module, arguments)  # rejects another form
+        gates_of(block, module, arguments)  # rejects another form; of CBAM, _product takes its parts' gates
         if not _same(_product(note, block, module, arguments, output), output):
             raise ValueError(
                 f"the attention of {block} does not give its input times its gates, so they cannot be replaced"

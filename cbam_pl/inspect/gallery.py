@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbam_pl.inspect.drawing import COLOURS, OPACITY, check_finite, gate_scale
-from cbam_pl.inspect.gates import AttentionMaps, attention_maps, feature_maps
+from cbam_pl.inspect.gates import AttentionMaps, attention_maps, logits_of
 from cbam_pl.inspect.scores import grad_cam
 
 _BATCH_SIZE = 50  # images at once: Grad-CAM keeps all activations of them
@@ -61,9 +61,7 @@ def view_network(
     """
     logits, cams, maps = [], [], []
     for batch in inputs.split(_BATCH_SIZE):
-        scores = feature_maps(network, batch).logits
-        if flip:
-            scores = (scores + feature_maps(network, batch.flip(3)).logits) / 2
+        scores = logits_of(network, batch, flip)
         logits.append(scores.double().cpu())
         cams.append(grad_cam(network, batch, scores.argmax(1), layer).cpu())
         maps.append(attention_maps(network, batch))

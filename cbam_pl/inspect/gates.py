@@ -87,6 +87,18 @@ def recorded_maps(network: nn.Module) -> Iterator[dict[str, AttentionMaps]]:
         yield maps
 
 
+def logits_of(network: nn.Module, images: Tensor, flip: bool = False) -> Tensor:
+    """The logits (B, classes) of images (B, 3, H, W), normalised, in evaluation mode.
+
+    With `flip` they are the mean of those of each image and of its mirror image.
+    """
+    network = unwrap(network)
+    with evaluation_mode(network), torch.no_grad():
+        images = as_input(images, network)
+        logits = network(images)
+        return (logits + network(images.flip(3))) / 2 if flip else logits
+
+
 def feature_maps(network: nn.Module, images: Tensor) -> FeatureMaps:
     """The logits of images (B, 3, H, W), normalised, and the outputs of the network's blocks.
 

@@ -15,7 +15,6 @@ from torch.utils.tensorboard.summary import hparams
 from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.images import Images
-from cbam_pl.data.loader import Normalise
 from cbam_pl.errors import Interrupted
 from cbam_pl.inspect import drawing, gates
 from cbam_pl.process import quiet_tracing
@@ -56,8 +55,7 @@ class NetworkMonitor(Callback):
             return
         images = data.images("val")
         self._probed = images.subset(torch.linspace(0, len(images) - 1, min(_NUM_PROBED, len(images))).long())
-        pixels = self._probed.pixels.to(pl_module.device).float() / 255
-        self._inputs = Normalise(data.mean, data.std, pixels.device)(pixels)
+        self._inputs = data.normalise(self._probed.pixels.to(pl_module.device))
         self._classes = data.classes
         for writer in writers if trainer.global_step == 0 else []:
             try:
@@ -137,9 +135,7 @@ class NetworkMonitor(Callback):
         epoch, pictures = f"epoch {self._epoch}", {}
         try:
             features, maps = gates.feature_maps(network, inputs), gates.attention_maps(network, inputs)  # type: ignore[arg-type]
-            logits = features.logits
-            if pl_module.hparams["test_time_flip"]:  # as in the validation
-                logits = (logits + gates.feature_maps(network, inputs.flip(3)).logits) / 2  # type: ignore[arg-type]
+            logits = gates.logits_of(network, inputs, pl_module.hparams["test_time_flip"])  # type: ignore[arg-type]
         except ValueError as error:
             self._warn_once("maps", f"no pictures/features and pictures/attention in TensorBoard: {error}")
         else:

@@ -14,8 +14,8 @@ from cbam_pl.inspect.gates import (
     attention_maps,
     convolution_blocks,
     evaluation_mode,
-    feature_maps,
     last_activation,
+    logits_of,
     plain_name,
     unwrap,
 )
@@ -49,7 +49,7 @@ def cascading_randomisation(
     that the unchanged network predicts. `network` stays as it is.
 
     Args:
-        network: one that feature_maps takes.
+        network: one that grad_cam takes.
         images: (N, 3, H, W), normalised.
         batch_size: images in one forward pass.
         seed: decides the new weights.
@@ -74,7 +74,7 @@ def cascading_randomisation(
                 reset()
     changed = copy.deepcopy(network)
     batches = images.split(batch_size)
-    classes = [feature_maps(network, batch).logits.argmax(1) for batch in batches]
+    classes = [logits_of(network, batch).argmax(1) for batch in batches]
     before = [_maps(network, *batch, layer) for batch in zip(batches, classes, strict=True)]
     spearman: dict[str, list[float | None]] = {name: [] for name in before[0]}
     compared: dict[str, list[int]] = {name: [] for name in spearman}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cbam_pl.errors import is_out_of_memory
 from cbam_pl.inspect import gates
-from cbam_pl.inspect.gates import attention_maps, feature_maps, unwrap, upsample
+from cbam_pl.inspect.gates import attention_maps, logits_of, unwrap, upsample
 
 DELETED = tuple(range(10, 100, 10))  # percent of the pixels
 ROAD_PERCENTS = (10, 30, 50, 70, 90)  # also of the pixels that are left
@@ -189,7 +189,7 @@ def measure(
     size = images.shape[2:]
 
     def classify(images: Tensor) -> Tensor:
-        return torch.cat([feature_maps(network, batch).logits.argmax(1).cpu() for batch in images.split(batch_size)])
+        return torch.cat([logits_of(network, batch).argmax(1).cpu() for batch in images.split(batch_size)])
 
     labels = labels.cpu()
     predicted = classify(images)

@@ -78,13 +78,13 @@ class InterruptCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where it is time, between two optimizer steps."""
-        asked = self._asked or trainer.should_stop
-        if trainer.global_step == self._last_step:
-            # A checkpoint does not hold the gradients of a step that is still accumulating. Lightning is not to see
-            # the request before its end: it would take the epoch for a complete one.
-            self._asked, trainer.should_stop = asked, False
+        # A checkpoint does not hold the gradients of a step that is still accumulating. Before its end, Lightning is
+        # not to see a request to stop: it would take the epoch for a complete one.
+        asked, stepped = self._asked or trainer.should_stop, trainer.global_step > self._last_step
+        self._asked, trainer.should_stop = asked and not stepped, asked and stepped
+        if not stepped:
             return
-        self._last_step, self._asked, trainer.should_stop = trainer.global_step, False, asked
+        self._last_step = trainer.global_step
         if trainer.is_last_batch:
             return  # validation and the ordinary checkpoint follow
         budget = ""  # the setting that ends the training at this step
@@ -94,9 +94,8 @@ class InterruptCheckpoint(Callback):
             budget = "trainer.max_time or a callback" if trainer.current_epoch >= (trainer.min_epochs or 0) else ""
         stop, due = self._received is not None, time.monotonic() - self._saved_at > self._seconds
         if trainer.world_size > 1:
-            agree = (
-                batch_idx + 1
-            ) % self.AGREE_EVERY < trainer.accumulate_grad_batches  # only batches with a step count
+            # Of the batches, only those that end a step come here.
+            agree = (batch_idx + 1) % self.AGREE_EVERY < trainer.accumulate_grad_batches
             stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
             due = agree and trainer.strategy.reduce_boolean_decision(due, all=False)
         if self._last is not None and (stop or due or budget):

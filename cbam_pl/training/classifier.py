@@ -12,9 +12,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from sysconfig import get_path
 from typing import Any, Literal
 
 import torch
+import torch.compiler.config
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelPruning
@@ -64,9 +66,10 @@ class Classifier(LightningModule):
         label_smoothing: share of the target that is spread evenly over all classes, in training and evaluation.
         channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
             faster on; results differ by rounding alone. By default on for CPU and CUDA.
-        compile: let torch.compile write kernels for the training steps; results differ by rounding alone. By default
-            on for CUDA with Triton, and off elsewhere: on a CPU it needs a C++ compiler and half a minute, after which
-            a step of the cnn with CBAM takes a seventh less time, and one without attention as long as before.
+        compile: let torch.compile write kernels for the training steps; results differ by rounding, and at ties of a
+            maximum by which place has the gradient. By default on for CUDA with Triton, a C compiler and Python.h, and
+            off elsewhere: on a CPU it needs a C++ compiler and half a minute, after which a step of the cnn with CBAM
+            takes a seventh less time, and one without attention as long as before.
         test_time_flip: classify by the mean of the logits of each image and of its mirror image, in validation, test
             and prediction.
         seed: what the dropout of each epoch depends on; the initial weights are drawn before, from torch's own state.
@@ -132,9 +135,8 @@ class Classifier(LightningModule):
         self.started_from = str(weights) if weights else "the network's own weights" if has_own else ""
         self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
-        self.lr_factors = {
-            str(pattern): factor for pattern, factor in (lr_factors or {}).items()
-        }  # YAML reads 0 as a number
+        # As text, since YAML reads the name 0 as a number.
+        self.lr_factors = {str(pattern): factor for pattern, factor in (lr_factors or {}).items()}
         self.frozen_norms = freeze_modules(self.network, self.freeze_patterns)  # names: some strategies replace them
         self.parameter_groups()  # so that a mistake in a pattern is reported at once
         self.optimizer = optimizer
@@ -206,18 +208,22 @@ class Classifier(LightningModule):
         channels_last = device.type in ("cpu", "cuda") if self.channels_last is None else self.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self._memory_format)
-        compiled = self.compile_training
-        if compiled is None:
-            compiled = device.type == "cuda" and find_spec("triton") is not None
-        if compiled and training:
-            compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
-            if device.type == "cpu" and shutil.which(compiler) is None:
-                raise UserError(f"model.compile=true needs a C++ compiler on a CPU: install {compiler}, or give false")
+        if not training or not (device.type == "cuda" if self.compile_training is None else self.compile_training):
+            return
+        if missing := _missing_to_compile(device.type):
+            if self.compile_training:
+                raise UserError(f"model.compile=true needs {missing}, or give false")
+            said = f"the training step is not compiled, which needs {missing}"
+        else:
+            said = "compiling the training step, once, which takes half a minute or more"
+            # Networks of one class share the code of its forward, of which torch compiles eight forms by default; the
+            # others it would run eagerly, and only log that.
+            torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
             # With torch's own random numbers, so that dropout is the same with and without it.
             self._compiled = torch.compile(self.network.forward, dynamic=False, options={"fallback_random": True})
             self._compiled_size = 0
-            if self.global_rank == 0:
-                print("compiling the training step, once, which takes half a minute or more", flush=True)
+        if self.global_rank == 0:
+            print(said, flush=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised → logits (B, num_classes)."""
@@ -391,7 +397,7 @@ class Classifier(LightningModule):
             if self.lr_factors and isinstance(make, partial):  # rates that are given, not the optimizer's
                 if eta_min := make.keywords.get("eta_min"):  # one number, to which the rates of all groups fall
                     raise ValueError(f"the schedule cannot keep model.lr_factors with eta_min={eta_min}; leave it out")
-                names = ("max_lr", "base_lr", "min_lr")
+                names = ("max_lr", "base_lr", "min_lr", "swa_lr")
                 given = {name: make.keywords[name] for name in names if name in make.keywords}
                 factors = [group["lr_factor"] for group in optimizer.param_groups]
                 rates = {n: [rate * f for f in factors] for n, rate in given.items() if not isinstance(rate, list)}
@@ -464,6 +470,22 @@ class Classifier(LightningModule):
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step)
+
+
+def _missing_to_compile(device: str) -> str:
+    """What torch.compile lacks for a kind of device, or nothing; it would say so in the first step, and at length."""
+    if device == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
+        return "" if shutil.which(compiler) else f"a C++ compiler on a CPU: install {compiler}"
+    if device != "cuda":
+        return ""
+    if find_spec("triton") is None:
+        return "Triton on a GPU: pip install triton"
+    # Triton compiles its link to the driver.
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"a C compiler on a GPU: install {' or '.join(compilers)}"
+    return "" if Path(get_path("include"), "Python.h").is_file() else "Python.h on a GPU: install python3-dev"
 
 
 def _as_plain(value: Any) -> Any:

@@ -55,11 +55,11 @@ def load_weights(
     is_another = is_another and not (chosen and theirs and chosen == theirs.start)
     if is_another:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith(inside)}
-    heads, differing = [], []
+    heads, differing = {}, []
     for name in ours.keys() & saved.keys():
         there, here = tuple(saved[name].shape), tuple(ours[name].shape)
         if there != here and there[1:] == here[1:] and name.rpartition(".")[0] == _last_linear(network):
-            heads.append(f"{name} ({there[0]} classes there, {here[0]} here)")
+            heads[name] = f"{name} ({there[0]} classes there, {here[0]} here)"
         elif there != here:
             differing.append(f"{name} is {there} there and {here} here")
         if there != here:
@@ -76,9 +76,9 @@ def load_weights(
     network.load_state_dict(saved, strict=False)
     missing = [name for name in ours if name not in saved and not name.endswith("num_batches_tracked")]
     new = [name for name in missing if name.startswith(inside)]
-    others = [name for name in missing if name not in new and not any(name in head for head in heads)]
+    others = [name for name in missing if name not in new and name not in heads]
     parts = [f"{len(loaded)} of {len(ours)} tensors from {path}"]
-    parts += [f"at their start: {', '.join(sorted(heads))}"] if heads else []
+    parts += [f"at their start: {', '.join(sorted(heads.values()))}"] if heads else []
     parts += (
         [f"attention at its start: {len(new)} tensors" + ", as the file has another" * bool(is_another)] if new else []
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
 from torch import Tensor, stack, tensor
 
 from cbam_pl.environment import UNKNOWN, describe_environment
@@ -25,6 +25,8 @@ from cbam_pl.training.schema import FORMAT
 
 if TYPE_CHECKING:
     from cbam_pl.training.classifier import Classifier  # which imports this file
+
+_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
 class StepLosses(Callback):
@@ -161,20 +163,11 @@ class TrainingState(Callback):
             return
         classifier = cast("Classifier", pl_module)
         classifier.started_from = checkpoint.get("started_from", "")
-        ours = {"seed": classifier.seed, **classifier.optimization}
-        saved = checkpoint.get("optimization", {})
-        if changed := changed_settings("", ours, {name: saved[name] for name in ours.keys() & saved.keys()}):
-            raise UserError(
-                f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to Classifier or "
-                "load_from_checkpoint"
-            )
+        _check_optimization(classifier, checkpoint.get("optimization", {}))
         self._changes, self._environments = lasting_changes(checkpoint, trainer, classifier), checkpoint["environments"]
-        loader, before, here = _loader_state(checkpoint), checkpoint["run_conditions"], run_conditions(trainer)
-        loop = checkpoint["loops"]["fit_loop"]
+        loader, loop = _loader_state(checkpoint), checkpoint["loops"]["fit_loop"]
         progress = loop["epoch_loop.batch_progress"]["current"]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
-                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience  # the one that is given
+        _give_patience(trainer, checkpoint)
         if _is_interrupted(checkpoint):
             if loop["epoch_loop.batch_progress"]["is_last_batch"] and progress["completed"] < progress["processed"]:
                 raise UserError(
@@ -186,17 +179,9 @@ class TrainingState(Callback):
         else:  # Lightning counts the epoch as completed after its checkpoint is written
             for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
                 counts["completed"] = counts["processed"]
-        decisive = ("processes", "limit_train_batches", "overfit_batches", "accumulate_grad_batches")
-        if loader["batches_done"] and any(before.get(name, here[name]) != here[name] for name in decisive):
-            # One order of the images is dealt out to all processes: as many are done as before, rounded down to whole
-            # steps; at least one batch is left, as Lightning begins an epoch without any again.
-            done = loader["batches_done"] * before.get("processes", here["processes"]) // trainer.world_size
-            batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches  # type: ignore[attr-defined]
-            done = min(done, (min(batches, limit) if isinstance(limit, int) else int(batches * limit)) - 1)
-            loader["batches_done"] = done - done % trainer.accumulate_grad_batches
-            completed = loader["batches_done"] + progress["completed"] - progress["ready"]
-            progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
-            progress["completed"] = completed
+        decisive = {"processes", "limit_train_batches", "overfit_batches", "accumulate_grad_batches"}
+        if loader["batches_done"] and decisive & differences(checkpoint, trainer, classifier).keys():
+            _go_on_after_as_many_images(trainer, checkpoint["run_conditions"], loader, progress)
         if classifier.schedule_spans_training:
             for state in checkpoint["lr_schedulers"]:
                 for name in ("total_steps", "_schedule_phases"):  # the schedule just built has the new ones
@@ -214,7 +199,7 @@ class TrainingState(Callback):
         if self._resumed is not None and self._resumed.get("stopped_early"):
             # A request to stop that waits for min_epochs or min_steps, which Lightning does not restore.
             stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-            trainer.should_stop = any(stop.wait_count >= stop.patience for stop in stops)
+            trainer.should_stop = any(stop.state_key in self._resumed["callbacks"] for stop in stops)
         # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.
         if self._resumed is not None and classifier.schedule_spans_training and not interrupted:
             for config in trainer.lr_scheduler_configs:
@@ -256,6 +241,41 @@ class TrainingState(Callback):
         }
 
 
+def _check_optimization(classifier: "Classifier", saved: Mapping[str, Any]) -> None:
+    ours = {"seed": classifier.seed, **classifier.optimization}
+    if changed := changed_settings("", ours, {name: saved[name] for name in ours.keys() & saved.keys()}):
+        raise UserError(
+            f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to Classifier or "
+            "load_from_checkpoint"
+        )
+
+
+def _give_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let EarlyStopping have the patience that is given now, not the checkpoint's."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
+            if callback.patience > state["patience"]:
+                checkpoint["stopped_early"] = False  # by its new patience it has not asked for that
+            state["patience"] = callback.patience
+
+
+def _go_on_after_as_many_images(
+    trainer: Trainer, before: Mapping[str, Any], loader: dict[str, int], progress: dict[str, int]
+) -> None:
+    """Set the batches that are done in an epoch that another number of processes, or other batches, go on with.
+
+    One order of the images is dealt out to all processes: as many are done as before, rounded down to whole steps; at
+    least one batch is left, as Lightning begins an epoch without any again.
+    """
+    done = loader["batches_done"] * before.get("processes", trainer.world_size) // trainer.world_size
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches  # type: ignore[attr-defined]
+    done = min(done, (min(batches, limit) if isinstance(limit, int) else int(batches * limit)) - 1)
+    loader["batches_done"] = done - done % trainer.accumulate_grad_batches
+    completed = loader["batches_done"] + progress["completed"] - progress["ready"]
+    progress |= dict.fromkeys(("ready", "started", "processed"), loader["batches_done"])
+    progress["completed"] = completed
+
+
 def _set_rates(scheduler: Any) -> None:
     """Give the optimizer the rates of a schedule's present step, which those of another length differ from."""
     state = scheduler.state_dict()
@@ -290,13 +310,23 @@ def changed_settings(prefix: str, ours: Mapping[str, Any], saved: Mapping[str, A
     return changed
 
 
+def is_equal(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same. Of a limit, 1 is one batch and 1.0 all of them."""
+    return one == other and (not name.endswith("_batches") or one != 1 or type(one) is type(other))
+
+
 def run_conditions(trainer: Trainer) -> dict[str, Any]:
     """What may differ when a training is resumed, and is printed then."""
     names = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "limit_train_batches",
              "limit_val_batches", "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm",
              "check_val_every_n_epoch")  # fmt: skip
     values = {name: getattr(trainer, name) for name in names}
-    return {"processes": trainer.world_size, **{n: v.value if isinstance(v, Enum) else v for n, v in values.items()}}
+    averaging = [type(one).__name__ for one in trainer.callbacks if isinstance(one, _AVERAGING)]  # type: ignore[attr-defined]
+    return {
+        "processes": trainer.world_size,
+        **{name: value.value if isinstance(value, Enum) else value for name, value in values.items()},
+        "averaging": ", ".join(averaging) or "none",
+    }
 
 
 def differences(
@@ -311,7 +341,7 @@ def differences(
         notes["processes"] = f"; a step takes {before} images there, {now} here"
     if model.schedule_spans_training:
         notes |= dict.fromkeys(("max_epochs", "max_steps"), "; the schedule is stretched to its end")
-    changed = [name for name in here if there[name] != here[name]]
+    changed = [name for name in here if not is_equal(name, there[name], here[name])]
     return {name: f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed}
 
 

@@ -129,7 +129,7 @@ def _trainer(
     if options["logger"] in (None, True):
         options["logger"] = logger or False
     options["callbacks"] = callbacks if options["enable_progress_bar"] is False else [*callbacks, bar]
-    options["plugins"] = [*_listed(options["plugins"]), AtomicCheckpointIO()]
+    options["plugins"] = [*listed(options["plugins"]), AtomicCheckpointIO()]
     try:
         with as_user_error():
             return Trainer(**options)
@@ -138,7 +138,7 @@ def _trainer(
 
 
 def _users_callbacks(settings: Namespace) -> list[Callback]:
-    callbacks = _listed(settings.callbacks)
+    callbacks = listed(settings.callbacks)
     for callback in callbacks:
         for kind, setting in _INSTEAD.items():
             if isinstance(callback, kind):
@@ -146,7 +146,8 @@ def _users_callbacks(settings: Namespace) -> list[Callback]:
     return callbacks
 
 
-def _listed(values: Any) -> list[Any]:
+def listed(values: Any) -> list[Any]:
+    """The values of a setting that may be one, several or none."""
     return [] if values is None else [*values] if isinstance(values, list) else [values]
 
 

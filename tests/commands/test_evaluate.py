@@ -234,6 +234,15 @@ def test_a_test_needs_no_validation_images(trained, command, tmp_path, image_fol
     assert "too few to hold any out" in one_line(command("test", *options, "--calibrate"))
 
 
+def test_a_checkpoint_in_no_run_is_tested_and_the_program_says_that_nothing_is_written(trained, command, tmp_path):
+    loose = shutil.copy(trained[0] / "checkpoints/tiny/version_0/best.ckpt", tmp_path / "loose.ckpt")
+    outcome = command("test", "--ckpt_path", loose)
+    assert outcome.status == 0, outcome.err
+    assert f"nothing is written, as {loose} is in no folder checkpoints/RECIPE/version_N of a run" in outcome.out
+    assert [*tmp_path.iterdir()] == [loose]
+    assert "nothing is written" not in command("validate", "--ckpt_path", loose).out
+
+
 def test_validation_images_that_were_trained_on_are_left_out(trained, command, tmp_path, image_folder):
     root, moved = shutil.copytree(trained[0], tmp_path / "run"), tmp_path / "moved"
     shutil.copytree(image_folder, moved, ignore=shutil.ignore_patterns(".*"))

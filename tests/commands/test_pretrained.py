@@ -233,6 +233,20 @@ def test_what_was_not_measured_is_called_so(best, root, trained, tmp_path):
     assert "This file was not tested: " in text
 
 
+def test_damaged_results_are_left_out_or_rejected(best, root, tmp_path):
+    damaged = shutil.copytree(root, tmp_path / "damaged")
+    path, logs = damaged / "checkpoints/tiny/version_0/best.ckpt", damaged / "logs/tiny/version_0"
+    for content in (b"", (logs / "test.npz").read_bytes()[:99]):
+        (logs / "test.npz").write_bytes(content)
+        write_pretrained(path, tmp_path / "w")
+        assert "predictions that differ" not in (tmp_path / "w/README.md").read_text()
+    test = json.loads((logs / "test.json").read_text())
+    del test["images"]
+    (logs / "test.json").write_text(json.dumps(test))
+    with pytest.raises(UserError, match=r"test\.json or robustness\.json in .*version_0 has no 'images'; test"):
+        write_pretrained(path, tmp_path / "w")
+
+
 def test_a_test_of_other_weights_of_the_same_epoch_is_not_in_the_card(root, tmp_path):
     run = shutil.copytree(root, tmp_path / "run")
     path = run / "checkpoints/tiny/version_0/best.ckpt"

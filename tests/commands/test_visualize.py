@@ -192,6 +192,18 @@ def test_a_network_without_attention_says_that_it_has_no_gates(command, plain):
     assert "this network has no gates, so there is no ablation of them" in outcome.out
 
 
+def test_gates_that_cannot_be_replaced_do_not_end_the_measurement(command, run, tmp_path, monkeypatch):
+    def reject(*arguments):
+        raise ValueError("the attention of blocks.0 does not give its input times its gates")
+
+    monkeypatch.setattr("cbam_pl.commands.visualize.ablate_gates", reject)
+    outcome = visualize(command, run, "--measure", "--measure_images", 5, "--output", tmp_path)
+    assert outcome.status == 2
+    assert "error: no ablation.json: the attention of blocks.0 does not give its input" in outcome.err
+    assert (tmp_path / "randomisation.json").exists()
+    assert not (tmp_path / "ablation.json").exists()
+
+
 def test_measure_prints_the_table_and_saves_it(command, run, tmp_path):
     outcome = visualize(command, run, "--measure", "--measure_images", 21, "--output", tmp_path)
     assert outcome.status == 0, outcome.err

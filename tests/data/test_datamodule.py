@@ -98,6 +98,9 @@ def test_a_val_folder_is_used_and_not_split_again(image_folder, tmp_path):
     data = ImageDataModule("folder", str(root))
     data.setup()
     assert [len(data.images(split)) for split in ("train", "val", "test")] == [93, 21, 21]
+    for stage in ("fit", "test"):
+        with pytest.raises(UserError, match="has its own val folder"):
+            ImageDataModule("folder", str(root), val_size=5).setup(stage)
     with pytest.raises(UserError, match="has its own val folder"):
         ImageDataModule("folder", str(root), val_size=5).setup()
 

@@ -23,6 +23,13 @@ def test_subsets_of_subsets_share_the_store():
     assert part.nbytes == 2 * 3 * 36
 
 
+def test_a_copy_is_made_part_by_part_of_the_subset_alone():
+    images = numbered(8).subset(torch.tensor([7, 5, 2, 0, 4]))
+    copy = images.copy_to(torch.device("cpu"), part=2)
+    assert torch.equal(copy.store, images.pixels)
+    assert torch.equal(copy.labels, images.labels)
+
+
 def test_the_centre_is_cut_from_pixels_and_masks():
     images = numbered(4).subset(torch.tensor([3, 1]))
     centre = images.centre(4)

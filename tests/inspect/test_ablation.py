@@ -142,6 +142,16 @@ def test_without_attention_or_a_second_image():
         ablate_gates(nn.Sequential(shared, shared, Threshold()), torch.rand(2, 2, 2, 2), torch.zeros(2))
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(3, 1), (5, 2)])
+def test_no_image_keeps_its_gate_whatever_the_batches(count, batch_size):
+    torch.manual_seed(0)
+    network, images = nn.Sequential(CBAM(4, reduction=2), Threshold()), torch.randn(count, 4, 5, 5)
+    sizes = []
+    network[1].register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    ablate_gates(network, images, torch.zeros(count), batch_size)
+    assert min(sizes) >= 2
+
+
 class Residual(CBAM):
     def forward(self, x):
         return x + super().forward(x)

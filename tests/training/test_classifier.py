@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -235,7 +236,8 @@ def test_a_training_that_begins_with_a_smaller_batch_compiles_the_full_ones_too(
 @pytest.mark.parametrize(
     ("device", "stage", "expected"), [("cuda", "fit", True), ("cuda", "test", False), ("cpu", "fit", False)]
 )
-def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected):
+def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected, monkeypatch):
+    monkeypatch.setattr("cbam_pl.training.classifier._missing_to_compile", lambda device: "")
     model = Classifier(3)
     model._compiled_size = 128  # of an earlier training
     model.configure_memory_format_and_compile(torch.device(device), stage == "fit")
@@ -251,6 +253,45 @@ def test_compiling_on_a_cpu_without_a_compiler_is_an_error(monkeypatch):
         UserError, match=r"model\.compile=true needs a C\+\+ compiler on a CPU: install no-such-compiler"
     ):
         Classifier(3, compile=True).configure_memory_format_and_compile(torch.device("cpu"), training=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ({"triton": None}, "Triton on a GPU: pip install triton"),
+        ({"CC": "no-such-compiler"}, "a C compiler on a GPU: install no-such-compiler"),
+        ({"PATH": ""}, "a C compiler on a GPU: install gcc or clang"),
+        ({"include": "/nowhere"}, "Python.h on a GPU: install python3-dev"),
+    ],
+)
+def test_a_gpu_without_what_compiling_needs_trains_eagerly_unless_it_is_asked_for(found, text, monkeypatch, capsys):
+    monkeypatch.setattr("cbam_pl.training.classifier.find_spec", lambda name: found.get(name, name))
+    monkeypatch.setattr("cbam_pl.training.classifier.get_path", lambda name: found.get(name, name))
+    monkeypatch.setenv("CC", "sh")  # which any machine has
+    for name in {"CC", "PATH"} & found.keys():
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv(name, found[name])
+    with pytest.raises(UserError, match=f"model.compile=true needs {text}, or give false"):
+        Classifier(3, compile=True).configure_memory_format_and_compile(torch.device("cuda"), training=True)
+    model = Classifier(3)
+    model.configure_memory_format_and_compile(torch.device("cuda"), training=True)
+    assert model._compiled is None
+    assert capsys.readouterr().out == f"the training step is not compiled, which needs {text}\n"
+    model.configure_memory_format_and_compile(torch.device("cuda"), training=False)
+    assert not capsys.readouterr().out
+
+
+def test_more_than_eight_networks_of_one_class_are_compiled(monkeypatch):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr("torch.compile", lambda function, dynamic, options: compile_(function, backend=counter))
+    for width in range(1, 11):
+        model = Classifier(3, attention=AttentionConfig("none"), width=width / 4, compile=True)
+        model.configure_memory_format_and_compile(torch.device("cpu"), training=True)
+        model.training_logits(torch.zeros(1, 3, 32, 32))
+        assert counter.frame_count == width
+    torch._dynamo.reset()
 
 
 def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from tests.helpers import (
     EPOCHS,
@@ -203,6 +203,31 @@ def test_what_is_to_stop_waits_for_the_least_epochs_after_a_resume_too(command, 
         assert (outcome.status, checkpoint(root)["global_step"]) == (0, 3 * STEPS), outcome.out
 
 
+class Improves(EarlyStopping):
+    """Takes the third epoch, and each that follows, for an improvement, which comes after the request to stop."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.wait_count = 0 if trainer.current_epoch >= 2 else self.wait_count
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch < 2:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_request_to_stop_outlives_an_improvement(command, recipe, tmp_path):
+    stop = EARLY.replace("lightning.pytorch.callbacks.EarlyStopping", f"{__name__}.Improves") + "patience: 1}}"
+    options = ["--trainer.min_epochs", 3]
+    options += ["--trainer.callbacks", f"[{stop}]"]
+    whole = command(*fit(recipe, tmp_path / "whole", *options))
+    assert (whole.status, checkpoint(tmp_path / "whole")["global_step"]) == (0, 3 * STEPS), whole.err
+    broken = command(*fit(recipe, tmp_path / "parts", *options[:2], *callbacks(stop, Break, step=2 * STEPS + 1)))
+    assert broken.status == 143, broken.err
+    resumed = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert (resumed.status, checkpoint(tmp_path / "parts")["global_step"]) == (0, 3 * STEPS), resumed.err
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_a_resume_with_more_patience_has_it(command, recipe, tmp_path):
@@ -342,14 +367,25 @@ def test_what_differs_on_resume_is_printed(command, recipe, tmp_path):
     assert outcome.status == 0
     assert "differs      limit_train_batches: 1.0 there, 2 here" in outcome.out
     assert "differs      gradient_clip_val: None there, 1.0 here" in outcome.out
-    assert command(*fit(recipe, tmp_path, "--trainer.max_epochs", 5, "--ckpt_path", "last")).status == 0
+    averaging = ["--trainer.callbacks", "[lightning.pytorch.callbacks.EMAWeightAveraging]"]
+    outcome = command(*fit(recipe, tmp_path, "--trainer.max_epochs", 5, *averaging, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert "differs      averaging: none there, EMAWeightAveraging here" in outcome.out
     config = (tmp_path / "logs/tiny/version_0/config.yaml").read_text()
     assert [line for line in config.splitlines() if line.startswith("#")] == [
         "# resumed after 1 epochs, limit_train_batches: 1.0 there, 2 here",
         "# resumed after 1 epochs, gradient_clip_val: None there, 1.0 here",
         "# resumed after 4 epochs, limit_train_batches: 2 there, 1.0 here",
         "# resumed after 4 epochs, gradient_clip_val: 1.0 there, None here",
+        "# resumed after 4 epochs, averaging: none there, EMAWeightAveraging here",
     ]
+
+
+def test_one_batch_differs_from_all_of_them(command, recipe, tmp_path):
+    options = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1]
+    assert command(*fit(recipe, tmp_path, *options)).status == 0
+    outcome = command(*fit(recipe, tmp_path, "--trainer.max_epochs", 2, "--ckpt_path", "last"))
+    assert "differs      limit_train_batches: 1 there, 1.0 here" in outcome.out
 
 
 def test_a_one_cycle_with_a_rise_of_one_step_names_the_key(command, recipe, tmp_path):

@@ -15,6 +15,8 @@ from lightning import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cbam_pl.commands.compare.plan import nest
+from cbam_pl.data.datamodule import in_proportion
+from cbam_pl.data.folder import stored_size
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
 from cbam_pl.environment import describe_environment
@@ -35,7 +37,7 @@ class TimedRecipe:
         self._shape = (3, data.image_size, data.image_size)
         # Before the network is moved and converted to another type, which counting does not know.
         self.parameters = count_parameters(classifier.network)
-        self.flops = count_flops(classifier.network, self._shape)
+        self.flops = count_flops(classifier.network, self._shape) * (2 if classifier.test_time_flip else 1)
         try:
             # Fabric applies the precision as Lightning's Trainer does, without the Trainer's own loop.
             self._fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
@@ -48,15 +50,21 @@ class TimedRecipe:
         classifier.configure_memory_format_and_compile(self.device, training=True)
         self.batch_size = data.batch_size
         count = 4 * data.batch_size
-        pixels = torch.randint(256, (count, *self._shape), dtype=torch.uint8)
-        images = Images(pixels, torch.arange(count) % data.num_classes)
+        side = stored_size(data.image_size) if in_proportion(data.hparams) else data.image_size
+        pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+        # In an epoch of many batches, since between two the device waits for its order.
+        images = Images(pixels, torch.arange(count) % data.num_classes).subset(torch.arange(16 * count) % count)
         normalise = Normalise([0.5] * 3, [0.25] * 3, self.device)
         arguments = (images, data.batch_size, data.augmentation, normalise, self.device, 0, lambda: 0, Shard())
-        self._batches = itertools.chain.from_iterable(itertools.repeat(TrainingLoader(*arguments)))
+        loader = TrainingLoader(*arguments, data.image_size, data.crop_scale)
+        self._batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        classifier.eval()
 
     def train_step(self) -> None:
         """One optimizer step, from uint8 pixels on."""
-        self.classifier.train()
+        if not self.classifier.training:  # a switch takes a tenth of a small network's forward pass
+            self.classifier.train()
+            self.classifier.on_train_start()
         batch = self._convert(next(self._batches))
 
         def compute_gradients() -> Any:
@@ -73,13 +81,14 @@ class TimedRecipe:
             self._optimizer.step()
 
     def forward_pass(self, batch_size: int) -> Callable[[], None]:
-        """What computes the logits of a batch, in evaluation mode."""
+        """What computes the logits of a batch, as an evaluation does."""
         images = self._convert(torch.randn(batch_size, *self._shape, device=self.device))
 
         def run() -> None:
-            self.classifier.eval()
+            if self.classifier.training:
+                self.classifier.eval()
             with torch.inference_mode(), self._fabric.autocast():
-                self.classifier(images)
+                self.classifier.evaluation_logits(images)
 
         return run
 

@@ -194,7 +194,7 @@ def read_test(run: Run) -> dict[str, Any]:
 def read_predictions(run: Run, test: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The arrays (N,) of test.npz, and `correct`, 1.0 or 0.0; None where it is missing, damaged, or of another test."""
     try:
-        with np.load(run.logs / "test.npz") as file:
+        with (run.logs / "test.npz").open("rb") as stream, np.load(stream) as file:
             arrays = {name: file[name] for name in file.files if name != "probabilities"}
         counts = np.zeros_like(test["confusion"])
         np.add.at(counts, (arrays["label"], arrays["predicted"]), 1)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args
 import yaml
 from jsonargparse import Namespace, get_loader
 from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import EarlyStopping
 
 from cbam_pl.attention import AttentionConfig, options_of
 from cbam_pl.cli import PROGRAM
@@ -21,7 +22,8 @@ from cbam_pl.data.datamodule import may_have_seen
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.settings import Seed, closest, command_parser, make_training, parse, read_recipe, setting_names
 from cbam_pl.training.run import atomic_write
-from cbam_pl.training.trainer import check_settings
+from cbam_pl.training.state import is_equal
+from cbam_pl.training.trainer import check_settings, listed
 
 # The Trainer's settings that must be equal, besides those of the data: the budget.
 _BUDGET = {
@@ -35,8 +37,6 @@ _BUDGET = {
 _WITHOUT_EFFECT = {"config", "ckpt_path", "checkpoint_minutes", "pictures_every"} | {
     f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps")
 }
-# Of these, 1 is one batch and 1.0 all of them.
-_BATCHES = {f"trainer.{name}_batches" for name in ("limit_train", "limit_val", "limit_test", "overfit")}
 
 Cost = Literal["time", "parameters"]
 
@@ -250,7 +250,7 @@ def same_settings(saved: dict[str, Any], asked: dict[str, Any], defaults: dict[s
         saved["trainer.devices"] = int(devices)  # earlier versions kept the command line's text
     known = {**defaults, **saved}
     return saved.keys() <= asked.keys() and all(
-        key in known and _is_equal(key, known[key], value) for key, value in asked.items()
+        key in known and is_equal(key, known[key], value) for key, value in asked.items()
     )
 
 
@@ -259,16 +259,11 @@ def split_settings(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], 
     common, differing = {}, {}
     for key in {key: None for settings in configs.values() for key in settings}:
         values = [settings.get(key) for settings in configs.values()]
-        if all(_is_equal(key, value, values[0]) for value in values):
+        if all(is_equal(key, value, values[0]) for value in values):
             common[key] = values[0]
         else:
             differing[key] = values
     return common, differing
-
-
-def _is_equal(key: str, one: Any, other: Any) -> bool:
-    """Whether two values of a setting mean the same."""
-    return one == other and (key not in _BATCHES or one != 1 or type(one) is type(other))
 
 
 def _as_saved(parser: Any, settings: Any) -> dict[str, Any]:
@@ -324,7 +319,7 @@ def _variations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
         for name in _unused_options(variation):
             variation.pop(f"model.attention.{name}", None)
         known = (one for one in variations if one.keys() == variation.keys())
-        if not any(all(_is_equal(key, one[key], value) for key, value in variation.items()) for one in known):
+        if not any(all(is_equal(key, one[key], value) for key, value in variation.items()) for one in known):
             variations.append(variation)
     return variations
 
@@ -370,11 +365,11 @@ def _check(name: str, parser: Any, settings: Any, seeds: Sequence[int]) -> list[
     ):
         if is_bad:
             raise UserError(f"{name}: {key}={settings[key]} {rule}")
-    if "EarlyStopping" in str(trainer.callbacks):
-        raise UserError(f"{name}: compare gives all recipes the same budget; leave EarlyStopping out")
     check_settings(trainer)
     with as_user_error():
         values = parser.instantiate(settings)
+        if any(isinstance(one, EarlyStopping) for one in listed(values.trainer.callbacks)):
+            raise UserError(f"{name}: compare gives all recipes the same budget; leave EarlyStopping out")
         classifier, data = make_training(values)
         classifier.load_weights()
     trained = classifier.weights_data

@@ -65,11 +65,10 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
         if tested and run is not None and (best := read_best(run)) and (test := read_test(run)):
             try:
                 results.append(_result_of(job, run, best, test))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                file = run.logs / "test.json"
+            except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{file} is damaged ({error!r}); restore it, or delete it: compare then tests the run again, or "
-                    "trains it where its checkpoints are gone"
+                    f"test.json or robustness.json in {run.logs} is damaged ({error!r}); restore it, or delete it: "
+                    "compare then tests the run again, or trains it where its checkpoints are gone"
                 ) from error
     return results
 

@@ -8,6 +8,7 @@ import torch
 
 from cbam_pl.commands.compare import command as command_module
 from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process, peak_training_memory, time_recipes
+from cbam_pl.data.augmentation import augment
 from cbam_pl.errors import UserError
 from tests.helpers import one_line, plan_of
 
@@ -32,6 +33,19 @@ def test_a_step_is_the_training_step_of_the_recipe_and_an_update(plan, monkeypat
     recipe.forward_pass(2)()
     assert not recipe.classifier.training
     assert all((a == b).all() for a, b in zip(after, network.parameters(), strict=True))
+
+
+def test_crops_are_those_of_the_recipe(plan, monkeypatch):
+    seen = []
+
+    def note(pixels, draws, augmentation, *crop):
+        seen.append((augmentation, tuple(pixels.shape), *crop))
+        return augment(pixels, draws, augmentation, *crop)
+
+    monkeypatch.setattr("cbam_pl.data.loader.augment", note)
+    crop = {"data.augmentation": "resized_crop", "data.crop_scale": 0.5, "data.image_size": 28}
+    TimedRecipe(plan.configs["none"] | crop).train_step()
+    assert seen == [("resized_crop", (16, 3, 32, 32), 28, 0.5)]  # a folder's images are kept 256 / 224 times as large
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])

@@ -536,14 +536,17 @@ def test_the_same_report_again_from_the_runs(compared, command, quick, recipes, 
     assert (root / "report/report.html").exists()
 
 
-@pytest.mark.parametrize("damage", [{"environment": 5}, {"trained_on": [{}]}, {"confusion": None}])
+DAMAGE = {"environment": 5}, {"trained_on": [{}]}, {"confusion": None}, {"confusion": [[0]]}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_test_is_named(damage, compared, command, recipes, tmp_path):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     file = root / "logs/none/version_0/test.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | damage))
     options = ["--configs", *recipes.values(), "--seeds", 0, 1, "--output", root / "report", "--recompute"]
     error = one_line(command("compare", *options, "--trainer.default_root_dir", root))
-    assert f"{file} is damaged (" in error
+    assert f"test.json or robustness.json in {file.parent} is damaged (" in error
     assert "; restore it, or delete it: compare then tests the run again" in error
 
 
