@@ -1,14 +1,11 @@
-"""The settings of every command: the one parser of options and of recipes, which are YAML files read strictly."""
+"""The settings of every command: the one parser of options and of recipes."""
 
 import argparse
 import difflib
-import json
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from inspect import signature
 from itertools import zip_longest
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +19,7 @@ from cbam_pl.cli import PROGRAM
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.folder import show
 from cbam_pl.errors import UserError
+from cbam_pl.recipes import merge, read_recipe
 from cbam_pl.training.classifier import Classifier
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
@@ -69,34 +67,9 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
     parser = ArgumentParser(prog=f"train.py {command}", exit_on_error=False, allow_abbrev=False, usage=usage)
     add = parser.add_argument
     if command == "fit":
-        add("--config", type=str, help="YAML file of settings; of several the later wins; options win over all")
-        add("--seed", type=Seed, default=0, help="decides weights, order, augmentation and dropout")
-        add("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
-        add("--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints")
-        add(
-            "--pictures_every",
-            type=NonNegativeInt,
-            default=5,
-            help="epochs from one set of TensorBoard's pictures to the next, and always in the first and last; 0: none",
-        )
-        owned_by_data = {"num_classes", "image_size", "seed"}
-        parser.add_class_arguments(Classifier, "model", skip=owned_by_data, instantiate=False, sub_configs=True)
+        _add_fit_options(parser)
     elif command == "visualize":
-        checkpoint_help = "FILES, folders of weights, or best or last: the best.ckpt or last.ckpt written last"
-        add("--ckpt_path", nargs="+", type=str, default=["best"], help=checkpoint_help)
-        add("--images", nargs="+", type=str, help="your own image files, or folders of them")
-        add("--indices", nargs="+", type=int, help="test images, by number from 0")
-        add("--class_name", type=str, help="the first test images of a class")
-        add(
-            "--num_images", type=PositiveInt, help="images to show (default: 3; with --page 200), unless they are named"
-        )
-        add("--layer", type=str, help="module for Grad-CAM and measures (default: the last that gives (B, C, H, W))")
-        add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
-        add("--format", type=Literal["png", "svg", "pdf"] | None, help="of the pictures (default: png)")
-        add("--page", action="store_true", help="instead of pictures, gallery.html: a page to look through test images")
-        add("--measure", action="store_true", help="numbers: does attention fall on what matters, do the gates matter?")
-        add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
-        add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
+        _add_visualize_options(parser)
     else:
         checkpoint_help = "a FILE, a folder of weights, or best or last: the best.ckpt or last.ckpt written last"
         add("--ckpt_path", type=str, default="best", help=checkpoint_help)
@@ -123,18 +96,8 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         used = EXPORT_DATA if command == "export" else EVALUATION_DATA
         skipped = set() if command == "fit" else {*signature(ImageDataModule).parameters} - {*used}
         parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
-    if command in ("visualize", "export"):
-        return parser
-    others = {name for name in _TRAINER_TYPES if name.startswith("limit_")} - {OWN_LIMIT.get(command)}
-    skipped = set() if command == "fit" else _TRAINING_ONLY | others
-    if command == "predict":
-        skipped |= {"fast_dev_run"}  # which classifies the first images alone
-    parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skipped}, instantiate=False)
-    for name, kind in _TRAINER_TYPES.items():
-        if name not in skipped:
-            default = signature(Trainer).parameters[name].default
-            add(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
-    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skipped})
+    if command not in ("visualize", "export"):
+        _add_trainer_options(parser, command)
     return parser
 
 
@@ -142,6 +105,35 @@ def make_training(values: Namespace, seed: int = 0) -> tuple[Classifier, ImageDa
     """The network and the data of `fit`'s instantiated settings; the classes and the images' size are the data's."""
     data = ImageDataModule(**values.data, seed=seed)
     return Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=seed, **values.model), data
+
+
+def _add_fit_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=str, help="YAML file of settings; of several the later wins; options win over all")
+    add("--seed", type=Seed, default=0, help="decides weights, order, augmentation and dropout")
+    add("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
+    add("--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints")
+    pictures_help = "epochs from one set of TensorBoard's pictures to the next; always in the first and last; 0: none"
+    add("--pictures_every", type=NonNegativeInt, default=5, help=pictures_help)
+    owned_by_data = {"num_classes", "image_size", "seed"}
+    parser.add_class_arguments(Classifier, "model", skip=owned_by_data, instantiate=False, sub_configs=True)
+
+
+def _add_visualize_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    checkpoint_help = "FILES, folders of weights, or best or last: the best.ckpt or last.ckpt written last"
+    add("--ckpt_path", nargs="+", type=str, default=["best"], help=checkpoint_help)
+    add("--images", nargs="+", type=str, help="your own image files, or folders of them")
+    add("--indices", nargs="+", type=int, help="test images, by number from 0")
+    add("--class_name", type=str, help="the first test images of a class")
+    add("--num_images", type=PositiveInt, help="images to show (default: 3; with --page 200), unless they are named")
+    add("--layer", type=str, help="module for Grad-CAM and measures (default: the last that gives (B, C, H, W))")
+    add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
+    add("--format", type=Literal["png", "svg", "pdf"] | None, help="of the pictures (default: png)")
+    add("--page", action="store_true", help="instead of pictures, gallery.html: a page to look through test images")
+    add("--measure", action="store_true", help="numbers: does attention fall on what matters, do the gates matter?")
+    add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
+    add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 
 
 def _add_export_options(parser: ArgumentParser) -> None:
@@ -156,6 +148,20 @@ def _add_export_options(parser: ArgumentParser) -> None:
     add("--licence", type=str, help="of the weights, as an identifier such as mit; whoever trained them decides it")
     add("--benchmark", action="store_true", help="time it in PyTorch, as pt2 and in onnxruntime, at batch 1 and 64")
     add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
+
+
+def _add_trainer_options(parser: ArgumentParser, command: str) -> None:
+    """Those of Lightning's Trainer that the command can honour."""
+    others = {name for name in _TRAINER_TYPES if name.startswith("limit_")} - {OWN_LIMIT.get(command)}
+    skipped = set() if command == "fit" else _TRAINING_ONLY | others
+    if command == "predict":
+        skipped |= {"fast_dev_run"}  # which classifies the first images alone
+    parser.add_class_arguments(Trainer, "trainer", skip={*_TRAINER_TYPES, *skipped}, instantiate=False)
+    for name, kind in _TRAINER_TYPES.items():
+        if name not in skipped:
+            default = signature(Trainer).parameters[name].default
+            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
+    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skipped})
 
 
 def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] | None = None) -> Namespace:
@@ -268,7 +274,7 @@ def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
             parse(parser, [], content)  # by itself, so that a mistake is reported with the file that has it
         except UserError as error:
             raise UserError(f"{show(file)}: {error}") from error
-        recipe = _merge(recipe, content, names)
+        recipe = merge(recipe, content, names)
     settings = parse(parser, options, recipe)
     settings.config = files[0] if files else None
     return settings
@@ -289,74 +295,6 @@ def setting_names(parser: ArgumentParser) -> list[str]:
     """The keys of a parser, such as model.arch; arguments of a class that is itself a setting are not among them."""
     keys = parser.get_defaults().keys()
     return list(dict.fromkeys(key.partition(".class_path")[0].partition(".init_args")[0] for key in keys))
-
-
-# Recipes
-
-
-class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML with plain values alone, in which no key is given twice: YAML itself would use the last, without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping, or a ConstructorError."""
-        keys = [key.value for key, _ in node.value]
-        for key, _ in reversed(node.value):
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# As in YAML 1.2 and JSON; to YAML 1.1 it is text without a dot.
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), [*"-+0123456789"])
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """The nested settings of a YAML file; a UserError where it is missing, is not YAML, or holds none."""
-    name = show(path)
-    try:
-        if not Path(path).is_file():  # reading a pipe would wait forever
-            raise UserError(f"--config {name} is not a file; name a YAML file such as configs/cbam_cnn.yaml")
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {name} is not UTF-8 text; name a YAML file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {name} cannot be read ({getattr(error, 'strerror', error)})") from error
-    try:
-        content = yaml.load(text, _StrictLoader)
-        json.dumps(content, skipkeys=True, default=str)  # a ValueError where an alias stands in its own anchor
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as an integer of 5,000 digits
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{name} has no settings; give it keys, such as model: and data:")
-    if content.get("config") is not None:
-        raise UserError(f"{name} names another recipe; give --config twice instead, and the later one wins")
-    return content
-
-
-def _merge(
-    below: Mapping[str, Any], above: Mapping[str, Any], names: Collection[str], prefix: str = ""
-) -> dict[str, Any]:
-    """Settings over others, each as a whole; of the same class, its arguments over the other's arguments."""
-    merged = dict(below)
-    for name, value in above.items():
-        old, key = merged.get(name), f"{prefix}{name}"
-        if isinstance(old, str) and isinstance(value, dict) and _is_class(value):
-            old = {"class_path": old}  # as one may write a class without arguments
-        if isinstance(old, dict) and isinstance(value, dict):
-            if key not in names:  # a group, such as model
-                value = _merge(old, value, names, f"{key}.")
-            elif _is_class(old) and _is_class(value) and value.get("class_path") in (None, old.get("class_path")):
-                arguments = {**(old.get("init_args") or {}), **(value.get("init_args") or {})}
-                value = {**old, **value, "init_args": arguments}
-        merged[name] = value
-    for one, other in (("arch", "network"), ("network", "arch")):  # of the two the later wins
-        if above.get(one) is not None and above.get(other) is None:
-            merged.pop(other, None)
-    return merged
-
-
-def _is_class(value: Mapping[str, Any]) -> bool:
-    return bool(value) and value.keys() <= {"class_path", "init_args"}
 
 
 def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from cbam_pl.commands.compare.plan import make_plan, parse_options
-from cbam_pl.training.state import completed_epochs
+from cbam_pl.training.schema import completed_epochs
 
 REPOSITORY = Path(__file__).parents[1]
 

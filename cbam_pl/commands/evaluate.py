@@ -25,7 +25,7 @@ from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
-from cbam_pl.training.run import atomic_write, results_folder
+from cbam_pl.training.run import atomic_write, results_folder, write_text
 from cbam_pl.training.trainer import evaluating_trainer, running
 
 Split = Literal["test", "val"]
@@ -146,8 +146,7 @@ def _write(one: _Evaluation, logs: Path, tested: dict[str, Any], arrays: dict[st
     }
     with atomic_write(logs / "test.npz") as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
-    with atomic_write(logs / "test.json") as stream:
-        stream.write(f"{json.dumps(record)}\n".encode())
+    write_text(logs / "test.json", f"{json.dumps(record)}\n")
 
 
 def _describe(

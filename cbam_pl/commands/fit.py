@@ -32,7 +32,7 @@ from cbam_pl.training.checkpoint import (
 )
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
-from cbam_pl.training.run import RESUMED, Run, atomic_write, new_run, run_of
+from cbam_pl.training.run import RESUMED, Run, new_run, run_of, write_text
 from cbam_pl.training.state import differences, lasting_changes
 from cbam_pl.training.trainer import running, training_trainer
 
@@ -109,8 +109,7 @@ def _begin(run: Run | None, config: str, resumed: dict[str, Any] | None, trainer
     if run is None or not trainer.loggers or not trainer.is_global_zero:
         return
     changes = [] if resumed is None else lasting_changes(resumed, trainer, model)
-    with atomic_write(run.logs / "config.yaml") as stream:
-        stream.write("".join([*(f"{RESUMED}{change}\n" for change in changes), config]).encode())
+    write_text(run.logs / "config.yaml", "".join([*(f"{RESUMED}{change}\n" for change in changes), config]))
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.drop_events_after_checkpoint()

@@ -25,7 +25,7 @@ from cbam_pl.errors import UserError
 from cbam_pl.inspect.charts import draw_robustness
 from cbam_pl.tables import print_table
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.run import atomic_write, is_result_of, read_json
+from cbam_pl.training.run import atomic_write, is_result_of, read_json, write_text
 from cbam_pl.training.trainer import running
 
 _FILE, _UNFINISHED = "robustness.json", "robustness.partial.json"
@@ -178,8 +178,8 @@ def measure_robustness(
             if logs is not None and trainer.is_global_zero:
                 # An error of one process alone would leave the others waiting.
                 alone = trainer.world_size == 1
-                with nullcontext() if alone else suppress(OSError), atomic_write(logs / _UNFINISHED) as stream:
-                    stream.write(json.dumps(unfinished).encode())
+                with nullcontext() if alone else suppress(OSError):
+                    write_text(logs / _UNFINISHED, json.dumps(unfinished))
     if not trainer.is_global_zero:
         return
     _print(record)
@@ -196,8 +196,7 @@ def _write(logs: Path, record: dict[str, Any]) -> None:
     title += f"{100 * record['test/acc']:.1f} % without corruption"
     with atomic_write(logs / "robustness.png") as stream:
         draw_robustness(_rows(record), _columns(record), title).savefig(stream, format="png")
-    with atomic_write(logs / _FILE) as stream:
-        stream.write(f"{json.dumps(record | {'mean': means(record['accuracy'])})}\n".encode())
+    write_text(logs / _FILE, f"{json.dumps(record | {'mean': means(record['accuracy'])})}\n")
 
 
 def read_robustness(logs: Path, tested: Mapping[str, Any], name: str = _FILE) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cbam_pl.errors import Interrupted
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.state import StepLosses
+from cbam_pl.training.losses import StepLosses
 
 
 class RunCheckpoint(ModelCheckpoint):

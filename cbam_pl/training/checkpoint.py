@@ -20,8 +20,8 @@ from cbam_pl.errors import UserError
 from cbam_pl.models.network import NetworkConfig, check_trusted
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.run import atomic_write, disk_error
-from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumable
-from cbam_pl.training.state import changed_settings, completed_epochs, upgrade
+from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumable, completed_epochs, upgrade
+from cbam_pl.training.state import changed_settings
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive

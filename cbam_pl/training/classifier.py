@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,8 +34,9 @@ from cbam_pl.models.network import as_logits, check_rebuilt
 from cbam_pl.process import socket_timeout
 from cbam_pl.seeds import derive_seed, seed_device
 from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups, start_of_trained
+from cbam_pl.training.losses import StepLosses
 from cbam_pl.training.metrics import LossAndAccuracy
-from cbam_pl.training.state import StepLosses, TrainingState
+from cbam_pl.training.state import TrainingState
 
 _UNUSED = {"stem": "cifar", "dropout": None, "width": 1.0}  # of the networks of this program alone
 
@@ -106,11 +107,13 @@ class Classifier(LightningModule):
         if isinstance(attention, dict):  # as load_from_checkpoint gives it, and below
             attention = AttentionConfig(**attention)
         made_by = None if network is None else NetworkConfig(**network)
+        has_own = made_by is not None and made_by.has_weights
+        # What the training starts from, for its checkpoints; empty where it begins anew.
+        self.started_from = str(weights) if weights else "the network's own weights" if has_own else ""
         self._chosen_start = attention.start
         if attention.kind != "none" and attention.start is None:
-            is_trained = weights is not None or (made_by is not None and made_by.has_weights)
-            start = start_of_trained(weights, attention) if weights is not None else None
-            attention = replace(attention, start=start or ("identity" if is_trained else "paper"))
+            start = start_of_trained(weights, attention) if weights else None
+            attention = replace(attention, start=start or ("identity" if self.started_from else "paper"))
         own: dict[str, Any] = {"stem": stem, "dropout": dropout, "width": width}
         self.replaced_layer = ""  # name of the linear layer that was replaced for the number of classes, if any
         if made_by is None:
@@ -130,9 +133,6 @@ class Classifier(LightningModule):
         saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
         self.save_hyperparameters({**saved, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip})
         self.weights = weights  # the file that is still to be loaded
-        has_own = made_by is not None and made_by.has_weights
-        # What the training started from, for its checkpoints; empty where it begins anew.
-        self.started_from = str(weights) if weights else "the network's own weights" if has_own else ""
         self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         # As text, since YAML reads the name 0 as a number.
@@ -388,20 +388,22 @@ class Classifier(LightningModule):
                 "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
                 "--model.optimizer.init_args.fused false"
             )
-        make: Any = self.lr_scheduler
-        if make is None:
+        if self.lr_scheduler is None:
             return optimizer
+        scheduler = self._make_schedule(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            self._check_plateau(scheduler)
+        # Lightning asks for a monitor; on_train_epoch_end steps a plateau by val/loss.
+        schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": "train/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _make_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        make: Any = self.lr_scheduler
         try:
             if self.schedule_spans_training:
                 make = partial(make, total_steps=self._training_steps())
-            if self.lr_factors and isinstance(make, partial):  # rates that are given, not the optimizer's
-                if eta_min := make.keywords.get("eta_min"):  # one number, to which the rates of all groups fall
-                    raise ValueError(f"the schedule cannot keep model.lr_factors with eta_min={eta_min}; leave it out")
-                names = ("max_lr", "base_lr", "min_lr", "swa_lr")
-                given = {name: make.keywords[name] for name in names if name in make.keywords}
-                factors = [group["lr_factor"] for group in optimizer.param_groups]
-                rates = {n: [rate * f for f in factors] for n, rate in given.items() if not isinstance(rate, list)}
-                make = partial(make, **rates)
+            if self.lr_factors and isinstance(make, partial):
+                make = _with_factors(make, [group["lr_factor"] for group in optimizer.param_groups])
             scheduler = make(optimizer)
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (steps := self._training_steps()):
                 raise ValueError(
@@ -414,22 +416,20 @@ class Classifier(LightningModule):
                 "model.lr_scheduler: a phase of the schedule has no step between its ends; train for more epochs, or "
                 "change the share of the rise (pct_start) so that it and the fall take two steps or more"
             ) from error
+        return scheduler
+
+    def _check_plateau(self, scheduler: ReduceLROnPlateau) -> None:
         judge = "val/loss" if self.trainer.enable_validation else "train/loss"
-        if isinstance(scheduler, ReduceLROnPlateau) and (
-            scheduler.mode != "min" or getattr(scheduler, "monitor", judge) != judge
-        ):
+        if scheduler.mode != "min" or getattr(scheduler, "monitor", judge) != judge:
             raise UserError(
                 f"model.lr_scheduler: a plateau is judged by {judge}, which is to fall; leave out mode, and give "
                 f"monitor={judge} where it is needed"
             )
-        if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
+        if self.lr_interval == "step":
             raise UserError(
                 "model.lr_interval=step has no effect with ReduceLROnPlateau, which val/loss steps after each epoch; "
                 "leave it out"
             )
-        # Lightning asks for a monitor; on_train_epoch_end steps a plateau by val/loss.
-        schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": "train/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _training_steps(self) -> int:
         """Steps of the schedule over the whole training, in the unit of `lr_interval`."""
@@ -470,6 +470,15 @@ class Classifier(LightningModule):
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step)
+
+
+def _with_factors(make: partial[Any], factors: Sequence[float]) -> partial[Any]:
+    """A schedule with the rates that it is given, which replace the optimizer's, times each group's factor."""
+    if eta_min := make.keywords.get("eta_min"):  # one number, to which the rates of all groups fall
+        raise ValueError(f"the schedule cannot keep model.lr_factors with eta_min={eta_min}; leave it out")
+    given = {name: make.keywords.get(name) for name in ("max_lr", "base_lr", "min_lr", "swa_lr")}
+    one_rate = {name: rate for name, rate in given.items() if rate is not None and not isinstance(rate, list)}
+    return partial(make, **{name: [rate * factor for factor in factors] for name, rate in one_rate.items()})
 
 
 def _missing_to_compile(device: str) -> str:

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event
 
-from cbam_pl.training.run import atomic_write, disk_error
-from cbam_pl.training.state import completed_epochs
+from cbam_pl.training.run import disk_error, write_text
+from cbam_pl.training.schema import completed_epochs
 
 COLUMNS = ["epoch", "lr", "train/loss", "train/acc", "val/loss", "val/acc"]
 
@@ -47,8 +47,7 @@ class RunLogger(TensorBoardLogger):
             # A row that is incomplete is of an epoch that the checkpoint has not seen.
             epochs = completed_epochs(self._resumed)
             kept = [row.rstrip() for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
-            with atomic_write(self.table) as file:
-                file.write("\n".join([",".join(COLUMNS), *kept, ""]).encode())
+            write_text(self.table, "\n".join([",".join(COLUMNS), *kept, ""]))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

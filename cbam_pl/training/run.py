@@ -157,6 +157,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
+
+
 def disk_error(path: Path, error: OSError) -> UserError:
     """What to report when a file of a run cannot be written during training: the space that is free, and the way on."""
     place = Path(os.path.realpath(path))

@@ -1,5 +1,6 @@
 """What a checkpoint must hold, compared before any of it is used: an edited or damaged file may hold anything."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from cbam_pl.environment import UNKNOWN
 
-# Raise it when a key changes its meaning, and teach state.py the old one.
+# Raise it when a key changes its meaning, and teach `upgrade` the old one.
 FORMAT = 2
 
 # A type; a list of values of one pattern; a dict with these keys, or with any keys where the key is a type.
@@ -41,6 +42,28 @@ _RESUMED: dict[Any, Any] = {
 
 class SchemaError(ValueError):
     """A key that is missing or has the wrong type; the message continues "PATH …"."""
+
+
+def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Epochs that a checkpoint has completed; its own `epoch` counts from 0 and may be interrupted."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Give the keys of earlier formats their present names."""
+    for old, new in (("broken_off", "interrupted_epoch"), ("trained_with", "run_conditions")):
+        if old in checkpoint:
+            checkpoint[new] = checkpoint.pop(old)
+    interrupted = checkpoint.setdefault("interrupted_epoch", {})
+    if isinstance(interrupted, dict) and "means" in interrupted:  # weighted sum and weight, of loss and accuracy
+        means = interrupted.pop("means")
+        interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
+    checkpoint.setdefault("run_conditions", {})
+    checkpoint.setdefault("environments", [UNKNOWN])
+    settings = checkpoint["hyper_parameters"]
+    attention = settings.get("attention") if isinstance(settings, dict) else None
+    if isinstance(attention, dict) and "start" not in attention:  # older than the identity start
+        attention |= {"where": None, "start": None if attention.get("kind") == "none" else "paper"}
 
 
 def check_checkpoint(checkpoint: dict[str, Any], has_state: bool = True) -> None:

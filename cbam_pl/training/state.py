@@ -1,124 +1,29 @@
-"""What a Classifier brings into every training: the loss of each step, and checkpoints that resume exactly.
+"""What a Classifier brings into every training: checkpoints that resume exactly.
 
-Only this file, schema.py and checkpoint.py know the keys of a checkpoint; this one knows Lightning's inside, too. The
-private names that it uses:
+Private names of Lightning that this uses:
 
 - `fit_loop._combined_loader`: `estimated_stepping_batches` builds the training loader before its state is restored, and
   Lightning then skips the restoring. Reset, it is built again. tests/training/test_resume.py resumes in the middle of
   an epoch with a one-cycle schedule, and fails without it.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
-from torch import Tensor, stack, tensor
+from torch import tensor
 
-from cbam_pl.environment import UNKNOWN, describe_environment
+from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
-from cbam_pl.training.schema import FORMAT
+from cbam_pl.training.schema import FORMAT, completed_epochs, upgrade
 
 if TYPE_CHECKING:
     from cbam_pl.training.classifier import Classifier  # which imports this file
 
 _AVERAGING = (WeightAveraging, StochasticWeightAveraging)
-
-
-class StepLosses(Callback):
-    """Log train/loss_step, and stop a training whose loss is not finite with a UserError.
-
-    The losses stay on the device until some are fetched together, so that no step waits for it.
-    """
-
-    FETCH_EVERY = 50  # batches
-
-    def __init__(self) -> None:
-        self.figures: dict[str, float] = {}  # for the progress bar: of the batches that were fetched last
-        self._pending: list[tuple[int, Tensor, int]] = []  # optimizer step, mean loss, images
-        self._last_step = 0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin where the training begins or resumes."""
-        self._last_step = trainer.global_step
-        self._since = time.monotonic()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the speed of training alone, without the validation before."""
-        self._since = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Remember the loss, and fetch those of the last batches now and then."""
-        step = max(trainer.global_step, self._last_step + 1)  # more batches follow until an accumulated step is taken
-        # Lightning has divided the loss by the number of batches that are accumulated.
-        self._pending.append((step, outputs["loss"] * trainer.accumulate_grad_batches, len(batch[1])))
-        if trainer.global_step > self._last_step:
-            self._last_step = trainer.global_step
-            if len(self._pending) >= self.FETCH_EVERY:
-                self._fetch(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch the epoch's last losses before the validation, whose time is not theirs."""
-        self._fetch(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop where the validation loss is not finite."""
-        loss = trainer.callback_metrics.get("val/loss")
-        if trainer.state.fn == "fit" and loss is not None and not math.isfinite(loss):
-            raise not_finite(trainer, trainer.global_step)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch what is left where there was no validation."""
-        self._fetch(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Fetch: all steps up to a checkpoint are in the logs, since a resumed run logs only those after it."""
-        self._fetch(trainer, pl_module)
-
-    def _fetch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._pending:
-            return
-        steps, losses, sizes = zip(*self._pending, strict=True)
-        self._pending.clear()
-        counts = tensor(sizes, device=losses[0].device)
-        sums = stack([stack(losses) * counts, counts])  # (2, batches)
-        if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        by_step: dict[int, tuple[float, float]] = {}
-        for step, loss_sum, count in zip(steps, *sums.tolist(), strict=True):
-            total = by_step.get(step, (0.0, 0.0))
-            by_step[step] = (total[0] + loss_sum, total[1] + count)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        for step, (loss_sum, count) in by_step.items():
-            if not math.isfinite(loss_sum):
-                raise not_finite(trainer, step)
-            if every and step % every == 0:
-                for logger in trainer.loggers:
-                    logger.log_metrics({"train/loss_step": loss_sum / count}, step)
-        now, (loss_sum, count) = time.monotonic(), sums.sum(1).tolist()
-        self.figures = {"loss": loss_sum / count, "images/s": count / (now - self._since)}
-        metric = cast("Classifier", pl_module).train_metric  # of this process, since the epoch began
-        self.figures["acc"] = float(metric.num_correct / metric.num_images)
-        self._since = now
-
-
-def not_finite(trainer: Trainer, step: int) -> UserError:
-    """What to report when the loss is not finite."""
-    lr = trainer.optimizers[0].param_groups[0]["lr"]
-    saved = [str(getattr(callback, "best_model_path", "")) for callback in trainer.checkpoint_callbacks]
-    saved = [path for path in saved if path and Path(path).is_file()]
-    rescue = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
-    return UserError(
-        f"the loss is not finite at step {step} (learning rate {lr:.3g}); {rescue}; lower the learning rate, or clip "
-        "gradients (--trainer.gradient_clip_val 1)"
-    )
 
 
 class TrainingState(Callback):
@@ -352,25 +257,3 @@ def lasting_changes(checkpoint: Mapping[str, Any], trainer: Trainer, model: "Cla
         changed = {name: text for name, text in changed.items() if name not in ("max_epochs", "max_steps")}
     epochs = completed_epochs(checkpoint)
     return [*checkpoint.get("changes", []), *(f"after {epochs} epochs, {text}" for text in changed.values())]
-
-
-def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
-    """Epochs that a checkpoint has completed; its own `epoch` counts from 0 and may be interrupted."""
-    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-
-
-def upgrade(checkpoint: dict[str, Any]) -> None:
-    """Give the keys of earlier formats their present names."""
-    for old, new in (("broken_off", "interrupted_epoch"), ("trained_with", "run_conditions")):
-        if old in checkpoint:
-            checkpoint[new] = checkpoint.pop(old)
-    interrupted = checkpoint.setdefault("interrupted_epoch", {})
-    if isinstance(interrupted, dict) and "means" in interrupted:  # weighted sum and weight, of loss and accuracy
-        means = interrupted.pop("means")
-        interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
-    checkpoint.setdefault("run_conditions", {})
-    checkpoint.setdefault("environments", [UNKNOWN])
-    settings = checkpoint["hyper_parameters"]
-    attention = settings.get("attention") if isinstance(settings, dict) else None
-    if isinstance(attention, dict) and "start" not in attention:  # older than the identity start
-        attention |= {"where": None, "start": None if attention.get("kind") == "none" else "paper"}

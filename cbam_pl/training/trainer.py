@@ -30,8 +30,9 @@ from cbam_pl.training.callbacks import (
 )
 from cbam_pl.training.checkpoint import AtomicCheckpointIO
 from cbam_pl.training.logger import RunLogger
+from cbam_pl.training.losses import StepLosses
 from cbam_pl.training.run import Run, disk_error
-from cbam_pl.training.state import StepLosses, TrainingState
+from cbam_pl.training.state import TrainingState
 
 # Callbacks that need attributes which the network does not have, or change what a run records; and what to set instead.
 _INSTEAD = {

@@ -11,7 +11,7 @@ from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
 from cbam_pl.schedules import WarmupCosineLR
 from cbam_pl.training.classifier import Classifier
-from cbam_pl.training.state import StepLosses
+from cbam_pl.training.losses import StepLosses
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from cbam_pl import environment
 from cbam_pl.schedules import WarmupCosineLR
-from cbam_pl.training.state import completed_epochs
+from cbam_pl.training.schema import completed_epochs
 from tests.helpers import (
     EPOCHS,
     RUN,

@@ -39,7 +39,7 @@ from cbam_pl.data.corruptions import SEVERITIES
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import Interrupted, UserError
 from cbam_pl.tables import print_table
-from cbam_pl.training.run import atomic_write
+from cbam_pl.training.run import write_text
 
 _COST_ROUNDS, _COST_SECONDS = 9, 0.5
 
@@ -76,8 +76,7 @@ def compare(arguments: list[str]) -> None:
         try:
             report.write_report(plan.output, content)
             no_gallery = write_gallery(plan.output / "gallery.html", plan, results)
-            with atomic_write(page) as stream:
-                stream.write(render(plan, content, results, no_gallery).encode())
+            write_text(page, render(plan, content, results, no_gallery))
         except OSError as error:
             raise UserError(f"cannot write the report to {plan.output} ({error.strerror}); free some space") from error
         report.print_report(content)

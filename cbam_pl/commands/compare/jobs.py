@@ -30,7 +30,7 @@ from cbam_pl.environment import num_cores
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import read_metrics
 from cbam_pl.training.run import RESUMED, Run, is_result_of, read_json
-from cbam_pl.training.state import completed_epochs
+from cbam_pl.training.schema import completed_epochs
 
 State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
 STOPPED = "it was stopped"

@@ -20,8 +20,9 @@ from cbam_pl.commands.robustness import find_corruptions
 from cbam_pl.data.corruptions import check_size
 from cbam_pl.data.datamodule import may_have_seen
 from cbam_pl.errors import UserError, as_user_error
-from cbam_pl.settings import Seed, closest, command_parser, make_training, parse, read_recipe, setting_names
-from cbam_pl.training.run import atomic_write
+from cbam_pl.recipes import read_recipe
+from cbam_pl.settings import Seed, closest, command_parser, make_training, parse, setting_names
+from cbam_pl.training.run import write_text
 from cbam_pl.training.state import is_equal
 from cbam_pl.training.trainer import check_settings, listed
 
@@ -110,8 +111,7 @@ class Plan:
                 self.config_file(name).write_text(text)
             controls = [asdict(one) for one in [*chosen, *(one for one in self.controls if one not in chosen)]]
             content = {"configs": self.given, "seeds": self.seeds, "controls": controls}
-            with atomic_write(record) as stream:
-                stream.write((json.dumps(content, indent=1) + "\n").encode())
+            write_text(record, json.dumps(content, indent=1) + "\n")
             return chosen
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error

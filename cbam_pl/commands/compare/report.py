@@ -40,7 +40,7 @@ from cbam_pl.commands.robustness import read_robustness
 from cbam_pl.environment import UNKNOWN, environments_by_key
 from cbam_pl.errors import UserError
 from cbam_pl.tables import print_table
-from cbam_pl.training.run import Run, atomic_write
+from cbam_pl.training.run import Run, write_text
 
 EFFECT = 0.2  # percentage points of accuracy, for the number of seeds that would detect it
 COSTS = {  # name → heading, divisor, digits
@@ -422,8 +422,7 @@ def write_report(folder: Path, content: dict[str, Any]) -> None:
         "report.md": markdown(content),
     }
     for name, text in texts.items():
-        with atomic_write(folder / name) as stream:
-            stream.write(text.encode())
+        write_text(folder / name, text)
 
 
 def markdown(content: dict[str, Any]) -> str:
