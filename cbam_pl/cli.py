@@ -17,7 +17,7 @@ COMMANDS = {
     "validate": ("evaluate", "measure a checkpoint on the validation images; by default the best.ckpt written last"),
     "predict": ("predict", "classify your own images: --images FILE_OR_FOLDER ..."),
     "visualize": ("visualize", "draw attention, Grad-CAM and curves of a checkpoint; --measure gives numbers"),
-    "export": ("export", "write a network for use elsewhere: --format onnx | pt2 | safetensors --output DIR"),
+    "export": ("export.command", "write a network for use elsewhere: --format onnx | pt2 | safetensors --output DIR"),
     "compare": (
         "compare.command",
         "train recipes with several seeds, and report whether they differ, at what cost",

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.commands.pretrained import write_pretrained
+from cbam_pl.commands.export.weights import write_pretrained
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.errors import UserError
 from cbam_pl.training.checkpoint import read_checkpoint

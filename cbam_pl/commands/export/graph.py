@@ -16,9 +16,9 @@ from cbam_pl.data.loader import Normalise
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.gates import recorded_maps
 from cbam_pl.process import quiet_export
+from cbam_pl.training.weights_folder import Precision
 
 InputType = Literal["float32", "uint8"]
-Precision = Literal["float32", "float16"]
 Outputs = dict[str, Tensor]  # by name, the probabilities first
 Runner = Callable[[Tensor], Outputs]
 

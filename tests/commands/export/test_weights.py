@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import cbam_pl
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.commands.pretrained import write_pretrained
+from cbam_pl.commands.export.weights import write_pretrained
 from cbam_pl.data.folder import load_folder
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError

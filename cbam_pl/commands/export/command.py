@@ -1,4 +1,4 @@
-"""Write a network for use elsewhere: python train.py export --format onnx | pt2 | safetensors --output DIR"""
+"""The command: read a checkpoint, write what was asked for, and verify it before it is kept."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from cbam_pl.commands.exported import (
+from cbam_pl.commands.export.graph import (
     INPUT,
     OPSET,
     PROBABILITIES,
@@ -28,7 +28,7 @@ from cbam_pl.commands.exported import (
     write_onnx,
     write_pt2,
 )
-from cbam_pl.commands.pretrained import read_record, write_pretrained
+from cbam_pl.commands.export.weights import read_record, write_pretrained
 from cbam_pl.data.datamodule import data_for_test, in_proportion
 from cbam_pl.data.folder import show, stored_size
 from cbam_pl.data.loader import Normalise

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from cbam_pl.attention import AttentionConfig, AttentionKind
-from cbam_pl.commands.exported import ExportedNetwork, read_onnx, read_pt2, trace, write_onnx, write_pt2
+from cbam_pl.commands.export.graph import ExportedNetwork, read_onnx, read_pt2, trace, write_onnx, write_pt2
 from cbam_pl.data.folder import decode
 from cbam_pl.inspect.gates import attention_maps
 from cbam_pl.models import NetworkConfig, ResNet, build_network, make_network

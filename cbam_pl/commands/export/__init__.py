@@ -1,0 +1,1 @@
+"""Write a network for use elsewhere: python train.py export --format onnx | pt2 | safetensors --output DIR"""
