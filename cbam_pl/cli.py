@@ -16,7 +16,7 @@ COMMANDS = {
     "test": ("evaluate", "measure a checkpoint on the test images; by default the best.ckpt written last"),
     "validate": ("evaluate", "measure a checkpoint on the validation images; by default the best.ckpt written last"),
     "predict": ("predict", "classify your own images: --images FILE_OR_FOLDER ..."),
-    "visualize": ("visualize", "draw attention, Grad-CAM and curves of a checkpoint; --measure gives numbers"),
+    "visualize": ("visualize.command", "draw attention, Grad-CAM and curves of a checkpoint; --measure gives numbers"),
     "export": ("export.command", "write a network for use elsewhere: --format onnx | pt2 | safetensors --output DIR"),
     "compare": (
         "compare.command",

@@ -12,7 +12,7 @@ from lightning import Trainer
 from PIL import Image
 
 from cbam_pl.commands import predict as predict_module
-from cbam_pl.commands.visualize import LoadedCheckpoint, pictures_of
+from cbam_pl.commands.visualize.pictures import LoadedCheckpoint, pictures_of
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.folder import decode
 from cbam_pl.data.loader import EvaluationLoader

@@ -19,7 +19,7 @@ from PIL import Image
 
 from cbam_pl.commands.compare.plan import Plan, nest, trusted
 from cbam_pl.commands.compare.report import COSTS, Result
-from cbam_pl.commands.visualize import LoadedCheckpoint, gallery_of, pictures_of
+from cbam_pl.commands.visualize.pictures import LoadedCheckpoint, gallery_of, pictures_of
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
 from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise

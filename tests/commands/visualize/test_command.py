@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cbam_pl.commands.visualize import LoadedCheckpoint, _evenly, pictures_of, unique_names
+from cbam_pl.commands.visualize.command import unique_names
+from cbam_pl.commands.visualize.pictures import LoadedCheckpoint, evenly, pictures_of
 from cbam_pl.inspect import drawing
 from cbam_pl.training.checkpoint import read_checkpoint
 
@@ -100,9 +101,9 @@ def test_the_reliability_diagram_is_of_the_checkpoint_that_was_tested(command, r
 
 
 def test_evenly_spread_indices():
-    assert _evenly(10, 3) == [0, 3, 6]
-    assert _evenly(2, 3) == [0, 1]
-    assert len(set(_evenly(10_000, 1000))) == 1000
+    assert evenly(10, 3) == [0, 3, 6]
+    assert evenly(2, 3) == [0, 1]
+    assert len(set(evenly(10_000, 1000))) == 1000
 
 
 def test_pdf(command, run, tmp_path):
@@ -196,7 +197,7 @@ def test_gates_that_cannot_be_replaced_do_not_end_the_measurement(command, run, 
     def reject(*arguments):
         raise ValueError("the attention of blocks.0 does not give its input times its gates")
 
-    monkeypatch.setattr("cbam_pl.commands.visualize.ablate_gates", reject)
+    monkeypatch.setattr("cbam_pl.commands.visualize.command.ablate_gates", reject)
     outcome = visualize(command, run, "--measure", "--measure_images", 5, "--output", tmp_path)
     assert outcome.status == 2
     assert "error: no ablation.json: the attention of blocks.0 does not give its input" in outcome.err

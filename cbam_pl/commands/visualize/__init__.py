@@ -1,0 +1,1 @@
+"""Draw what checkpoints see: python train.py visualize"""
