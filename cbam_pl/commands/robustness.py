@@ -135,17 +135,7 @@ def measure_robustness(
         return
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()  # a bar for all conditions instead of one for each
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow"))
-    record: dict[str, Any] = {
-        "epoch": tested["epoch"],
-        "step": tested["step"],
-        "saved_at": tested.get("saved_at"),
-        "images": len(data.images("test")),
-        "seed": SEED,
-        "test/acc": tested["test/acc"],
-        "options": tested["options"],
-        "environment": {**describe_environment(trainer.strategy.root_device), "libraries": libraries},
-    }
+    record = _new_record(trainer, data, tested)
     earlier, begun = ({} if logs is None else read_robustness(logs, tested, name) for name in (_FILE, _UNFINISHED))
     known_earlier, known_begun = (
         one["accuracy"] if _is_repeatable(one, record) else Accuracies() for one in (earlier, begun)
@@ -174,11 +164,10 @@ def measure_robustness(
             how = f"{seconds:.0f} s" if new else "measured before"
             progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
             record |= {"accuracy": {name: row for name, row in accuracies.items() if row}, "seconds": seconds}
-            unfinished = record | {"accuracy": _merged(known_begun, record["accuracy"])}
             if logs is not None and trainer.is_global_zero:
+                unfinished = record | {"accuracy": _merged(known_begun, record["accuracy"])}
                 # An error of one process alone would leave the others waiting.
-                alone = trainer.world_size == 1
-                with nullcontext() if alone else suppress(OSError):
+                with nullcontext() if trainer.world_size == 1 else suppress(OSError):
                     write_text(logs / _UNFINISHED, json.dumps(unfinished))
     if not trainer.is_global_zero:
         return
@@ -189,6 +178,17 @@ def measure_robustness(
             _write(logs, written)
             if _merged(known_begun, written["accuracy"]) == written["accuracy"]:
                 (logs / _UNFINISHED).unlink(missing_ok=True)  # it has nothing of a longer measurement that was stopped
+
+
+def _new_record(trainer: Trainer, data: ImageDataModule, tested: Mapping[str, Any]) -> dict[str, Any]:
+    """What robustness.json says of the test, without what is measured."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow"))
+    return {
+        **{name: tested.get(name) for name in ("epoch", "step", "saved_at", "test/acc", "options")},
+        "images": len(data.images("test")),
+        "seed": SEED,
+        "environment": {**describe_environment(trainer.strategy.root_device), "libraries": libraries},
+    }
 
 
 def _write(logs: Path, record: dict[str, Any]) -> None:
