@@ -1,16 +1,19 @@
 """The documentation: its links, its site as `make docs` builds it, and its notebook, which is run."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 
 from cbam_pl.commands.compare.plan import parse_options
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, scalars
 
 NOTEBOOK = REPOSITORY / "docs/notebook.ipynb"
 MARKDOWN = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("benchmarks/*.md")]
@@ -61,6 +64,21 @@ class Page(HTMLParser):
                 self.links.append(value)
             elif name == "id":
                 self.places.add(value)
+
+
+def test_what_a_run_writes_is_named(trained, command, tmp_path):
+    named = set(re.findall(r"`([^`]+)`", (REPOSITORY / "docs/files.md").read_text()))
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    assert command("test", "--trainer.default_root_dir", root, "--calibrate").status == 0
+    logs = root / "logs/tiny/version_0"
+    files = {file.name for file in logs.iterdir() if not file.name.startswith((".", "events"))}
+    tags = {re.sub(r"(val_gates|pictures)/.*", "", tag) for tag in scalars(logs)} - {""}
+    keys = json.loads((logs / "test.json").read_text())
+    with np.load(logs / "test.npz") as file:
+        arrays = {name.removeprefix("calibrated_") for name in file.files}
+    columns = (logs / "metrics.csv").read_text().partition("\n")[0].split(",")
+    inner = {*keys["measures"], *keys["calibration"], *keys["reliability"][0]}
+    assert not {*files, *tags, *keys, *inner, *arrays, *columns} - named
 
 
 @pytest.mark.slow
