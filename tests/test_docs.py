@@ -69,16 +69,17 @@ class Page(HTMLParser):
 def test_what_a_run_writes_is_named(trained, command, tmp_path):
     named = set(re.findall(r"`([^`]+)`", (REPOSITORY / "docs/files.md").read_text()))
     root = shutil.copytree(trained[0], tmp_path / "run")
-    assert command("test", "--trainer.default_root_dir", root, "--calibrate").status == 0
+    options = ["--calibrate", "--corruptions", "fog", "--severities", 1]
+    assert command("test", "--trainer.default_root_dir", root, *options).status == 0
     logs = root / "logs/tiny/version_0"
     files = {file.name for file in logs.iterdir() if not file.name.startswith((".", "events"))}
     tags = {re.sub(r"(val_gates|pictures)/.*", "", tag) for tag in scalars(logs)} - {""}
-    keys = json.loads((logs / "test.json").read_text())
+    keys, robustness = (json.loads((logs / f"{name}.json").read_text()) for name in ("test", "robustness"))
     with np.load(logs / "test.npz") as file:
         arrays = {name.removeprefix("calibrated_") for name in file.files}
     columns = (logs / "metrics.csv").read_text().partition("\n")[0].split(",")
     inner = {*keys["measures"], *keys["calibration"], *keys["reliability"][0]}
-    assert not {*files, *tags, *keys, *inner, *arrays, *columns} - named
+    assert not {*files, *tags, *keys, *robustness, *robustness["mean"], *inner, *arrays, *columns} - named
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from cbam_pl.settings import command_parser, make_training, parse_with_recipes, 
 from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
-    completed_epochs,
     find_checkpoint,
     finished,
     network_name,
@@ -33,6 +32,7 @@ from cbam_pl.training.checkpoint import (
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.logger import RunLogger
 from cbam_pl.training.run import RESUMED, Run, new_run, run_of, write_text
+from cbam_pl.training.schema import completed_epochs
 from cbam_pl.training.state import differences, lasting_changes
 from cbam_pl.training.trainer import running, training_trainer
 

@@ -41,7 +41,7 @@ class Normalise:
 
 def _place(images: Images, device: torch.device) -> Images:
     """The images, on the device where they fit into half of its free memory."""
-    if device.type != "cuda" or images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type != "cuda" or images.store.is_cuda or images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
         return images
     return images.copy_to(device)
 
@@ -64,7 +64,7 @@ class TrainingLoader:
     even if the previous one was cut short; only the first one after `load_state_dict` starts in the middle.
     """
 
-    images: Images  # on the CPU
+    images: Images
     batch_size: int  # images per batch of this process; the last batch may be smaller
     augmentation: Augmentation
     normalise: Normalise
@@ -155,13 +155,10 @@ class EvaluationLoader:
         return self._order.tensor_split(len(self))
 
     def __iter__(self) -> Iterator[Batch]:
-        images = self.images
-        if self.change is None:
-            images = self._placed = self._placed or _place(images, self.device)
+        source = self.device if self.change is None else torch.device("cpu")
+        images = self._placed = self._placed or _place(self.images, source)
         for indices in self.indices():
-            if self.change is None:
-                pixels, labels = _gather(images, indices, self.device)
-            else:
-                pixels = self.change(images.take(indices), indices).to(self.device)
-                labels = images.labels[indices].to(self.device)
-            yield self.normalise(pixels), labels
+            pixels, labels = _gather(images, indices, source)
+            if self.change is not None:
+                pixels = self.change(pixels, indices)
+            yield self.normalise(pixels.to(self.device)), labels.to(self.device)

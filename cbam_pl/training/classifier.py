@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from sysconfig import get_path
+from sysconfig import get_default_scheme, get_path
 from typing import Any, Literal
 
 import torch
@@ -208,7 +208,8 @@ class Classifier(LightningModule):
         channels_last = device.type in ("cpu", "cuda") if self.channels_last is None else self.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self._memory_format)
-        if not training or not (device.type == "cuda" if self.compile_training is None else self.compile_training):
+        wanted = device.type == "cuda" if self.compile_training is None else self.compile_training
+        if not (training and wanted):
             return
         if missing := _missing_to_compile(device.type):
             if self.compile_training:
@@ -490,11 +491,14 @@ def _missing_to_compile(device: str) -> str:
         return ""
     if find_spec("triton") is None:
         return "Triton on a GPU: pip install triton"
+    if sys.platform == "win32":  # where it brings its compiler
+        return ""
     # Triton compiles its link to the driver.
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(shutil.which(compiler) for compiler in compilers):
         return f"a C compiler on a GPU: install {' or '.join(compilers)}"
-    return "" if Path(get_path("include"), "Python.h").is_file() else "Python.h on a GPU: install python3-dev"
+    scheme = get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks, for Debian's Python
+    return "" if Path(get_path("include", scheme), "Python.h").is_file() else "Python.h on a GPU: install python3-dev"
 
 
 def _as_plain(value: Any) -> Any:

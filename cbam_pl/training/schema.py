@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from cbam_pl.environment import UNKNOWN
@@ -113,7 +114,9 @@ def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, groups: list[d
     _match(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops.fit_loop")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in checkpoint["callbacks"]:
-            pattern = dict.fromkeys(callback.state_dict(), object)
+            pattern: dict[str, type] = dict.fromkeys(callback.state_dict(), object)
+            if isinstance(callback, EarlyStopping):
+                pattern |= {"wait_count": int, "patience": int}
             _match(checkpoint["callbacks"][callback.state_key], pattern, f"callbacks.{callback.state_key}")
     shapes = [parameter.shape for group in groups for parameter in group["params"]]
     optimizer = [*checkpoint["optimizer_states"], {"state": {}, "param_groups": []}][0]

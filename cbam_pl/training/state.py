@@ -159,7 +159,7 @@ def _give_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Let EarlyStopping have the patience that is given now, not the checkpoint's."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
-            if callback.patience > state["patience"]:
+            if callback.patience > max(state["patience"], state["wait_count"]):
                 checkpoint["stopped_early"] = False  # by its new patience it has not asked for that
             state["patience"] = callback.patience
 

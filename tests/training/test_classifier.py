@@ -266,7 +266,7 @@ def test_compiling_on_a_cpu_without_a_compiler_is_an_error(monkeypatch):
 )
 def test_a_gpu_without_what_compiling_needs_trains_eagerly_unless_it_is_asked_for(found, text, monkeypatch, capsys):
     monkeypatch.setattr("cbam_pl.training.classifier.find_spec", lambda name: found.get(name, name))
-    monkeypatch.setattr("cbam_pl.training.classifier.get_path", lambda name: found.get(name, name))
+    monkeypatch.setattr("cbam_pl.training.classifier.get_path", lambda name, scheme: found.get(name, name))
     monkeypatch.setenv("CC", "sh")  # which any machine has
     for name in {"CC", "PATH"} & found.keys():
         monkeypatch.delenv("CC")
@@ -286,6 +286,7 @@ def test_more_than_eight_networks_of_one_class_are_compiled(monkeypatch):
     counter = torch._dynamo.testing.CompileCounter()
     compile_ = torch.compile
     monkeypatch.setattr("torch.compile", lambda function, dynamic, options: compile_(function, backend=counter))
+    monkeypatch.setattr("cbam_pl.training.classifier._missing_to_compile", lambda device: "")
     for width in range(1, 11):
         model = Classifier(3, attention=AttentionConfig("none"), width=width / 4, compile=True)
         model.configure_memory_format_and_compile(torch.device("cpu"), training=True)

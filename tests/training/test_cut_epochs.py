@@ -230,11 +230,13 @@ def test_a_request_to_stop_outlives_an_improvement(command, recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
-def test_a_resume_with_more_patience_has_it(command, recipe, tmp_path):
-    broken = command(*fit(recipe, tmp_path, *callbacks(f"{EARLY}patience: 1}}}}", Break, step=STEPS + 1)))
+@pytest.mark.parametrize(("epochs", "least"), [(1, []), (2, ["--trainer.min_epochs", 3])])  # before it asks, and after
+def test_a_resume_with_more_patience_has_it(epochs, least, command, recipe, tmp_path):
+    stop = callbacks(f"{EARLY}patience: 1}}}}", Break, step=epochs * STEPS + 1)
+    broken = command(*fit(recipe, tmp_path, *least, *stop))
     assert broken.status == 143, broken.err
     patient = ["--trainer.callbacks", f"[{EARLY}patience: 9}}}}]", "--ckpt_path", "last"]
-    outcome = command(*fit(recipe, tmp_path, *patient))
+    outcome = command(*fit(recipe, tmp_path, *patient, *least))
     assert (outcome.status, checkpoint(tmp_path)["global_step"]) == (0, EPOCHS * STEPS), outcome.err
 
 
@@ -360,6 +362,7 @@ def test_epochs_without_validation_leave_val_and_the_plateau_alone(command, reci
     assert checkpoint(tmp_path)["optimizer_states"][0]["param_groups"][0]["lr"] == 0.0005
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
 def test_what_differs_on_resume_is_printed(command, recipe, tmp_path):
     assert command(*fit(recipe, tmp_path, "--trainer.max_epochs", 1)).status == 0
     changed = ["--trainer.limit_train_batches", 2, "--trainer.gradient_clip_val", 1.0]

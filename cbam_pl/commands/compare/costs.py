@@ -52,8 +52,9 @@ class TimedRecipe:
         count = 4 * data.batch_size
         side = stored_size(data.image_size) if in_proportion(data.hparams) else data.image_size
         pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+        images = Images(pixels, torch.arange(count) % data.num_classes).copy_to(self.device)
         # In an epoch of many batches, since between two the device waits for its order.
-        images = Images(pixels, torch.arange(count) % data.num_classes).subset(torch.arange(16 * count) % count)
+        images = images.subset(torch.arange(16 * count, device=self.device) % count)
         normalise = Normalise([0.5] * 3, [0.25] * 3, self.device)
         arguments = (images, data.batch_size, data.augmentation, normalise, self.device, 0, lambda: 0, Shard())
         loader = TrainingLoader(*arguments, data.image_size, data.crop_scale)
@@ -108,7 +109,7 @@ def time_recipes(
     Returns:
         Recipe → trainable parameters; flops of one image's forward pass, a multiplication and an addition being two;
         train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images;
-        measured_on, the device.
+        measured_on, the device. With test_time_flip a forward pass is that of both mirror images.
     """
     recipes = {name: TimedRecipe(settings) for name, settings in configs.items()}
     works = {(name, size): recipe.forward_pass(size) for name, recipe in recipes.items() for size in batch_sizes}

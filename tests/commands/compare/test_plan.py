@@ -175,8 +175,8 @@ BAD = {
     "a key without its group": (["--configs", "{cbam}", "--grid", "kernel_size=3"], "attention.kernel_size"),
     "an option without use": (["--configs", "{none}", "{se}", "--model.attention.kernel_size", "3"], "kernel_size"),
     "the clock as budget": (["--configs", "{none}", "{se}", "--trainer.max_time", "00:00:01:00"], "trainer.max_time"),
-    "an end of its own": (["--configs", "{none}", "{se}", "--trainer.callbacks", "[{class_path: lightning.pytorch."
-                           "callbacks.EarlyStopping, init_args: {monitor: val/loss}}]"], "leave EarlyStopping out"),
+    "an end of its own": (["--configs", "{none}", "{se}", "--trainer.callbacks", "[{{class_path: lightning.pytorch."
+                           "callbacks.EarlyStopping, init_args: {{monitor: val/loss}}}}]"], "leave EarlyStopping out"),
     "half an epoch": (["--configs", "{none}", "{se}", "--trainer.val_check_interval", "0.5"], "must be 1.0: figures"),
     "another logger": (["--configs", "{none}", "{se}", "--trainer.logger", "lightning.pytorch.loggers.CSVLogger",
                         "--trainer.logger.save_dir", "."], "trainer.logger=.* must be left out: compare needs the"),
