@@ -47,9 +47,8 @@ _TRAINING_ONLY = {
     "reload_dataloaders_every_n_epochs", "val_check_interval", "barebones", "enable_model_summary",
 }  # fmt: skip
 OWN_LIMIT = {"test": "limit_test_batches", "validate": "limit_val_batches"}
-# The others are settings of the training, which the checkpoint holds.
-EVALUATION_DATA = ("dataset", "root", "batch_size")
-EXPORT_DATA = ("dataset", "root")
+# The others are settings of the training, which the checkpoint holds; these, too, where they are not given.
+_EVALUATION_DATA = {"dataset", "root", "batch_size"}
 _TRAINER_DEFAULTS = {
     "max_epochs": 50,
     "log_every_n_steps": 1,
@@ -93,9 +92,11 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
         add("--output", type=str, default="predictions.csv", help="the CSV file to write")
         add("--top", type=PositiveInt, default=3, help="classes to show for each image")
     else:
-        used = EXPORT_DATA if command == "export" else EVALUATION_DATA
-        skipped = set() if command == "fit" else {*signature(ImageDataModule).parameters} - {*used}
+        used = _EVALUATION_DATA - ({"batch_size"} if command == "export" else set())
+        skipped = set() if command == "fit" else signature(ImageDataModule).parameters.keys() - used
         parser.add_class_arguments(ImageDataModule, "data", skip={"seed", *skipped}, instantiate=False)
+        if command != "fit":
+            parser.set_defaults({f"data.{name}": None for name in used})
     if command not in ("visualize", "export"):
         _add_trainer_options(parser, command)
     return parser
@@ -105,6 +106,11 @@ def make_training(values: Namespace, seed: int = 0) -> tuple[Classifier, ImageDa
     """The network and the data of `fit`'s instantiated settings; the classes and the images' size are the data's."""
     data = ImageDataModule(**values.data, seed=seed)
     return Classifier(num_classes=data.num_classes, image_size=data.image_size, seed=seed, **values.model), data
+
+
+def given_data(settings: Namespace) -> dict[str, Any]:
+    """The settings of the data that a command was given, to replace those that the checkpoint was trained with."""
+    return {name: value for name, value in settings.data.items() if value is not None}
 
 
 def _add_fit_options(parser: ArgumentParser) -> None:

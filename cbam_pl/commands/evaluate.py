@@ -20,7 +20,7 @@ from cbam_pl.data.datamodule import ImageDataModule, data_for_test, images_diges
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.inspect.calibration import fit_temperature, measure_images, reliability
-from cbam_pl.settings import EVALUATION_DATA, OWN_LIMIT, command_parser, parse, split_option
+from cbam_pl.settings import OWN_LIMIT, command_parser, given_data, parse, split_option
 from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier
 from cbam_pl.training.classifier import Classifier
@@ -65,22 +65,19 @@ class _Evaluation:
 def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     """Print how good a checkpoint is; of `test`, also write it into its log folder."""
     parser = command_parser(command)
-    names = parse(parser, options)
-    root = Path(names.trainer.default_root_dir)
-    path, checkpoint = find_checkpoint(root, names.ckpt_path)
-    # What is not given here is as the checkpoint was trained with.
-    saved = checkpoint["datamodule_hyper_parameters"]
-    settings = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}})
+    settings = parse(parser, options)
+    root, given = Path(settings.trainer.default_root_dir), given_data(settings)
+    path, checkpoint = find_checkpoint(root, settings.ckpt_path)
     if settings.trainer[limit := OWN_LIMIT[command]] == 0:
         raise UserError(f"trainer.{limit}={settings.trainer[limit]} evaluates no image; leave it out")
     calibrates, writes = settings.get("calibrate"), command == "test" and not settings.trainer.fast_dev_run
     with as_user_error():
         values = parser.instantiate(settings)
         if command == "validate" or calibrates:
-            data = ImageDataModule(**saved | dict(values.data))
+            data = ImageDataModule(**checkpoint["datamodule_hyper_parameters"] | given)
             data.load_state_dict(checkpoint["ImageDataModule"])
         else:
-            data = data_for_test(checkpoint, dict(values.data))
+            data = data_for_test(checkpoint, given)
         model = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust)
         epoch, logs = checkpoint["epoch"] + 1, results_folder(path, root) if writes else None
         logger = None if logs is None else RunLogger(logs, _suffix(epoch))

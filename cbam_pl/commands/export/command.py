@@ -35,7 +35,7 @@ from cbam_pl.data.loader import Normalise
 from cbam_pl.environment import describe_environment, processor_name
 from cbam_pl.errors import UserError, as_user_error, cannot_write
 from cbam_pl.inspect.gates import attention_maps, attention_modules
-from cbam_pl.settings import EXPORT_DATA, command_parser, parse
+from cbam_pl.settings import command_parser, given_data, parse
 from cbam_pl.tables import print_table
 from cbam_pl.timing import time_in_turns
 from cbam_pl.training.checkpoint import find_checkpoint, load_classifier, network_name
@@ -65,22 +65,19 @@ def export(options: list[str]) -> None:
         with as_user_error(_MORE_MEMORY):
             print(*write_pretrained(path, output, settings.precision, settings.trust, settings.licence), sep="\n")
         return
-    saved = checkpoint["datamodule_hyper_parameters"]
-    required = {"format": settings.format, "output": settings.output}  # by the recipe as well
-    data = parse(parser, options, {**required, "data": {name: saved[name] for name in EXPORT_DATA}}).data
     _check_output(output)
     if settings.format == "onnx" or settings.benchmark:
         import_onnxruntime()
     with as_user_error(_MORE_MEMORY):
-        _export_file(path, checkpoint, settings, data, output)
+        _export_file(path, checkpoint, settings, output)
 
 
-def _export_file(path: Path, checkpoint: dict[str, Any], settings: Namespace, data: Namespace, output: Path) -> None:
+def _export_file(path: Path, checkpoint: dict[str, Any], settings: Namespace, output: Path) -> None:
     """Write the network as one file, once that was run and agrees with the checkpoint."""
     classifier = load_classifier(path, checkpoint, settings.model.test_time_flip, settings.trust).eval()
     metadata = _describe(path, checkpoint, classifier, settings)
     print(f"exporting {path}: {metadata['network']}, attention {metadata['attention']}, epoch {metadata['epoch']}")
-    pixels, images = _verification_images(checkpoint, data)
+    pixels, images = _verification_images(checkpoint, given_data(settings))
     expected = _outputs_of(path, checkpoint, classifier, pixels, settings.gates)
     statistics = metadata["mean"], metadata["std"]
     network = ExportedNetwork(
@@ -119,9 +116,9 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output} holds other files, such as {min(others)}; name another folder")
 
 
-def _verification_images(checkpoint: dict[str, Any], settings: Namespace) -> tuple[Tensor, str]:
+def _verification_images(checkpoint: dict[str, Any], given: dict[str, Any]) -> tuple[Tensor, str]:
     """NUM_IMAGES test images, evenly chosen, (N, 3, H, W) uint8, or noise where they are not at hand; and its name."""
-    data = data_for_test(checkpoint, dict(settings))
+    data = data_for_test(checkpoint, given)
     reason = f"no test images of {data.dataset} in {show(data.root)}"
     if data.is_at_hand():
         try:

@@ -21,7 +21,7 @@ from cbam_pl.inspect.curves import History, draw_curves, read_history
 from cbam_pl.inspect.randomisation import cascading_randomisation
 from cbam_pl.inspect.scores import measure
 from cbam_pl.inspect.tables import print_ablation, print_randomisation, print_scores
-from cbam_pl.settings import EVALUATION_DATA, command_parser, parse
+from cbam_pl.settings import command_parser, given_data, parse
 from cbam_pl.training.checkpoint import find_checkpoint
 from cbam_pl.training.run import read_result, run_of
 
@@ -36,9 +36,8 @@ def visualize(options: list[str]) -> None:
     loaded, root = [], Path(settings.trainer.default_root_dir)
     for name in settings.ckpt_path:
         path, content = find_checkpoint(root, name)
-        saved = content["datamodule_hyper_parameters"]
-        data = parse(parser, options, {"data": {name: saved[name] for name in EVALUATION_DATA}}).data
-        loaded.append(LoadedCheckpoint(path, content, {**saved, **data}, settings.trust, root))
+        data = content["datamodule_hyper_parameters"] | given_data(settings)
+        loaded.append(LoadedCheckpoint(path, content, data, settings.trust, root))
     folder = loaded[0].logs / "pictures" if settings.output is None else Path(settings.output).expanduser()
     with as_user_error("draw fewer images, measure on fewer (--measure_images), or lower data.batch_size"):
         (_write_page if settings.page else _write_pictures)(settings, loaded, folder)
