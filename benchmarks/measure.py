@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -130,7 +131,7 @@ class Child:
         work: takes a RoundClock and `arguments`, and calls the clock's `step` after each step, without end.
         threads: of torch.
         device: cpu or cuda.
-        arguments: of `work`.
+        arguments: of `work`. Its attribute `environment`, if it has one, holds variables that the process starts with.
     """
 
     def __init__(self, work: Callable[..., None], threads: int, device: str, arguments: dict[str, Any]) -> None:
@@ -138,7 +139,8 @@ class Child:
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have children, such as a loader's workers.
         self._process = context.Process(target=_run_child, args=(work, theirs, threads, device, arguments))
-        self._process.start()
+        with patch.dict(os.environ, getattr(work, "environment", {})):
+            self._process.start()
         theirs.close()
         self._receive()  # ready
         self._signal(signal.SIGSTOP)

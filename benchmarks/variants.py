@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import RoundClock
 from benchmarks.naive import NaiveCNN, PillowImages, plain_loader
+from cbam_pl.cli import WAITING
 from cbam_pl.commands.fit import fit as fit_command
 from cbam_pl.data.datamodule import ImageDataModule
 from cbam_pl.data.loader import Normalise, Shard, TrainingLoader
@@ -130,6 +131,9 @@ def fit(clock: RoundClock, options: list[str]) -> None:
     configure_process()  # as the command line does before each command
     with contextlib.redirect_stderr(_UnseenTerminal()):
         fit_command([*options, *extra, "--trainer.accelerator", accelerator])
+
+
+fit.environment = WAITING  # type: ignore[attr-defined]  # set by the command line before torch is loaded
 
 
 def _train(clock: RoundClock, model: Classifier, batches: Iterator[tuple[Tensor, Tensor]], bfloat16: bool) -> None:

@@ -25,6 +25,12 @@ COMMANDS = {
 }
 
 
+# Read once, when torch is loaded: how often a thread looks whether the others are done before it sleeps. By default
+# 300,000 times, milliseconds in which it may keep a core from the very thread that it waits for; with another program
+# on one of two cores, steps took over ten times as long (benchmarks/NOTES.md).
+WAITING = {"GOMP_SPINCOUNT": "30000"}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and end the process: status 0 when done, 2 with one line for what the user can fix."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -57,10 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(command: str, options: list[str]) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Read once, when torch is loaded: how often a thread looks whether the others are done before it sleeps. By
-        # default 300,000 times, milliseconds in which it may keep a core from the very thread that it waits for; with
-        # another program on one of two cores, steps took over ten times as long (benchmarks/NOTES.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+        os.environ.update(WAITING | os.environ)  # what is set already stays
     from cbam_pl.errors import Interrupted, UserError
     from cbam_pl.process import configure_process
 
