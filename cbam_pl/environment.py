@@ -1,12 +1,16 @@
-"""What a figure was measured with: versions, commit, processor, device, date."""
+"""What a figure was measured with: versions, commit, processor, device, date; and what is missing to compile."""
 
 import os
 import platform
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_default_scheme, get_path
 
 import torch
 
@@ -56,3 +60,22 @@ def environments_by_key(environments: Sequence[Mapping[str, str]]) -> dict[str, 
     """One text for each key: what the environments, in their order, have of it, each once."""
     texts = {key: ", then ".join(dict.fromkeys(one[key] for one in environments)) for key in UNKNOWN}
     return {key: text or UNKNOWN[key] for key, text in texts.items()}
+
+
+def missing_to_compile(device: str) -> str:
+    """What torch.compile lacks for a kind of device, or nothing; it would say so in the first step, and at length."""
+    if device == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
+        return "" if shutil.which(compiler) else f"a C++ compiler on a CPU: install {compiler}"
+    if device != "cuda":
+        return ""
+    if find_spec("triton") is None:
+        return "Triton on a GPU: pip install triton"
+    if sys.platform == "win32":  # where it brings its compiler
+        return ""
+    # Triton compiles its link to the driver.
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"a C compiler on a GPU: install {' or '.join(compilers)}"
+    scheme = get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks, for Debian's Python
+    return "" if Path(get_path("include", scheme), "Python.h").is_file() else "Python.h on a GPU: install python3-dev"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from cbam_pl.errors import UserError
 from cbam_pl.settings import closest, command_parser, parse, parse_with_recipes
@@ -158,6 +159,14 @@ def test_only_ordinary_files_are_read_as_recipes(tmp_path: Path) -> None:
     assert message("--config") == "--config: expected one argument"
 
 
+def merged(tmp_path: Path, *recipes: str) -> Namespace:
+    """The settings of several recipes, of which the later wins."""
+    files = [tmp_path / f"{number}.yaml" for number in range(len(recipes))]
+    for file, recipe in zip(files, recipes, strict=True):
+        file.write_text(recipe)
+    return parse_with_recipes(command_parser("fit"), [f"--config={file}" for file in files])
+
+
 def test_a_later_recipe_wins_and_options_win_over_both(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("model: {attention: &both {kind: se, reduction: &r 8}}\ndata: {batch_size: *r}\nseed: 5")
@@ -169,26 +178,22 @@ def test_a_later_recipe_wins_and_options_win_over_both(tmp_path: Path) -> None:
 
 
 def test_a_rate_in_exponent_notation_is_a_number(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("{model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1e-3}}}, data: {root: 1e}}")
-    settings = parse_with_recipes(command_parser("fit"), ["--config", str(recipe)])
+    recipe = "{model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1e-3}}}, data: {root: 1e}}"
+    settings = merged(tmp_path, recipe)
     assert (settings.model.optimizer.init_args.lr, settings.data.root) == (0.001, "1e")
 
 
 def test_another_class_in_a_later_recipe_has_its_own_arguments(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.1, amsgrad: true}}}")
-    second.write_text("model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.2}}}")
-    settings = parse_with_recipes(command_parser("fit"), ["--config", str(first), "--config", str(second)])
+    first = "model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.1, amsgrad: true}}}"
+    second = "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.2}}}"
+    settings = merged(tmp_path, first, second)
     assert settings.model.optimizer.class_path == "torch.optim.SGD"
     assert settings.model.optimizer.init_args.lr == 0.2
 
 
 def test_arguments_alone_are_those_of_the_class_before(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("model: {optimizer: SGD, lr_factors: {}}")
-    second.write_text("model: {optimizer: {init_args: {lr: 0.2}}, lr_factors: {}}")
-    settings = parse_with_recipes(command_parser("fit"), ["--config", str(first), "--config", str(second)])
+    first = "model: {optimizer: SGD, lr_factors: {}}"
+    settings = merged(tmp_path, first, "model: {optimizer: {init_args: {lr: 0.2}}, lr_factors: {}}")
     assert settings.model.optimizer.class_path == "torch.optim.SGD"
     assert settings.model.optimizer.init_args.lr == 0.2
     assert settings.model.lr_factors == {}
@@ -196,15 +201,13 @@ def test_arguments_alone_are_those_of_the_class_before(tmp_path: Path) -> None:
 
 def test_a_later_recipe_replaces_each_setting_as_a_whole(tmp_path: Path) -> None:
     schedule = "lr_scheduler: {class_path: cbam_pl.schedules.PiecewiseConstantLR, init_args: {rates: %s}}"
-    files = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
-    factors = "{blocks: 0.1, classifier: 10}", "{}"
-    for file, rates, own in zip(files, ("{60: 0.02, 120: 0.004}", "{30: 0.5}"), factors, strict=True):
-        file.write_text(f"model: {{{schedule % rates}, lr_factors: {own}}}")
-    files.append(tmp_path / "third.yaml")
-    files[-1].write_text("model: {optimizer: {init_args: {lr: 0.2}}}")  # of the class before
-    files.insert(0, tmp_path / "zeroth.yaml")
-    files[0].write_text("model: {optimizer: {class_path: torch.optim.SGD, init_args: {momentum: 0.5}}}")
-    settings = parse_with_recipes(command_parser("fit"), [word for file in files for word in ("--config", str(file))])
+    settings = merged(
+        tmp_path,
+        "model: {optimizer: {class_path: torch.optim.SGD, init_args: {momentum: 0.5}}}",
+        f"model: {{{schedule % '{60: 0.02, 120: 0.004}'}, lr_factors: {{blocks: 0.1, classifier: 10}}}}",
+        f"model: {{{schedule % '{30: 0.5}'}, lr_factors: {{}}}}",
+        "model: {optimizer: {init_args: {lr: 0.2}}}",  # of the class before
+    )
     assert settings.model.lr_scheduler.init_args.rates == {30: 0.5}
     assert settings.model.lr_factors == {}
     arguments = settings.model.optimizer.init_args

@@ -1,18 +1,13 @@
 """The LightningModule: a network with its loss, metrics, optimizer and schedule."""
 
 import math
-import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from sysconfig import get_default_scheme, get_path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +23,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
+from cbam_pl.environment import missing_to_compile
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
 from cbam_pl.models.network import as_logits, check_rebuilt
@@ -211,7 +207,7 @@ class Classifier(LightningModule):
         wanted = device.type == "cuda" if self.compile_training is None else self.compile_training
         if not (training and wanted):
             return
-        if missing := _missing_to_compile(device.type):
+        if missing := missing_to_compile(device.type):
             if self.compile_training:
                 raise UserError(f"model.compile=true needs {missing}, or give false")
             said = f"the training step is not compiled, which needs {missing}"
@@ -480,25 +476,6 @@ def _with_factors(make: partial[Any], factors: Sequence[float]) -> partial[Any]:
     given = {name: make.keywords.get(name) for name in ("max_lr", "base_lr", "min_lr", "swa_lr")}
     one_rate = {name: rate for name, rate in given.items() if rate is not None and not isinstance(rate, list)}
     return partial(make, **{name: [rate * factor for factor in factors] for name, rate in one_rate.items()})
-
-
-def _missing_to_compile(device: str) -> str:
-    """What torch.compile lacks for a kind of device, or nothing; it would say so in the first step, and at length."""
-    if device == "cpu":
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
-        return "" if shutil.which(compiler) else f"a C++ compiler on a CPU: install {compiler}"
-    if device != "cuda":
-        return ""
-    if find_spec("triton") is None:
-        return "Triton on a GPU: pip install triton"
-    if sys.platform == "win32":  # where it brings its compiler
-        return ""
-    # Triton compiles its link to the driver.
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if not any(shutil.which(compiler) for compiler in compilers):
-        return f"a C compiler on a GPU: install {' or '.join(compilers)}"
-    scheme = get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks, for Debian's Python
-    return "" if Path(get_path("include", scheme), "Python.h").is_file() else "Python.h on a GPU: install python3-dev"
 
 
 def _as_plain(value: Any) -> Any:

@@ -237,7 +237,7 @@ def test_a_training_that_begins_with_a_smaller_batch_compiles_the_full_ones_too(
     ("device", "stage", "expected"), [("cuda", "fit", True), ("cuda", "test", False), ("cpu", "fit", False)]
 )
 def test_only_training_on_cuda_is_compiled_by_default(device, stage, expected, monkeypatch):
-    monkeypatch.setattr("cbam_pl.training.classifier._missing_to_compile", lambda device: "")
+    monkeypatch.setattr("cbam_pl.training.classifier.missing_to_compile", lambda device: "")
     model = Classifier(3)
     model._compiled_size = 128  # of an earlier training
     model.configure_memory_format_and_compile(torch.device(device), stage == "fit")
@@ -265,8 +265,8 @@ def test_compiling_on_a_cpu_without_a_compiler_is_an_error(monkeypatch):
     ],
 )
 def test_a_gpu_without_what_compiling_needs_trains_eagerly_unless_it_is_asked_for(found, text, monkeypatch, capsys):
-    monkeypatch.setattr("cbam_pl.training.classifier.find_spec", lambda name: found.get(name, name))
-    monkeypatch.setattr("cbam_pl.training.classifier.get_path", lambda name, scheme: found.get(name, name))
+    monkeypatch.setattr("cbam_pl.environment.find_spec", lambda name: found.get(name, name))
+    monkeypatch.setattr("cbam_pl.environment.get_path", lambda name, scheme: found.get(name, name))
     monkeypatch.setenv("CC", "sh")  # which any machine has
     for name in {"CC", "PATH"} & found.keys():
         monkeypatch.delenv("CC")
@@ -286,7 +286,7 @@ def test_more_than_eight_networks_of_one_class_are_compiled(monkeypatch):
     counter = torch._dynamo.testing.CompileCounter()
     compile_ = torch.compile
     monkeypatch.setattr("torch.compile", lambda function, dynamic, options: compile_(function, backend=counter))
-    monkeypatch.setattr("cbam_pl.training.classifier._missing_to_compile", lambda device: "")
+    monkeypatch.setattr("cbam_pl.training.classifier.missing_to_compile", lambda device: "")
     for width in range(1, 11):
         model = Classifier(3, attention=AttentionConfig("none"), width=width / 4, compile=True)
         model.configure_memory_format_and_compile(torch.device("cpu"), training=True)
