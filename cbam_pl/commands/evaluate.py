@@ -139,7 +139,8 @@ def _write(one: _Evaluation, logs: Path, tested: dict[str, Any], arrays: dict[st
         "images": one.model.num_evaluated,
         "environment": describe_environment(one.trainer.strategy.root_device),
         "trained_on": one.checkpoint["environments"],
-        "trained_images": images_digest(one.checkpoint["ImageDataModule"]),
+        "trained_images": images_digest(*map(one.checkpoint["ImageDataModule"].get, ("train_ids", "val_ids"))),
+        "tested_images": images_digest(one.data.images("test").ids),
     }
     with atomic_write(logs / "test.npz") as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)

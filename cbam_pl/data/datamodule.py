@@ -94,15 +94,10 @@ def data_for_test(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
     return data
 
 
-def images_digest(state: Mapping[str, Any]) -> str | None:
-    """A text that changes with the images of a folder that were trained on or held out; None of fixed data.
-
-    `state` is what a checkpoint has of its ImageDataModule.
-    """
-    if "train_ids" not in state:
-        return None
-    ids = torch.cat([state["train_ids"], state["val_ids"]]).sort().values  # the same for every seed's split
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+def images_digest(*parts: Tensor | None) -> str | None:
+    """A text that changes with a folder's images, by the ids (N,) of its parts in any order; None of fixed data."""
+    ids = [part for part in parts if part is not None]
+    return hashlib.sha256(torch.cat(ids).sort().values.numpy().tobytes()).hexdigest()[:16] if ids else None
 
 
 def may_have_seen(trained: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """What each recipe costs: parameters, operations, training speed, latency and memory, measured in turns."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
@@ -95,10 +96,22 @@ class TimedRecipe:
 
 
 def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """What `time_recipes` measures, and peak `memory` in MB of a process that trains; None where memory ran out."""
-    memory = {name: in_new_process(threads, peak_training_memory, settings) for name, settings in configs.items()}
-    timed = in_new_process(threads, time_recipes, configs, rounds, seconds, (1, 256))
-    return {name: timed and timed[name] | {"memory": memory[name]} for name in configs}
+    """What `time_recipes` measures, and peak `memory` in MB of a process that trains; None where memory ran out.
+
+    Recipes that differ in their epochs alone take the same steps, and are measured as one.
+    """
+    steps = {name: json.dumps(_of_a_step(settings), sort_keys=True) for name, settings in configs.items()}
+    measured = {step: name for name, step in reversed(steps.items())}  # the first recipe of each
+    distinct = {name: configs[name] for name in measured.values()}
+    memory = {name: in_new_process(threads, peak_training_memory, settings) for name, settings in distinct.items()}
+    timed = in_new_process(threads, time_recipes, distinct, rounds, seconds, (1, 256))
+    costs = {name: timed and timed[name] | {"memory": memory[name]} for name in distinct}
+    return {name: costs[measured[step]] for name, step in steps.items()}
+
+
+def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
+    budget = ("trainer.max_epochs", "trainer.max_steps", "model.lr_scheduler")
+    return {key: value for key, value in settings.items() if not key.startswith(budget)}
 
 
 def time_recipes(
@@ -109,7 +122,7 @@ def time_recipes(
     Returns:
         Recipe → trainable parameters; flops of one image's forward pass, a multiplication and an addition being two;
         train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images;
-        measured_on, the device. With test_time_flip a forward pass is that of both mirror images.
+        measured_on, the device and commit. With test_time_flip a forward pass is that of both mirror images.
     """
     recipes = {name: TimedRecipe(settings) for name, settings in configs.items()}
     works = {(name, size): recipe.forward_pass(size) for name, recipe in recipes.items() for size in batch_sizes}
@@ -118,7 +131,8 @@ def time_recipes(
     turns = time_in_turns(works, rounds, seconds, device)
     times = {key: statistics.median(values) for key, values in turns.items()}
     threads = "" if device.type == "cuda" else f", threads: {torch.get_num_threads()}"
-    measured_on = describe_environment(device)["device"] + threads
+    environment = describe_environment(device)
+    measured_on = f"{environment['device']}{threads}, commit {environment['commit']}"
     return {
         name: {
             "parameters": recipe.parameters,

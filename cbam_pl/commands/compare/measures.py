@@ -1,12 +1,12 @@
 """What a report compares beside the accuracy: the measures of test.json, and two recipes' answers image by image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from cbam_pl.commands.compare.statistics import compare_pairs, mcnemar, nested_bootstrap, summarise
+from cbam_pl.commands.compare.statistics import compare_pairs, interval_over_images, mcnemar, summarise
 
 Result = dict[str, Any]  # of one run
 Pairs = Sequence[tuple[Result, Result]]  # runs of a recipe and of what it is compared with, of the same seed each
@@ -43,7 +43,7 @@ def read_measures(test: dict[str, Any]) -> dict[str, float | None]:
 
 def compare_measures(own: Sequence[Result], pairs: Pairs) -> dict[str, dict[str, Any]]:
     """A recipe's measures: of each its summary over the seeds, and its difference where there are pairs."""
-    intervals = bootstrap_intervals(pairs, {name: measure.factor for name, measure in MEASURES.items()})
+    intervals = intervals_over_images(pairs, {name: measure.factor for name, measure in MEASURES.items()})
     measures = {}
     for name in MEASURES:
         if all(run.get(name) is not None for run in (*own, *(run for pair in pairs for run in pair))):
@@ -61,37 +61,46 @@ def compare_runs(pairs: Pairs, name: str, images_interval: list[float] | None) -
     return asdict(difference) | {"images_interval": interval, "significant": False}
 
 
-def bootstrap_intervals(pairs: Pairs, factors: dict[str, float]) -> dict[str, list[float]]:
+def intervals_over_images(pairs: Pairs, factors: dict[str, float]) -> dict[str, list[float]]:
     """Intervals over seeds and images of mean differences, each times its factor: of "correct", or of measures.
 
     Empty with fewer than two pairs, or where the runs' predictions are missing or not of the same images; without the
     measures that are not those of single images.
     """
-    if len(pairs) < 2 or not _are_of_same_images(pairs):
+    if len(pairs) < 2 or not _can_be_paired(pairs):
         return {}
-    names = [name for name in factors if all(name in run["predictions"] for pair in pairs for run in pair)]
-    if not names:
-        return {}
-    values = [[a["predictions"][name] - b["predictions"][name] for a, b in pairs] for name in names]
-    intervals = nested_bootstrap(np.array(values))  # (names, 2)
-    return {name: (factors[name] * one).tolist() for name, one in zip(names, intervals, strict=True)}
+    intervals = {}
+    for name, factor in factors.items():
+        if all(name in run["predictions"] for pair in pairs for run in pair):
+            differences = np.array([ours["predictions"][name] - other["predictions"][name] for ours, other in pairs])
+            intervals[name] = [factor * end for end in interval_over_images(differences)]
+    return intervals
 
 
 def count_images(pairs: Pairs) -> dict[int, dict[str, Any]]:
     """McNemar's counts and p value of each pair, by seed; empty as above."""
-    if not _are_of_same_images(pairs):
+    if not _can_be_paired(pairs):
         return {}
     correct = [[run["predictions"]["correct"] > 0 for run in pair] for pair in pairs]
     return {ours["seed"]: asdict(mcnemar(*both)) for (ours, _), both in zip(pairs, correct, strict=True)}
 
 
-def _are_of_same_images(pairs: Pairs) -> bool:
-    predictions = [run.get("predictions") or {} for pair in pairs for run in pair]
-    return bool(predictions) and all(
-        name in one and np.array_equal(one[name], predictions[0][name])
-        for one in predictions
-        for name in ("image", "label")
+def distinct(runs: Iterable[Result], key: str) -> set[Any]:
+    """The values of a key of test.json, which those of earlier versions may lack."""
+    return {value for run in runs if (value := run["test"].get(key)) is not None}
+
+
+def are_of_same_images(runs: Sequence[Result]) -> bool:
+    """Whether the runs were tested on the same images, as far as is known: earlier versions stored only how many."""
+    known = [predictions for run in runs if (predictions := run.get("predictions"))]
+    return all(len(distinct(runs, key)) <= 1 for key in ("images", "tested_images")) and all(
+        np.array_equal(one[name], known[0][name]) for one in known for name in ("image", "label")
     )
+
+
+def _can_be_paired(pairs: Pairs) -> bool:
+    runs = [run for pair in pairs for run in pair]
+    return bool(runs) and all(run.get("predictions") for run in runs) and are_of_same_images(runs)
 
 
 # As tables

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from io import StringIO
@@ -22,10 +24,12 @@ from cbam_pl.commands.compare.jobs import (
 )
 from cbam_pl.commands.compare.measures import (
     Result,
-    bootstrap_intervals,
+    are_of_same_images,
     compare_measures,
     compare_runs,
     count_images,
+    distinct,
+    intervals_over_images,
     mcnemar_table,
     measures_table,
     read_measures,
@@ -35,9 +39,17 @@ from cbam_pl.commands.compare.measures import (
 )
 from cbam_pl.commands.compare.plan import Plan, split_settings
 from cbam_pl.commands.compare.robustness import add_robustness, robustness_table, with_robustness
-from cbam_pl.commands.compare.statistics import LEVEL, POWER, compare_pairs, holm, seeds_needed, summarise
+from cbam_pl.commands.compare.statistics import (
+    LEVEL,
+    POWER,
+    compare_pairs,
+    holm,
+    least_significant,
+    seeds_needed,
+    summarise,
+)
 from cbam_pl.commands.robustness import read_robustness
-from cbam_pl.environment import UNKNOWN, environments_by_key
+from cbam_pl.environment import UNKNOWN, commit, environments_by_key
 from cbam_pl.errors import UserError
 from cbam_pl.tables import print_table
 from cbam_pl.training.run import Run, write_text
@@ -103,6 +115,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     labels, baseline = plan.labels, next(iter(plan.configs))
     compared = [name for name in plan.given if name != baseline]
     test = results[0]["test"]
+    images = test["images"] if len(distinct(results, "images")) == 1 else None
     recipes: dict[str, Any] = {}
     for name in names:
         own = [runs[name, seed] for seed in plan.seeds if (name, seed) in runs]
@@ -111,7 +124,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
             "label": labels[name],
             "test_acc": asdict(summarise([one["test_acc"] for one in own])),
             "val_acc": asdict(summarise([one["val_acc"] for one in own])),
-            "difference": _difference(pairs, test["images"]) if pairs else None,
+            "difference": _difference(pairs, images) if pairs else None,
             "measures": compare_measures(own, pairs),
             "mcnemar": count_images(pairs),
             "cost": costs.get(name),
@@ -124,7 +137,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
     for control in plan.controls:
         key = (control.recipe, control.name)
         if key not in differences and (pairs := _pairs(runs, *key)):
-            differences[key] = _difference(pairs, test["images"])
+            differences[key] = _difference(pairs, images)
     differences = dict(sorted(differences.items(), key=lambda one: one[0][0] in plan.added))  # the controls' own last
     others = [measure["difference"] for recipe in recipes.values() for measure in recipe["measures"].values()]
     tested = [one for one in (*differences.values(), *others) if one and one["p"] is not None]
@@ -144,7 +157,8 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         "baseline": baseline,
         "labels": labels,
         "seeds": plan.seeds,
-        "test_images": test["images"],
+        "test_images": images,
+        "comparisons": len(tested),
         "sentences": [finding["sentence"] for finding in findings],
         "findings": findings,
         "notes": [*_notes(plan, missing, results), *filter(None, (control["note"] for control in controls))],
@@ -176,11 +190,11 @@ def _pairs(runs: dict[tuple[str, int], Result], name: str, other: str) -> list[t
     return [(runs[name, seed], runs[other, seed]) for seed in seeds]
 
 
-def _difference(pairs: Sequence[tuple[Result, Result]], images: int) -> dict[str, Any]:
-    difference = compare_runs(pairs, "test_acc", bootstrap_intervals(pairs, {"correct": 100}).get("correct"))
+def _difference(pairs: Sequence[tuple[Result, Result]], images: int | None) -> dict[str, Any]:
+    difference = compare_runs(pairs, "test_acc", intervals_over_images(pairs, {"correct": 100}).get("correct"))
     return difference | {
         "pairs": [ours["test_acc"] - baseline["test_acc"] for ours, baseline in pairs],
-        "images": difference["mean"] / 100 * images,
+        "images": None if images is None else difference["mean"] / 100 * images,
         "seeds_needed": seeds_needed(EFFECT, difference["sd"]) if difference["sd"] else None,
     }
 
@@ -215,10 +229,9 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
         notes.append(f"The recipes do not have the same data and budget: {'; '.join(plan.unequal)}.")
     if missing:
         notes.append(f"Not done, so missing: {', '.join(missing)}. A pair without both runs is left out.")
-    if not plan.unequal and not _are_of_same_images(results):
+    if not plan.unequal and not are_of_same_images(results):
         notes.append("The runs were not tested on the same images, so their figures cannot be compared.")
-    digests = [one["test"].get("trained_images") for one in results]
-    if not plan.unequal and len({digest for digest in digests if digest}) > 1:
+    if not plan.unequal and len(distinct(results, "trained_images")) > 1:
         notes.append("The runs were not trained on the same images: their folder has changed between them.")
     trained = [{key: one[f"trained_{key}"] for key in UNKNOWN} for one in results]
     unknown = sum("unknown" in one["device"] for one in trained)
@@ -233,19 +246,15 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
     for key in ("device", "versions", "commit", "libraries"):
         found = []
         for what, environments in sides.items():
-            values = [one[key] for one in environments if "unknown" not in one.get(key, "unknown")]
-            if len(set(values)) > 1 and values not in found:  # mostly, a run is trained and tested in one place
-                notes.append(f"The {what} with the same {key}: {'; '.join(dict.fromkeys(values))}.")
-            found.append(values)
+            labels: dict[str, dict[str, None]] = {}  # value → the recipes that have it, in order
+            for run, one in zip(results, environments, strict=True):
+                if "unknown" not in (value := one.get(key, "unknown")):
+                    labels.setdefault(value, {})[plan.labels[run["recipe"]]] = None
+            if len(labels) > 1 and labels not in found:  # mostly, a run is trained and tested in one place
+                which = "; ".join(f"{value} ({', '.join(recipes)})" for value, recipes in labels.items())
+                notes.append(f"The {what} with the same {key}: {which}.")
+            found.append(labels)
     return notes
-
-
-def _are_of_same_images(results: Sequence[Result]) -> bool:
-    """Whether all runs were tested on the same images, as far as is known: earlier versions stored only how many."""
-    known = [predictions for one in results if (predictions := one.get("predictions"))]
-    return len({one["test"]["images"] for one in results}) == 1 and all(
-        np.array_equal(one[name], known[0][name]) for one in known for name in ("image", "label")
-    )
 
 
 def _sentence(label: str, baseline: str, difference: dict[str, Any], comparisons: int) -> str:
@@ -307,19 +316,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
-    headings = [
-        "recipe",
-        "test accuracy, %",
-        "n",
-        f"− {content['labels'][content['baseline']]}, pp",
-        "95 % interval over seeds",
-    ]
-    headings += [
-        "over seeds and images",
-        "p (Holm)",
-        f"of {content['test_images']:,} test images",
-        f"seeds to detect {EFFECT} pp",
-    ]
+    images = content["test_images"]  # None where recipes were tested on other numbers of them, with --unequal
+    headings = ["recipe", "test accuracy, %", "n", f"− {content['labels'][content['baseline']]}, pp"]
+    headings += ["95 % interval over seeds", "over seeds and images", "p (Holm)"]
+    headings += [] if images is None else [f"of {images:,} test images"]
+    headings += [f"seeds to detect {EFFECT} pp"]
     rows = []
     for recipe in content["recipes"].values():
         test, difference = recipe["test_acc"], recipe["difference"]
@@ -328,7 +329,8 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
         if difference:
             p, needed = difference.get("p_holm"), difference["seeds_needed"]
             row += [signed(difference["mean"]), show_interval(difference["interval"])]
-            row += [show_interval(difference["images_interval"]), show_p(p), signed(difference["images"], 0)]
+            row += [show_interval(difference["images_interval"]), show_p(p)]
+            row += [] if images is None else [signed(difference["images"], 0)]
             row += ["" if needed is None else f"{needed:,}"]
         rows.append(row + [""] * (len(headings) - len(row)))
     meaning = (
@@ -336,9 +338,21 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
         "Differences are paired by seed; pp: percentage points. No significant difference does not mean no "
         f"difference: the interval gives the differences that remain possible. Seeds to detect {EFFECT} pp: pairs at "
         f"which a true difference of that size would be significant with a probability of {100 * POWER:.0f} %, before "
-        "the correction, if the pairs vary as they did here."
+        "the correction, if the pairs vary as they did here. p, better and worse: over seeds, on these test images."
+        + _threshold(content)
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
+
+
+def _threshold(content: dict[str, Any]) -> str:
+    """How large a difference must be, which few seeds and many comparisons raise above what one expects."""
+    n, comparisons = len(content["seeds"]), content["comparisons"]
+    if n < 2 or comparisons < 2:
+        return ""
+    return (
+        f" With n = {n} and {comparisons} comparisons, no p is below {1 - LEVEL:.2f} unless a mean difference is at "
+        f"least {least_significant(n, comparisons):.1f} times the standard deviation of its pairs."
+    )
 
 
 def _control_table(content: dict[str, Any]) -> dict[str, Any]:
@@ -377,10 +391,10 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
-    settings, first = split_settings(plan.given)[0], results[0]
+    settings = split_settings(plan.given)[0]
     dates = sorted({run["date"] for run in results})
     data, steps = settings.get("data.dataset"), settings.get("trainer.max_steps", -1)
-    trained, tested = _place(first, "trained_"), _place(first)
+    trained, tested = _places(results, "trained_"), _places(results)
     same = {"trained and tested on": tested}
     known = {
         "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
@@ -389,13 +403,21 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
         "seeds": " ".join(map(str, plan.seeds)),
         **(same if trained == tested else {"trained on": trained, "tested on": tested}),
         "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+        "report": f"commit {commit()}, {time.strftime('%Y-%m-%d')}",
     }
     return "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None) + "."
 
 
-def _place(run: Result, prefix: str = "") -> str:
-    device, versions, commit = (run[prefix + key] for key in ("device", "versions", "commit"))
-    return device if device == "unknown" else f"{device}, with {versions}, commit {commit}"
+def _places(results: Sequence[Result], prefix: str = "") -> str:
+    """Where the runs were trained, or tested; where these are several places, with the number of runs of each."""
+    counts = Counter(tuple(run[prefix + key] for key in ("device", "versions", "commit")) for run in results)
+    texts = {
+        device if device == "unknown" else f"{device}, with {versions}, commit {made_by}": count
+        for (device, versions, made_by), count in counts.items()
+    }
+    return (
+        "; or ".join(f"{text} ({count} runs)" for text, count in texts.items()) if len(texts) > 1 else next(iter(texts))
+    )
 
 
 def earlier_costs(plan: Plan) -> dict[str, Any] | None:

@@ -63,24 +63,30 @@ def _values(record: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
 
 
 def robustness_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | None:
-    """A row for each corruption, a column for each recipe; None where the runs were not tested with any."""
-    reference = recipes.get(baseline, next(iter(recipes.values())))
-    others = [recipe for recipe in recipes.values() if recipe is not reference]
-    rows = []
-    for row, summary in reference["robustness"].items():
-        spread = "" if summary["sd"] is None else f" ± {summary['sd']:.2f}"
-        differences = [recipe["robustness"][row]["difference"] for recipe in others]
-        rows.append([row, f"{summary['mean']:.2f}{spread}", *map(_show, differences)])
+    """A row for each corruption, a column for each recipe; None where the runs were not tested with any.
+
+    A column has differences from the baseline, or the recipe's own accuracy where it has none.
+    """
+    columns, headings = [], ["corruption"]
+    for recipe in recipes.values():
+        values = list(recipe["robustness"].values())
+        is_paired = any(value["difference"] for value in values)
+        columns.append([_show(value["difference"]) if is_paired else _accuracy(value) for value in values])
+        headings.append(f"{recipe['label']} − {recipes[baseline]['label']}" if is_paired else f"{recipe['label']}, %")
+    rows = [list(row) for row in zip(next(iter(recipes.values()))["robustness"], *columns, strict=True)]
     if not rows:
         return None
     meaning = (
         "Test accuracy on corrupted images, mean over the severities, in per cent, with the standard deviation over "
-        "seeds; then the differences, paired by seed, in percentage points, with their 95 % intervals. The corruptions "
-        "are those of CIFAR-10-C, made here (docs/robustness.md); frost is not comparable with the published one. "
-        "The intervals are not corrected for their number: one in twenty excludes 0 by chance."
+        "seeds; of the others the differences, paired by seed, in percentage points, with their 95 % intervals. The "
+        "corruptions are those of CIFAR-10-C, made here (docs/robustness.md); frost is not comparable with the "
+        "published one. The intervals are not corrected for their number: one in twenty excludes 0 by chance."
     )
-    headings = ["corruption", f"{reference['label']}, %", *(f"{one['label']} − {reference['label']}" for one in others)]
     return {"headings": headings, "rows": rows, "meaning": meaning}
+
+
+def _accuracy(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.2f}" + ("" if value["sd"] is None else f" ± {value['sd']:.2f}")
 
 
 def _show(difference: dict[str, Any] | None) -> str:

@@ -8,7 +8,6 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95  # of every interval; a difference is significant where its adjusted p is below 1 − LEVEL
-_BLOCK = 100  # resamples at a time, which bounds the memory
 POWER = 0.8  # probability of detecting a true difference, for `seeds_needed`
 
 
@@ -47,41 +46,31 @@ def compare_pairs(ours: Sequence[float], baseline: Sequence[float]) -> Differenc
     return Difference(summary.mean, summary.sd, summary.n, (float(low), float(high)), float(test.pvalue))
 
 
-def nested_bootstrap(differences: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Intervals for mean differences over other seeds and other images than those that were measured.
+def interval_over_images(differences: np.ndarray) -> tuple[float, float]:
+    """The interval of a mean difference over other seeds and other images than those that were measured.
 
-    Each resample draws seeds and images with replacement: the same images for all seeds, as all were measured on the
-    same. Its deviation has a part of the seeds, one of the images, and a rest, the noise of single predictions. The
+    A nested bootstrap draws seeds and images with replacement: the same images for all seeds, as all were measured on
+    the same. Its deviation has a part of the seeds, one of the images, and a rest, the noise of single predictions. The
     variances of the first two contain that noise already, each once (Owen, "The pigeonhole bootstrap", Annals of
-    Applied Statistics 2007, arXiv:0712.1111), so the variance of the mean is s² = seeds + max(0, images − rest). The
-    interval is mean ± t · s, since percentiles of three seeds say little, with (n − 1) (s² / seeds)² degrees of freedom
-    (Satterthwaite 1946), at most N − 1. It is never narrower than the interval over seeds alone.
+    Applied Statistics 2007, arXiv:0712.1111), so the variance of the mean is s² = seeds + max(0, images − rest).
+    Nothing needs to be drawn: of infinitely many resamples, images − rest is the mean covariance of two seeds' means
+    over images. The interval is mean ± t · s, since percentiles of three seeds say little, with (n − 1) (s² / seeds)²
+    degrees of freedom (Satterthwaite 1946), at most N − 1. It is never narrower than the interval over seeds alone.
 
     Shape:
-        differences (…, n, N), of n ≥ 2 seeds and N images, paired → lower and upper ends (…, 2).
+        differences (n, N), of n ≥ 2 seeds and N images, paired.
     """
-    *others, n, num_images = differences.shape
-    means = differences.mean(-1, dtype=np.float64).reshape(-1, n)  # (K, n): by seed
-    centred = (differences.reshape(-1, n, num_images) - means[..., None]).astype(np.float32)
-    generator = np.random.default_rng(seed)
-    parts = []
-    for start in range(0, resamples, _BLOCK):
-        drawn = generator.integers(num_images, size=(min(_BLOCK, resamples - start), num_images))
-        counts = np.stack([np.bincount(row, minlength=num_images) for row in drawn]).astype(np.float32)
-        parts.append(counts @ centred.reshape(-1, num_images).T)
-    by_seed = np.concatenate(parts).astype(np.float64).reshape(resamples, -1, n) / num_images  # (R, K, n) deviations
-    drawn_seeds = generator.multinomial(n, [1 / n] * n, size=(resamples, 1))  # (R, 1, n)
-    of_images = by_seed.mean(2)  # (R, K)
-    rest = (by_seed * drawn_seeds).mean(2) - of_images
-    # That of resampled seeds is known without resampling; of n seeds a resample has (n − 1) / n of the variance.
-    seeds_variance = means.var(1, ddof=1) / n
-    variance = seeds_variance + np.maximum(0, of_images.var(0) - rest.var(0) * n / (n - 1))
-    ratio = variance / np.where(seeds_variance > 0, seeds_variance, 1e-30)
-    freedom = np.minimum((n - 1) * ratio**2, num_images - 1)
-    quantiles = stats.t.ppf((1 + LEVEL) / 2, [np.maximum(freedom, 1), np.full_like(freedom, n - 1)])
-    half = (quantiles * np.sqrt([variance, seeds_variance])).max(0)
-    middle = means.mean(1)
-    return np.stack([middle - half, middle + half], -1).reshape(*others, 2)
+    n, num_images = differences.shape
+    means = differences.mean(1, dtype=np.float64)
+    centred = differences - means[:, None]
+    covariances = centred @ centred.T / num_images**2  # (n, n)
+    of_seeds = means.var(ddof=1) / n
+    of_images = (covariances.sum() - covariances.trace()) / (n * (n - 1))
+    variance = of_seeds + max(0.0, of_images)
+    freedom = min((n - 1) * (variance / max(of_seeds, 1e-30)) ** 2, num_images - 1)
+    quantiles = stats.t.ppf((1 + LEVEL) / 2, [max(freedom, 1), n - 1])
+    half = (quantiles * np.sqrt([variance, of_seeds])).max()
+    return float(means.mean() - half), float(means.mean() + half)
 
 
 @dataclass(frozen=True)
@@ -116,6 +105,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def least_significant(n: int, comparisons: int) -> float:
+    """The mean of n ≥ 2 pairs, in their standard deviations, from which Holm may call one of so many significant."""
+    return float(stats.t.isf((1 - LEVEL) / (2 * comparisons), n - 1) / n**0.5)
 
 
 def power_of_pairs(effect: float, sd: float, n: int) -> float:

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from cbam_pl.commands.compare import command as command_module
-from cbam_pl.commands.compare.costs import TimedRecipe, in_new_process, peak_training_memory, time_recipes
+from cbam_pl.commands.compare.costs import (
+    TimedRecipe,
+    in_new_process,
+    measure_costs,
+    peak_training_memory,
+    time_recipes,
+)
 from cbam_pl.data.augmentation import augment
 from cbam_pl.errors import UserError
 from tests.helpers import one_line, plan_of
@@ -54,6 +60,14 @@ def test_every_precision_can_be_timed(plan, precision):
     assert costs["parameters"] == 1_147_305
     assert 1 < costs["train_images_per_second"] < 1e6
     assert 0 < costs["latency_1"] < costs["latency_32"]
+
+
+def test_recipes_that_differ_in_their_epochs_alone_are_measured_as_one(plan):
+    none = plan.configs["none"]
+    longer = none | {"trainer.max_epochs": 9, "model.lr_scheduler.init_args.max_lr": 0.5}
+    costs = measure_costs({"none": none, "longer": longer, "cbam": plan.configs["cbam"]}, 1, 1, 0.0)
+    assert costs["longer"] == costs["none"] != costs["cbam"]
+    assert set(costs["none"]) >= {"memory", "latency_1", "latency_256", "measured_on"}
 
 
 def test_an_optimizer_may_compute_the_loss_several_times(recipes, tmp_path, monkeypatch):

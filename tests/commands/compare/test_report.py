@@ -20,8 +20,8 @@ from cbam_pl.commands.compare.jobs import jobs_of
 from cbam_pl.commands.compare.page import write_gallery
 from cbam_pl.commands.compare.plan import Control, Plan
 from cbam_pl.commands.compare.report import analyse, markdown, read_results, signed
-from cbam_pl.commands.compare.statistics import compare_pairs, holm, nested_bootstrap, seeds_needed
-from cbam_pl.environment import describe_environment
+from cbam_pl.commands.compare.statistics import compare_pairs, holm, interval_over_images, seeds_needed
+from cbam_pl.environment import commit, describe_environment
 from tests.helpers import REPOSITORY, one_line, plan_of
 
 COSTS = {"parameters": 1000, "flops": 2_500_000, "train_images_per_second": 1234.5, "latency_1": 1.25}
@@ -138,11 +138,9 @@ def test_intervals_over_images_and_the_counts_of_each_seed():
     differences = [predicted(a, shift=10)["correct"] - predicted(b)["correct"] for a, b in zip(
         (0.85, 0.84, 0.86), (0.8, 0.81, 0.79), strict=True
     )]  # fmt: skip
-    expected = nested_bootstrap(np.array([differences]))[0]
-    assert cbam["difference"]["images_interval"] == pytest.approx((100 * expected).tolist())
-    assert cbam["measures"]["nll"]["difference"]["images_interval"] == pytest.approx(
-        (-expected[::-1]).tolist(), rel=1e-4
-    )
+    low, high = interval_over_images(np.array(differences))
+    assert cbam["difference"]["images_interval"] == pytest.approx([100 * low, 100 * high])
+    assert cbam["measures"]["nll"]["difference"]["images_interval"] == pytest.approx([-high, -low], rel=1e-4)
     assert cbam["measures"]["brier"]["difference"]["images_interval"] is None  # not known image by image
     # Seed 0: none has images 0 to 159 right, cbam 10 to 179.
     assert cbam["mcnemar"][0] == {
@@ -347,7 +345,8 @@ def test_the_files_agree_with_the_tests_of_the_runs(compared):
     assert "| cbam |" in text
     assert content["recipes"]["se"]["cost"]["parameters"] == 1_147_011  # 3,591 fewer than with ten classes
     here = describe_environment(torch.device("cpu"))["device"]
-    assert f"medians of interleaved rounds on {here}, threads: {torch.get_num_threads()}." in text
+    place = f"{here}, threads: {torch.get_num_threads()}, commit {commit()}"
+    assert f"medians of interleaved rounds on {place}." in text
 
 
 def test_accuracies_are_exact_where_a_device_has_rounded_them(compared, recipes, tmp_path):
@@ -457,7 +456,19 @@ def test_other_test_images_and_another_program_for_corrupted_ones_are_noted():
     assert notes(images=199) == ["The runs were not tested on the same images, so their figures cannot be compared."]
     assert len(notes(images=199, unequal=["data.root a and b"])) == 1, "which says so, too"
     (note,) = notes(version="2")
-    assert note == "The corrupted images were not tested with the same libraries: pillow 2; pillow 1."
+    assert note == (
+        "The corrupted images were not tested with the same libraries: pillow 2 (k=none); pillow 1 (k=none, k=cbam)."
+    )
+
+
+def test_other_test_images_of_a_folder_under_the_same_names_are_not_paired():
+    runs = [result(f"k={kind}", seed, 0.8) for kind in ("none", "cbam") for seed in (0, 1)]
+    for run, images in zip(runs, ("a", "a", "a", "b"), strict=True):
+        run["predictions"] = predicted(0.8)
+        run["test"]["tested_images"] = images
+    content = analyse(plan_for({"k=none": [0] * 2, "k=cbam": [0] * 2}), runs, {})
+    assert content["notes"] == ["The runs were not tested on the same images, so their figures cannot be compared."]
+    assert content["recipes"]["k=cbam"]["mcnemar"] == {}
 
 
 def test_other_training_images_of_a_folder_are_noted():
@@ -480,24 +491,25 @@ def test_where_runs_were_trained_is_noted_where_it_differs():
 
     assert notes(trained_date="2024-05-07") == []
     assert notes(trained_commit="c0ffee, then beef") == [
-        "The runs were not trained with the same commit: c0ffee; c0ffee, then beef."
+        "The runs were not trained with the same commit: c0ffee (k=none, k=cbam); c0ffee, then beef (k=cbam)."
     ]
-    assert notes(device="cuda: A") == ["The runs were not tested with the same device: cpu: abacus; cuda: A."]
+    (note,) = notes(device="cuda: A")
+    assert note == "The runs were not tested with the same device: cpu: abacus (k=none, k=cbam); cuda: A (k=cbam)."
     unknown = dict.fromkeys(("trained_device", "trained_versions", "trained_commit"), "unknown")
     assert notes(**unknown) == ["Where 1 of 4 runs were trained, in part or all, was not noted."]
     both = notes(trained_device="cuda: A", device="cuda: A")
-    assert both == ["The runs were not trained with the same device: cpu: abacus; cuda: A."], "one line for both"
+    assert both == [note.replace("tested", "trained")], "one line for both"
 
 
-def test_where_the_first_run_was_trained_and_tested_is_told_apart():
+def test_where_the_runs_were_trained_and_tested_is_told_apart():
     def measured(**changes):
-        run = result("k=none", 0, 0.8) | changes
-        return analyse(plan_for({"k=none": [0]}), [run], {})["measured"]
+        runs = [result("k=none", 0, 0.8) | changes, result("k=none", 1, 0.8)]
+        return analyse(plan_for({"k=none": [0, 0]}), runs[: 1 if "trained_device" in changes else 2], {})["measured"]
 
-    assert "; trained and tested on: cpu: abacus, with torch 0, commit c0ffee; date: 2024-05-06." in measured()
-    assert (
-        "; trained on: cpu: abacus, with torch 0, commit beef; tested on: cpu: abacus, with torch 0, commit c0ffee; "
-    ) in measured(trained_commit="beef")
+    here = "cpu: abacus, with torch 0, commit c0ffee"
+    assert f"; trained and tested on: {here}; date: 2024-05-06; report: commit {commit()}, 20" in measured()
+    beef = here.replace("c0ffee", "beef")
+    assert f"; trained on: {beef} (1 runs); or {here} (1 runs); tested on: {here}; " in measured(trained_commit="beef")
     assert "; trained on: unknown; tested on: cpu: abacus" in measured(trained_device="unknown")
 
 

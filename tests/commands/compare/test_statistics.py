@@ -13,8 +13,9 @@ from benchmarks.simulation import PREFERENCES, false_findings, found_by_adding, 
 from cbam_pl.commands.compare.statistics import (
     compare_pairs,
     holm,
+    interval_over_images,
+    least_significant,
     mcnemar,
-    nested_bootstrap,
     power_of_pairs,
     seeds_needed,
     summarise,
@@ -68,6 +69,15 @@ def test_the_level_holds_where_there_is_no_difference():
     assert 0.02 < shown / 300 < 0.09  # one in twenty, ± 2.5 standard errors
 
 
+@pytest.mark.parametrize(("n", "comparisons"), [(2, 3), (3, 73), (5, 14)])
+def test_only_a_difference_of_the_least_size_is_significant_among_many(n, comparisons):
+    pairs = np.linspace(-1, 1, n)
+    for factor, significant in ((0.999, False), (1.001, True)):
+        mean = factor * least_significant(n, comparisons) * pairs.std(ddof=1)
+        p = compare_pairs(mean + pairs, [0] * n).p
+        assert (holm([p, *[0.9] * (comparisons - 1)])[0] < 0.05) == significant
+
+
 @pytest.mark.parametrize(("effect", "sd", "n"), [(0.2, 0.3, 5), (0.2, 0.3, 20), (-1.0, 0.5, 3), (0.1, 1.0, 2)])
 def test_the_power_is_statsmodels(effect, sd, n):
     expected = TTestPower().power(abs(effect) / sd, n, 0.05)
@@ -102,22 +112,21 @@ def interval_by_loops(differences, resamples, seed):
 
 
 @pytest.mark.parametrize("preference", [0.0, 3.0])
-def test_the_nested_bootstrap_by_plain_loops(preference):
+def test_the_interval_over_images_by_plain_loops(preference):
     generator = np.random.default_rng(3)
     differences = 0.3 + generator.normal(size=(4, 40)) + 0.2 * generator.normal(size=(4, 1))
     differences += preference * generator.normal(size=40)
-    found = nested_bootstrap(np.stack([differences, 10 * differences]), 4000)
+    found = interval_over_images(differences)
     expected = interval_by_loops(differences.tolist(), 4000, 1)
     width = expected[1] - expected[0]
-    assert found[0] == pytest.approx(expected, abs=0.06 * width)  # both have the noise of 4,000 resamples
-    assert found[1] == pytest.approx(10 * found[0], rel=1e-4)  # the same resamples for all quantities
+    assert found == pytest.approx(expected, abs=0.05 * width)  # which has the noise of 4,000 resamples
     over_seeds = compare_pairs(differences.mean(1), [0] * 4).interval
-    assert found[0][0] <= over_seeds[0] + 1e-9
-    assert found[0][1] >= over_seeds[1] - 1e-9
+    assert found[0] <= over_seeds[0] + 1e-9
+    assert found[1] >= over_seeds[1] - 1e-9
 
 
 def test_equal_predictions_have_an_interval_without_width():
-    assert nested_bootstrap(np.zeros((3, 10)), 50).tolist() == [0, 0]
+    assert interval_over_images(np.zeros((3, 10))) == (0, 0)
 
 
 def test_mcnemar_is_statsmodels():
