@@ -171,32 +171,44 @@ def _state(future: Future, begun: bool) -> str:
     return "done" if failure is None else "stopped" if failure == STOPPED else "failed"
 
 
+class _Budget:
+    """How many epochs a recipe trains for, and how many images an epoch and the test take."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        data = ImageDataModule(**nest(settings)["data"])
+        data.prepare_data()
+        data.setup("fit")
+        self.val, self.test = len(data.images("val")), len(data.images("test"))
+        self.flips = settings.get("model.test_time_flip", False)
+        overfit = settings.get("trainer.overfit_batches")
+
+        def limited(images: int, split: str, batch_size: int) -> int:
+            limit = overfit or settings.get(f"trainer.limit_{split}_batches", 1.0)
+            return min(images, limit * batch_size) if isinstance(limit, int) else int(images * limit)
+
+        self.train = limited(len(data.images("train")), "train", data.batch_size)
+        validated = limited(self.val, "val", 4 * data.batch_size)  # as ImageDataModule's batches are
+        self.validated = validated / settings.get("trainer.check_val_every_n_epoch", 1)  # an epoch, on average
+        self.epochs = settings["trainer.max_epochs"]
+        if (steps := settings.get("trainer.max_steps", -1)) >= 0:
+            batch = data.batch_size * settings.get("trainer.accumulate_grad_batches", 1) * num_devices(settings)
+            self.epochs = min(self.epochs, math.ceil(steps / math.ceil(self.train / batch)))
+
+
 def _print_estimate(plan: Plan, jobs: int | None) -> None:
     measured = in_new_process(threads_per_job(), time_recipes, plan.configs, 2, 1.0, ())
     if measured is None:
         raise UserError("out of memory; lower data.batch_size")
-    sizes = {}
-    for name, settings in plan.configs.items():
-        data = ImageDataModule(**nest(settings)["data"])
-        data.prepare_data()
-        data.setup("fit")
-        train, limit = len(data.images("train")), settings.get("trainer.limit_train_batches", 1.0)
-        train = min(train, limit * data.batch_size) if isinstance(limit, int) else int(train * limit)
-        batch = data.batch_size * settings.get("trainer.accumulate_grad_batches", 1) * num_devices(settings)
-        steps, epochs = settings.get("trainer.max_steps", -1), settings["trainer.max_epochs"]
-        if steps >= 0:
-            epochs = min(epochs, math.ceil(steps / math.ceil(train / batch)))
-        sizes[name] = epochs, train, len(data.images("val")), len(data.images("test"))
+    budgets = {name: _Budget(settings) for name, settings in plan.configs.items()}
     rows = []
     hours, work = 0.0, 0.0
     for job in jobs_of(plan):
         state, run = find(job)
-        epochs, train, val, test = sizes[job.name]
-        left = epochs - (len(read_epochs(run)) if run else 0) if state in ("new", "interrupted") else 0
-        cost = measured[job.name]
+        budget, cost = budgets[job.name], measured[job.name]
+        left = budget.epochs - (len(read_epochs(run)) if run else 0) if state in ("new", "interrupted") else 0
         # A training step takes as long as three forward passes. To calibrate takes one over the validation images.
-        tests = 0 if state == "done" else val + test * (1 + len(SEVERITIES) * len(job.corruptions))
-        passes = left * (3 * train + val) + tests
+        tests = 0 if state == "done" else budget.val + budget.test * (1 + len(SEVERITIES) * len(job.corruptions))
+        passes = left * 3 * budget.train + (left * budget.validated + tests) * (2 if budget.flips else 1)
         needed = passes / (3 * cost["train_images_per_second"]) / 3600
         teraflop = passes * cost["flops"] / 1e12
         hours, work = hours + needed, work + teraflop

@@ -38,7 +38,7 @@ class TimedRecipe:
         self._shape = (3, data.image_size, data.image_size)
         # Before the network is moved and converted to another type, which counting does not know.
         self.parameters = count_parameters(classifier.network)
-        self.flops = count_flops(classifier.network, self._shape) * (2 if classifier.test_time_flip else 1)
+        self.flops = count_flops(classifier.network, self._shape)
         try:
             # Fabric applies the precision as Lightning's Trainer does, without the Trainer's own loop.
             self._fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)

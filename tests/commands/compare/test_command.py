@@ -197,6 +197,26 @@ def test_a_dry_run_trains_and_writes_nothing(recipes, command, quick, tmp_path, 
         assert f"6 at once: {passes / (3 * 84) / 6:.2f} hours" in outcome.out
 
 
+@pytest.mark.parametrize(
+    ("options", "passes"),  # of 10 epochs of 84 images to train on and 9 to validate on, and of 21 to test on
+    [
+        ([], 10 * (3 * 84 + 9) + 9 + 21),
+        (["--model.test_time_flip", "true"], 10 * (3 * 84 + 2 * 9) + 2 * (9 + 21)),  # which training does not
+        (["--trainer.limit_train_batches", 2], 10 * (3 * 32 + 9) + 9 + 21),
+        (["--trainer.limit_train_batches", 0.5, "--trainer.limit_val_batches", 0.5], 10 * (3 * 42 + 4) + 9 + 21),
+        (["--trainer.overfit_batches", 1], 10 * (3 * 16 + 9) + 9 + 21),
+        (["--trainer.check_val_every_n_epoch", 5], 10 * 3 * 84 + 2 * 9 + 9 + 21),
+    ],
+)
+def test_a_dry_run_counts_what_a_training_takes(options, passes, recipes, command, tmp_path, monkeypatch):
+    measured = {kind: {"train_images_per_second": 1e6, "flops": 1e12} for kind in recipes}
+    monkeypatch.setattr(command_module, "in_new_process", lambda *_: measured)
+    words = ["--configs", *recipes.values(), "--seeds", 0, "--output", tmp_path / "report", "--dry-run", *options]
+    outcome = command("compare", *words, "--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", 10)
+    assert outcome.status == 0, outcome.err
+    assert f" and {len(recipes) * passes:,}.0 TFLOP" in outcome.out
+
+
 @pytest.mark.slow
 def test_sigterm_lets_the_runs_save_their_state_and_the_same_command_goes_on(recipes, quick, command, tmp_path):
     words = ["--configs", recipes["none"], recipes["cbam"], "--seeds", "0", "--output", tmp_path / "report"]
