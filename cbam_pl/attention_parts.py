@@ -72,7 +72,7 @@ class IdentityStart(nn.Module):
         self.factor = nn.Parameter(torch.zeros(()))
 
     def reset_parameters(self) -> None:
-        """Begin as the identity again; the attention's own layers reset themselves."""
+        """Begin as the identity again; the layers of the attention reset themselves, as PyTorch's do."""
         nn.init.zeros_(self.factor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,8 +220,9 @@ class _MeanAndMax(torch.autograd.Function):
         if place is None:
             tied = _tied(x, maximum)
             return torch.addcmul(joined, tied, of_maximum / tied.sum(1, keepdim=True)), None
-        joined = joined.flatten(2).scatter_add_(2, place.flatten(2), of_maximum.flatten(2))  # (B, C, H · W)
-        return joined.unflatten(2, of_x.shape[2:]), None
+        shape = (*place.shape[:2], -1)  # reshape, since flatten has no rule for batched gradients
+        joined = joined.reshape(shape).scatter_add_(2, place.reshape(shape), of_maximum.reshape(shape))
+        return joined.reshape(of_x.shape), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor, None]:

@@ -26,6 +26,7 @@ def test_gradients_are_those_of_finite_differences(config):
 
     parameters = [parameter.detach().requires_grad_() for parameter in attention.parameters()]
     assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradcheck(call, (x, *parameters), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=True, check_fwd_over_rev=True)
 
 

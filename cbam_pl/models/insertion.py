@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cbam_pl.attention import AttentionConfig, AttentionKind
 
@@ -158,6 +159,9 @@ def _seen_channels(name: str, module: nn.Module, runs: list[_Run]) -> int:
 def _check_input(channels: int, followed: str, attention: nn.Module, arguments: tuple[Any, ...]) -> None:
     """The attention's pre-hook: reject an input of other channels, with which some attention would still run."""
     x = arguments[0]
+    if isinstance(x, torch.fx.Proxy):
+        name = type(attention).__name__
+        raise ValueError(f"torch.fx cannot trace {name}; make it a leaf: tracer_kwargs={{'leaf_modules': [{name}]}}")
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
@@ -169,6 +173,30 @@ def _check_input(channels: int, followed: str, attention: nn.Module, arguments: 
 def _attend(module: nn.Module, arguments: Any, output: Any) -> Tensor:
     """The forward hook. A plain function that reads the attention off the module, so that copies use their own."""
     return module.attention(output)  # type: ignore[operator]
+
+
+def attach_attention(network: nn.Module) -> list[RemovableHandle]:
+    """Attach inserted attention to the modules that have it as a child, and to which it is not attached yet.
+
+    A module may be replaced by one that takes over its children, but not its hooks: SyncBatchNorm's
+    convert_sync_batchnorm does so with batch norms, and back. So every forward pass of a network into which attention
+    was inserted does this first; whoever compiles it, or calls a part of it, must have done it before.
+    """
+    handles = []
+    for name, attention in network.named_modules(remove_duplicate=False):
+        if "is_inserted" not in vars(attention):  # several times as fast as hasattr of a Module
+            continue
+        module = network.get_submodule(name.rpartition(".")[0])
+        if "is_attended" not in vars(module):
+            module.is_attended = True  # type: ignore[assignment]
+            if not isinstance(module, nn.Sequential):  # which runs its new last child by itself
+                handles.append(module.register_forward_hook(_attend))
+    return handles
+
+
+def _attach_first(network: nn.Module, arguments: Any) -> None:
+    if not torch.compiler.is_compiling():
+        attach_attention(network)
 
 
 def _check_insertion(
@@ -227,12 +255,11 @@ def insert_attention(
         for parameter in [*module.parameters(), *network.parameters()][:1]:
             attention.to(parameter.device, parameter.dtype)
         attention.register_forward_pre_hook(partial(_check_input, channels, type(module).__name__))
+        attention.is_inserted = True  # type: ignore[assignment]
         attentions[name] = attention
     for name, module in chosen.items():
         module.attention = attentions[name]
-    # A Sequential runs its new last child by itself.
-    hooked = [module for module in chosen.values() if not isinstance(module, nn.Sequential)]
-    hooks = [module.register_forward_hook(_attend) for module in hooked]
+    hooks = [*attach_attention(network), network.register_forward_pre_hook(_attach_first)]
     try:
         if example is not None:
             _check_insertion(network, runs, attentions, example)
@@ -240,6 +267,6 @@ def insert_attention(
         for hook in hooks:
             hook.remove()
         for module in chosen.values():
-            del module.attention
+            del module.attention, module.is_attended
         raise
     return network

@@ -26,6 +26,7 @@ from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
 from cbam_pl.environment import missing_to_compile
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
+from cbam_pl.models.insertion import attach_attention
 from cbam_pl.models.network import as_logits, check_rebuilt
 from cbam_pl.process import socket_timeout
 from cbam_pl.seeds import derive_seed, seed_device
@@ -269,7 +270,11 @@ class Classifier(LightningModule):
         self.tested_epoch = checkpoint.get("epoch", -1) + 1  # a file of weights alone has none
 
     def on_train_start(self) -> None:
-        """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before."""
+        """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before.
+
+        By now a strategy has replaced batch norms, too, and attention after them must be in what is compiled.
+        """
+        attach_attention(self.network)
         for name in self.frozen_norms:
             self.network.get_submodule(name).eval()
 

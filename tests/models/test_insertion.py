@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import Permute
 
 from cbam_pl.attention import BAM, CBAM, AttentionConfig, SpatialAttention, SqueezeExcitation
@@ -100,6 +102,28 @@ def test_copies_and_pickles_have_attention_of_their_own():
     assert not torch.allclose(network(IMAGES), expected)
     for twin in copies:
         torch.testing.assert_close(twin(IMAGES), expected)
+
+
+def test_attention_survives_where_batch_norms_are_replaced():
+    network = insert_attention(resnet(), "cbam", "layer?.*.bn2")
+    expected = network(IMAGES)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    assert isinstance(converted.layer1[0].bn2, nn.SyncBatchNorm)
+    for _ in range(2):  # attached once
+        torch.testing.assert_close(converted(IMAGES), expected, rtol=0, atol=0)
+    reverted = TorchSyncBatchNorm().revert(copy.deepcopy(converted)).eval()
+    assert not isinstance(reverted.layer1[0].bn2, nn.SyncBatchNorm)
+    for _ in range(2):
+        torch.testing.assert_close(reverted(IMAGES), expected, rtol=0, atol=0)
+    assert list(converted.state_dict()) == list(network.state_dict())
+
+
+def test_what_torch_fx_needs_is_named():
+    network = insert_attention(resnet(), "se", "layer?.*")
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace SqueezeExcitation; make it a leaf: tracer_kwargs="):
+        create_feature_extractor(network, ["layer4"])
+    extractor = create_feature_extractor(network, ["fc"], tracer_kwargs={"leaf_modules": [SqueezeExcitation]})
+    torch.testing.assert_close(extractor(IMAGES)["fc"], network(IMAGES))
 
 
 def test_attention_follows_the_networks_type_and_mode():

@@ -325,6 +325,18 @@ def test_frozen_batch_norms_that_a_strategy_replaces_keep_their_statistics():
     assert frozen == {"bn1", *(f"layer1.{block}.bn{number}" for block in (0, 1) for number in (1, 2))}
 
 
+def test_attention_after_batch_norms_that_a_strategy_replaces_is_in_the_training_step():
+    model = classifier()
+    model.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.network)
+    model.on_train_start()
+    runs = []
+    for name, module in model.network.named_modules():
+        if name.endswith(".attention"):
+            module.register_forward_hook(lambda *_: runs.append(1))
+    model.network.eval().forward(torch.randn(2, 3, 32, 32))  # as the compiled step calls it, without root's own hooks
+    assert len(runs) == 8
+
+
 @pytest.mark.parametrize("start", ["paper", "identity"])
 def test_trained_attention_goes_on_where_it_was(start, trained, image_folder, tmp_path):
     path = tmp_path / "trained.ckpt"
