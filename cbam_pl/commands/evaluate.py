@@ -16,7 +16,7 @@ from rich.markup import escape
 from scipy.special import log_softmax
 
 from cbam_pl.commands.robustness import CorrectPredictions, choose_conditions, decisive_options, measure_robustness
-from cbam_pl.data.datamodule import ImageDataModule, data_for_test, images_digest
+from cbam_pl.data.datamodule import ImageDataModule, as_trained, data_for_test, images_digest
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.inspect.calibration import fit_temperature, measure_images, reliability
@@ -74,7 +74,7 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     with as_user_error():
         values = parser.instantiate(settings)
         if command == "validate" or calibrates:
-            data = ImageDataModule(**checkpoint["datamodule_hyper_parameters"] | given)
+            data = ImageDataModule(**as_trained(checkpoint, given))
             data.load_state_dict(checkpoint["ImageDataModule"])
         else:
             data = data_for_test(checkpoint, given)

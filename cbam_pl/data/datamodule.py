@@ -30,7 +30,7 @@ Normalisation = Literal["data", "imagenet"]
 # Of the 50,000 training images. The widely copied std 0.2023 0.1994 0.2010 is wrong: it averages each image's own.
 _STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
-    "cifar100": ([0.5074, 0.4867, 0.4411], [0.2675, 0.2565, 0.2761]),
+    "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
 }
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # what torchvision's weights were trained with
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": len(SHAPES)}
@@ -89,9 +89,18 @@ def data_for_test(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
         checkpoint: its content.
         settings: arguments of the ImageDataModule in place of the checkpoint's.
     """
-    data = ImageDataModule(**{**checkpoint["datamodule_hyper_parameters"], **settings, "val_size": 0})
+    data = ImageDataModule(**{**as_trained(checkpoint, settings), "val_size": 0})
     data.load_state_dict({name: checkpoint["ImageDataModule"][name] for name in ("classes", "mean", "std")})
     return data
+
+
+def as_trained(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the ImageDataModule: those that a checkpoint was trained with, and the settings in their place."""
+    trained = checkpoint["datamodule_hyper_parameters"]
+    merged = {**trained, **settings}
+    if in_proportion(merged) and not in_proportion(trained):  # images of a folder, given to a network of whole ones
+        merged |= {"augmentation": "none", "crop_scale": None}
+    return merged
 
 
 def images_digest(*parts: Tensor | None) -> str | None:
@@ -100,20 +109,24 @@ def images_digest(*parts: Tensor | None) -> str | None:
     return hashlib.sha256(torch.cat(ids).sort().values.numpy().tobytes()).hexdigest()[:16] if ids else None
 
 
-def may_have_seen(trained: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def may_have_seen(trained: Mapping[str, Any], here: "ImageDataModule") -> bool:
     """Whether weights may have been trained on images that are held out for validation here.
 
     Args:
-        trained: arguments of the ImageDataModule that they were trained with; empty where they are not known.
-        here: those of the data here.
+        trained: arguments of the ImageDataModule that they were trained with, and of a folder `train_ids`, the ids of
+            those images; empty where nothing is known.
+        here: the data here, once `setup` has run.
     """
-    if here["val_size"] == 0 or trained.get("dataset") != here["dataset"]:
+    if here.val_size == 0 or trained.get("dataset") != here.dataset:
         return False
-    if here["dataset"] == "folder":
-        roots = [Path(str(one.get("root"))).resolve() for one in (trained, here)]
-        if roots[0] != roots[1] or (roots[1] / "val").is_dir():
-            return False
-    return any(trained.get(name) != here[name] for name in ("seed", "val_size"))
+    train, val = (here.images(split) for split in ("train", "val"))
+    if val.ids is not None and "train_ids" in trained:
+        return bool(torch.isin(val.ids, trained["train_ids"]).any())
+    if here.dataset == "folder" and trained.get("root") != here.root:
+        return False  # of an earlier version, which did not note the images
+    tenth = (len(train) + len(val)) // 10
+    sizes = [tenth if size is None else size for size in (trained.get("val_size"), here.val_size)]
+    return trained.get("seed") != here.seed or sizes[0] != sizes[1]
 
 
 class ImageDataModule(LightningDataModule):
@@ -168,6 +181,7 @@ class ImageDataModule(LightningDataModule):
         if normalisation not in get_args(Normalisation):
             known = ", ".join(get_args(Normalisation))
             raise ValueError(f"normalisation={normalisation!r} is unknown; use one of {known}")
+        root = str(root)  # a checkpoint with a Path could not be read again
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
@@ -230,7 +244,9 @@ class ImageDataModule(LightningDataModule):
             train, val = train.subset(kept), train.subset(held_out)
             self._val_is_drawn = True
         elif self.val_size is not None and not self.classes:  # of a checkpoint: the folder came after its training
-            raise UserError(f"data.val_size={self.val_size}, but {self.root} has its own val folder; leave it out")
+            raise UserError(
+                f"data.val_size={self.val_size}, but {self.root} has its own val folder; give --data.val_size null"
+            )
         self._set_classes(source.classes, self.classes or source.classes)
         if not self.mean:
             self.mean, self.std = channel_statistics(train)
@@ -276,14 +292,12 @@ class ImageDataModule(LightningDataModule):
         if len(train) == len(trained["train"]) and torch.equal(ids, before):
             return
         added, removed = int((~torch.isin(ids, before)).sum()), int((~torch.isin(before, ids)).sum())
-        problem = (
-            f"the training and validation images in {show(self.root)} are not those of the checkpoint ({added} added, "
-            f"{removed} removed)"
-        )
+        change = f"{added} added, {removed} removed" if added or removed else "renamed, copied, or in another order"
+        problem = f"the training and validation images in {show(self.root)} are not those of the checkpoint ({change})"
         if resuming:
             raise UserError(f"{problem}, so training cannot resume; restore the images or start a new run")
         if self._val_is_drawn:
-            held_out = torch.isin(ids, trained["val"])
+            held_out = torch.isin(ids, trained["val"]) & ~torch.isin(ids, trained["train"])  # copies may be in both
             if not held_out.any():
                 raise UserError(f"{problem}, and none of those that were held out for validation is left")
             rows = torch.cat([train.rows, val.rows])  # type: ignore[list-item]  # both are parts of one store

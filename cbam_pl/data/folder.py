@@ -196,10 +196,14 @@ def _list_folders(folder: Path) -> list[str]:
 
 
 def _walk_images(folder: Path) -> list[str]:
-    """The paths of the images in a folder, at any depth; linked folders are skipped, as they may form a loop."""
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """The paths of the images in a folder, at any depth; in folders that links lead to again, only once."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        if (place := os.path.realpath(parent)) in seen:  # as where links form a loop
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
         found += [os.path.join(parent, name) for name in images]
     return sorted(found)
@@ -279,9 +283,16 @@ def _allocate(num_bytes: int, folder: Path) -> Tensor:
 def _fingerprint(root: Path, splits: dict[str, list[_File]], size: str) -> str:
     """A digest of the decoder and of every file's name below root, which may move with its cache, label and status."""
     # Size and mtime alone miss files that swap places; no program can set ctime, and another file has another inode.
-    start = len(str(root))
     files = [
-        (split, path[start:], label, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        (
+            split,
+            path[len(str(root / split)) :],
+            label,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+        )
         for split, members in splits.items()
         for path, label, status in members
     ]

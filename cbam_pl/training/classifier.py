@@ -130,7 +130,7 @@ class Classifier(LightningModule):
         saved |= {"network": None if made_by is None else asdict(made_by), "attention": asdict(attention)}
         self.save_hyperparameters({**saved, "label_smoothing": label_smoothing, "test_time_flip": test_time_flip})
         self.weights = weights  # the file that is still to be loaded
-        self.weights_data: dict[str, Any] = {}  # settings of the data that its network was trained on, if known
+        self.weights_data: dict[str, Any] = {}  # what is known of the data that they were trained on
         self.freeze_patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         # As text, since YAML reads the name 0 as a number.
         self.lr_factors = {str(pattern): factor for pattern, factor in (lr_factors or {}).items()}
@@ -257,12 +257,12 @@ class Classifier(LightningModule):
 
     def _warn_of_seen_images(self) -> None:
         trained, data = self.weights_data, getattr(self.trainer, "datamodule", None)
-        if isinstance(data, ImageDataModule) and may_have_seen(trained, data.hparams):
+        if isinstance(data, ImageDataModule) and may_have_seen(trained, data):
             rank_zero_warn(
                 f"model.weights were trained on {data.dataset} with seed={trained.get('seed')} and "
                 f"data.val_size={trained.get('val_size')}: they may have seen images that are held out for validation "
-                "now, so that val/loss, val/acc and the epoch chosen by them are too good; give the same seed and "
-                "val_size"
+                "now, so that val/loss, val/acc and the epoch chosen by them are too good; give the seed, val_size and "
+                "images that they were trained with"
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 class _File(NamedTuple):
     weights: dict[str, Tensor]
-    data: dict[str, Any]  # settings of the data that they were trained on, where the file has them
+    data: dict[str, Any]  # what may_have_seen takes of the data that they were trained on, as far as the file has it
     attention: AttentionConfig | None  # of their network, where the file has it
 
 
@@ -43,7 +43,7 @@ def load_weights(
             its settings are others; with any, attention may begin anew where the file does not say how its own began.
 
     Returns:
-        What was loaded, and the settings of the data that it was trained on, empty where the file does not have them.
+        What was loaded, and what is known of the data that it was trained on, as may_have_seen takes it.
 
     Raises:
         ValueError: the file cannot be read, holds no weights, or those of another network, with their shapes.
@@ -128,8 +128,10 @@ def _read_file(path: Path) -> Any:
 
 def _read(path: Path) -> _File:
     content = _read_file(path)
-    data = content.get("datamodule_hyper_parameters") if isinstance(content, dict) else None
-    attention = None
+    data, attention = dict[str, Any](), None
+    with suppress(KeyError, TypeError, ValueError):  # not of this program, or damaged
+        data |= content["datamodule_hyper_parameters"]
+        data |= {name: ids for name, ids in content["ImageDataModule"].items() if name == "train_ids"}
     with suppress(KeyError, TypeError, ValueError):  # not of this program, or damaged
         attention = AttentionConfig(**content["hyper_parameters"]["attention"])
         if attention.kind != "none":
@@ -139,7 +141,7 @@ def _read(path: Path) -> _File:
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
         raise ValueError(f"weights={path} is not a state dict, which maps names to tensors")
-    return _File(dict(content), data if isinstance(data, dict) else {}, attention)
+    return _File(dict(content), data, attention)
 
 
 def _with_names_of(ours: Collection[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:

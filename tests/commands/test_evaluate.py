@@ -279,7 +279,9 @@ def test_a_val_folder_may_come_after_a_training_with_a_val_size(command, recipe,
         outcome = command("validate", "--trainer.default_root_dir", tmp_path)
     assert outcome.status == 0, outcome.err
     assert "on 3 val images of folder:" in outcome.out
-    assert "has its own val folder; leave it out" in one_line(command(*fit(recipe, tmp_path / "new", *options)))
+    assert "has its own val folder; give --data.val_size null" in one_line(
+        command(*fit(recipe, tmp_path / "new", *options))
+    )
 
 
 def test_weights_are_tested_without_a_logger(trained, command, tmp_path):

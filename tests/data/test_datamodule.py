@@ -6,10 +6,19 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cbam_pl.data.datamodule import ImageDataModule, channel_statistics, images_digest, may_have_seen, stratified_split
+from cbam_pl.data.cifar import load_cifar
+from cbam_pl.data.datamodule import (
+    ImageDataModule,
+    as_trained,
+    channel_statistics,
+    images_digest,
+    may_have_seen,
+    stratified_split,
+)
 from cbam_pl.data.folder import decode
 from cbam_pl.data.images import Images
 from cbam_pl.errors import UserError
+from tests.helpers import REPOSITORY
 
 CLASSES = ["cat", "dog", "emu"]
 
@@ -22,20 +31,66 @@ def test_statistics_are_those_of_all_pixels():
     assert std == pytest.approx(values.std((0, 2, 3)).tolist())
 
 
-def test_weights_may_have_seen_what_another_split_of_the_same_images_holds_out(tmp_path):
-    here = {"dataset": "cifar10", "root": "data", "seed": 0, "val_size": 5000}
-    assert not may_have_seen(here, here)
-    assert not may_have_seen({}, here)
-    assert not may_have_seen(here | {"dataset": "cifar100", "seed": 1}, here)
-    assert may_have_seen(here | {"seed": 1, "root": "elsewhere"}, here)
-    assert may_have_seen(here | {"val_size": 2000}, here)
-    assert may_have_seen(here | {"val_size": 0}, here)
-    assert not may_have_seen(here, here | {"val_size": 0})  # which validates on the test images
-    folder = here | {"dataset": "folder", "root": str(tmp_path)}
-    assert may_have_seen(folder | {"seed": 1}, folder)
-    assert not may_have_seen(folder | {"seed": 1, "root": "elsewhere"}, folder)
-    (tmp_path / "val").mkdir()
-    assert not may_have_seen(folder | {"seed": 1}, folder)
+def test_weights_may_have_seen_what_another_split_of_the_same_images_holds_out():
+    data = ImageDataModule("shapes")  # of 10,000 images to train on
+    data.setup()
+    here = {"dataset": "shapes", "root": "data", "seed": 0, "val_size": 1000}
+    for trained, seen in (
+        (here, False),
+        ({}, False),
+        (here | {"val_size": None}, False),  # the same tenth
+        (here | {"dataset": "cifar100", "seed": 1}, False),
+        (here | {"seed": 1, "root": "elsewhere"}, True),
+        (here | {"val_size": 200}, True),
+        (here | {"val_size": 0}, True),
+    ):
+        assert may_have_seen(trained, data) == seen, trained
+    data = ImageDataModule("shapes", val_size=0)
+    data.setup("test")
+    assert not may_have_seen(here, data)  # which validates on the test images
+
+
+def test_weights_may_have_seen_the_images_of_a_folder_that_has_changed_or_moved(image_folder, tmp_path):
+    def known(data):
+        return dict(data.hparams) | {"train_ids": data.images("train").ids}
+
+    trained = prepared(image_folder)
+    assert not may_have_seen(known(trained), trained)
+    moved = shutil.copytree(image_folder, tmp_path / "moved", ignore=shutil.ignore_patterns(".*"))
+    assert not may_have_seen(known(trained), prepared(moved))
+    assert may_have_seen(known(trained), prepared(moved, seed=1))
+    shutil.copy(moved / "test/red/0.png", moved / "train/red/new.png")
+    assert may_have_seen(known(trained), prepared(moved))
+    shutil.copytree(moved / "test", moved / "val")
+    assert not may_have_seen(known(trained), prepared(moved, val_size=None))
+    earlier = dict(trained.hparams)  # of a version that did not note the images
+    assert may_have_seen(earlier, prepared(image_folder, seed=1))
+    assert not may_have_seen(earlier, prepared(moved, seed=1, val_size=None))
+
+
+def test_copies_of_trained_images_are_not_held_out(image_folder, tmp_path):
+    root = shutil.copytree(image_folder, tmp_path / "twice", ignore=shutil.ignore_patterns(".*"))
+    for path in [*(root / "train").glob("*/*.png")]:
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    before = prepared(root)
+    shutil.copy(root / "test/red/0.png", root / "train/red/new.png")
+    after = prepared(root)
+    with pytest.warns(UserWarning, match="1 added, 0 removed"):
+        after.load_state_dict(before.state_dict())
+    assert not torch.isin(after.images("val").ids, before.images("train").ids).any()
+    assert len(after.images("val")) > 0
+
+
+def test_a_root_may_be_a_path(image_folder):
+    assert ImageDataModule("folder", image_folder).hparams["root"] == str(image_folder)
+
+
+def test_whole_images_stay_whole_where_a_folder_takes_the_place_of_other_data():
+    settings = {"dataset": "cifar10", "augmentation": "resized_crop", "crop_scale": 0.5}
+    merged = as_trained({"datamodule_hyper_parameters": settings}, {"dataset": "folder", "root": "images"})
+    assert merged == {"dataset": "folder", "root": "images", "augmentation": "none", "crop_scale": None}
+    folder = settings | {"dataset": "folder"}
+    assert as_trained({"datamodule_hyper_parameters": folder}, {"root": "x"}) == folder | {"root": "x"}
 
 
 def test_a_split_holds_out_the_same_fraction_of_every_class():
@@ -85,11 +140,14 @@ def test_a_folder_is_split_and_normalised_by_its_training_images(image_folder):
     assert (data.mean, data.std) == channel_statistics(data.images("train"))
 
 
-def test_cifar_has_its_published_statistics():
-    assert ImageDataModule("cifar10").mean == [0.4914, 0.4822, 0.4465]
-    assert ImageDataModule("cifar10").std == [0.2470, 0.2435, 0.2616]
-    assert ImageDataModule("cifar100").mean == [0.5074, 0.4867, 0.4411]
-    assert ImageDataModule("cifar100").std == [0.2675, 0.2565, 0.2761]
+@pytest.mark.slow  # and with CIFAR at hand
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifars_statistics_are_those_of_its_training_images(dataset):
+    data = ImageDataModule(dataset, root=str(REPOSITORY / "data"))
+    if not data.is_at_hand():
+        pytest.skip("CIFAR is not at hand")
+    computed = channel_statistics(load_cifar(dataset, data.root).train)
+    assert [[round(value, 4) for value in values] for values in computed] == [data.mean, data.std]
 
 
 def test_a_val_folder_is_used_and_not_split_again(image_folder, tmp_path):

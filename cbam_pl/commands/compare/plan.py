@@ -18,7 +18,7 @@ from cbam_pl.attention import AttentionConfig, options_of
 from cbam_pl.cli import PROGRAM
 from cbam_pl.commands.robustness import find_corruptions
 from cbam_pl.data.corruptions import check_size
-from cbam_pl.data.datamodule import may_have_seen
+from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
 from cbam_pl.errors import UserError, as_user_error
 from cbam_pl.recipes import read_recipe
 from cbam_pl.settings import Seed, closest, command_parser, make_training, parse, setting_names
@@ -372,8 +372,12 @@ def _check(name: str, parser: Any, settings: Any, seeds: Sequence[int]) -> list[
             raise UserError(f"{name}: compare gives all recipes the same budget; leave EarlyStopping out")
         classifier, data = make_training(values)
         classifier.load_weights()
-    trained = classifier.weights_data
-    seen = [str(seed) for seed in seeds if may_have_seen(trained, {**data.hparams, "seed": seed})]
+    trained, seen = classifier.weights_data, []
+    for seed in seeds if trained else ():
+        data = ImageDataModule(**{**data.hparams, "seed": seed})
+        data.prepare_data()
+        data.setup("fit")
+        seen += [str(seed)] if may_have_seen(trained, data) else []
     if not seen:
         return []
     return [
