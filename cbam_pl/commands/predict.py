@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from cbam_pl.data.datamodule import in_proportion
 from cbam_pl.data.folder import decode, find_images, show
@@ -34,6 +34,8 @@ def predict(options: list[str]) -> None:
         raise UserError("predict works in one process; leave trainer.devices, num_nodes and strategy out")
 
     files = find_images(settings.images)
+    if Path(settings.output).resolve() in {file.resolve() for file in files}:
+        raise UserError(f"--output {settings.output} is one of the images; name another file")
     print(f"decoding {len(files):,} images")
     size = checkpoint["hyper_parameters"]["image_size"]
     proportional = in_proportion(checkpoint["datamodule_hyper_parameters"])
@@ -65,8 +67,9 @@ def predict(options: list[str]) -> None:
             writer.writerows(rows)
     except OSError as error:
         raise cannot_write(settings.output, error, "name another file with --output") from error
-    table = Table("image", *("class", "probability") * top)
-    for file, row in zip(files, rows, strict=True):
-        table.add_row(*map(escape, (show(file), *row[1:])))  # a name may look like rich's markup
+    table = Table(Column("image", overflow="fold"), *(f"{rank}" for rank in range(1, top + 1)))
+    for file, (_, *texts) in zip(files, rows, strict=True):
+        cells = [f"{name} {probability}" for name, probability in zip(texts[::2], texts[1::2], strict=True)]
+        table.add_row(*map(escape, (show(file), *cells)))  # a name may look like rich's markup
     Console().print(table)
     print(f"saved {settings.output}")

@@ -1,7 +1,7 @@
 """Draw what a network computes: feature maps, attention, Grad-CAM, confusion and calibration, as matplotlib figures.
 
-All of them raise a ValueError for a map that is not finite, or constant over all images: its picture would look like
-a result.
+All of them raise a ValueError for a map that is not finite, or constant over all images, since its picture would look
+like a result; but constant gates are drawn, and the picture says so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,14 +102,19 @@ def draw_attention(images: CaptionedImages, maps: Mapping[str, AttentionMaps], t
     return figure
 
 
-def draw_grad_cam(images: CaptionedImages, cams: Tensor, maps: Mapping[str, AttentionMaps], title: str) -> Figure:
-    """Grad-CAM of the predicted class (B, H, W) ≥ 0 over each image, and the spatial gates beside it."""
+def draw_grad_cam(
+    images: CaptionedImages, cams: Tensor, maps: Mapping[str, AttentionMaps], title: str, layer: str | None = None
+) -> Figure:
+    """Grad-CAM of the predicted class (B, H, W) ≥ 0 over each image, and the spatial gates beside it.
+
+    `layer` is the name of the module that it is of, where that was chosen.
+    """
     _check_map("Grad-CAM", cams)
     spatial = {name: gates.spatial for name, gates in maps.items() if gates.spatial is not None}
     figure, columns = _new_panels(images, 1 + len(spatial), 7, title)
     # Relative to each image's maximum: logits of different images and classes have no common unit.
     _draw_over(columns[0], images, cams / cams.amax((1, 2), keepdim=True).clamp_min(1e-30), 0.0, 1.0)
-    columns[0].set_title("Grad-CAM\npredicted class", **_HEADING)
+    columns[0].set_title("Grad-CAM\n" + cut(f"of {layer}" if layer else "predicted class", 24), **_HEADING)
     _add_colour_bar(columns[0], "fraction of maximum")
     for axes, (name, gate) in zip(columns[1:], spatial.items(), strict=True):
         _draw_spatial_gate(axes, images, name, gate)
@@ -187,7 +192,8 @@ def gate_scale(gate: Tensor) -> tuple[float, float]:
 
 
 def cut(text: str, length: int) -> str:
-    """Cut a text that is too long, with an ellipsis."""
+    """Cut a text that is too long, with an ellipsis; of a name that is no text, show the bytes."""
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -260,7 +266,8 @@ def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
     """Draw gates (B, C) as bars, highest first, at the heights of the images."""
     check_finite(f"the channel gate of {name}", gate)
     ordered = gate.sort(1, descending=True).values.cpu()
-    heights = F.interpolate(ordered[:, None], size=_SIDE, mode="nearest-exact")  # (B, 1, side)
+    top_value = max(1.0, float(ordered.max()))  # a network's own gate may exceed 1
+    heights = F.interpolate(ordered[:, None] / top_value, size=_SIDE, mode="nearest-exact")  # (B, 1, side)
     levels = (torch.arange(_SIDE, 0, -1) - 0.5)[:, None] / _SIDE  # (side, 1)
     bars = torch.where(levels < heights, 0.35, torch.nan)  # (B, side, side)
     axes.imshow(_stack(bars), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
@@ -268,7 +275,7 @@ def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
     axes.autoscale(False)
     axes.hlines([*tops, *(tops + _SIDE / 2), *(tops + _SIDE)], 0, _SIDE, color="0.6", linewidth=0.6)
     for top in tops.tolist():
-        axes.text(-4, top, "1", size=SMALL, ha="right", va="center")
+        axes.text(-4, top, f"{top_value:.3g}", size=SMALL, ha="right", va="center")
         axes.text(-4, top + _SIDE, "0", size=SMALL, ha="right", va="center")
     axes.set_title(f"{name}\n{gate.shape[1]} channels, sorted", **_HEADING)
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbam_pl.inspect.drawing import COLOURS, OPACITY, check_finite, gate_scale
-from cbam_pl.inspect.gates import AttentionMaps, attention_maps, logits_of
+from cbam_pl.inspect.gates import AttentionMaps, attention_maps, logits_of, named_with_factors
 from cbam_pl.inspect.scores import grad_cam
 
 _BATCH_SIZE = 50  # images at once: Grad-CAM keeps all activations of them
@@ -64,7 +64,7 @@ def view_network(
         scores = logits_of(network, batch, flip)
         logits.append(scores.double().cpu())
         cams.append(grad_cam(network, batch, scores.argmax(1), layer).cpu())
-        maps.append(attention_maps(network, batch))
+        maps.append(named_with_factors(network, attention_maps(network, batch)))
     gates = {block: AttentionMaps(*(_join(maps, block, kind) for kind in ("channel", "spatial"))) for block in maps[0]}
     return NetworkView(name, description, torch.cat(logits), torch.cat(cams), gates)
 

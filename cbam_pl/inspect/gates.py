@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cbam_pl.attention import BAM
+from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.models.cnn import CNN
 from cbam_pl.models.insertion import evaluating, map_shapes
 from cbam_pl.models.resnet import ResidualBlock, ResNet
@@ -181,6 +182,14 @@ def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
                 name = name.rpartition(".")[0]
             found[name or type(module).__name__] = module
     return found
+
+
+def named_with_factors(network: nn.Module, maps: Mapping[str, AttentionMaps]) -> dict[str, AttentionMaps]:
+    """The gates, with α in the names of those that began as the identity: near 0, the network hardly uses them."""
+    starts = [one for one in network.modules() if isinstance(one, IdentityStart)]
+    factors = {one.attention: one.factor.item() for one in starts}
+    blocks = {block: factors[module] for block, module in attention_modules(network).items() if module in factors}
+    return {f"{block}, α {blocks[block]:.2g}" if block in blocks else block: gates for block, gates in maps.items()}
 
 
 def gates_of(block: str, module: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Tensor]:

@@ -198,7 +198,9 @@ def measure(
         for name, block in attention_maps(network, batch).items():
             if block.spatial is not None:
                 parts.setdefault(name, []).append(upsample(block.spatial, size).cpu())
-        parts.setdefault("Grad-CAM", []).append(grad_cam(network, batch, classes, layer).cpu())
+        parts.setdefault(f"Grad-CAM of {layer}" if layer else "Grad-CAM", []).append(
+            grad_cam(network, batch, classes, layer).cpu()
+        )
     maps = {name: torch.cat(part) for name, part in parts.items()}
     maps["uniform"] = torch.ones(len(images), *size)
     right, some = (predicted == labels).double(), slice(None, None, ROAD_EVERY)

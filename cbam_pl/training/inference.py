@@ -61,7 +61,7 @@ class PretrainedNetwork(nn.Module):
             UserError: a file that is not an image.
         """
         several = [images] if isinstance(images, (Tensor, Image.Image, str, Path)) else images
-        if not several:
+        if len(several) == 0:
             raise ValueError("images=[] must be one image or more")
         device = next(self.parameters()).device
         batches = [self._fit(one).to(device) for one in several]

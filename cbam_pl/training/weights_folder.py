@@ -86,10 +86,8 @@ def write_folder(
     config = {"format": 1, "precision": precision, "checkpoint": kept, "record": record, "sha256": hashes}
     hashes[CONFIG] = hashlib.sha256(_canonical(config)).hexdigest()
     files[CONFIG] = f"{json.dumps(config, indent=1, ensure_ascii=False)}\n".encode()  # the last: without it, incomplete
+    check_free(path)
     try:
-        others = [one.name for one in path.glob("*") if one.name not in NAMES and not one.name.startswith(".")]
-        if others:
-            raise UserError(f"{path} holds other files, such as {min(others)}; name another folder with --output")
         path.mkdir(parents=True, exist_ok=True)
         (path / _SPLIT).unlink(missing_ok=True)
         for name, content in files.items():
@@ -98,6 +96,13 @@ def write_folder(
     except OSError as error:
         raise cannot_write(path, error, "name another folder with --output") from error
     return {name: len(content) for name, content in files.items()}
+
+
+def check_free(path: Path) -> None:
+    """Reject a folder of other files, with a UserError."""
+    others = [one.name for one in path.glob("*") if one.name not in NAMES and not one.name.startswith(".")]
+    if others:
+        raise UserError(f"{path} holds other files, such as {min(others)}; name another folder with --output")
 
 
 def as_stored(state_dict: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:

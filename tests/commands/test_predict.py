@@ -2,8 +2,11 @@
 
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +40,22 @@ def test_predict_prints_and_saves_the_top_classes(trained, command, image_folder
         assert 1 > float(row["probability_1"]) >= float(row["probability_2"]) > 0
         assert {row["class_1"], row["class_2"]} < set(COLOURS)
     assert rows[0]["class_1"] in outcome.out
+
+
+def test_an_image_is_never_overwritten(trained, command, tmp_path, image_folder):
+    image = shutil.copy(image_folder / "test/red/0.png", tmp_path)
+    before = Path(image).read_bytes()
+    words = ["--trainer.default_root_dir", trained[0], "--images", tmp_path, "--output", tmp_path / "." / "0.png"]
+    assert "0.png is one of the images; name another file" in one_line(command("predict", *words))
+    assert Path(image).read_bytes() == before
+
+
+def test_the_table_shows_whole_names_on_a_narrow_screen(trained, command, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    words = ["--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red"]
+    outcome = command("predict", *words, "--output", tmp_path / "out.csv", "--top", 3)
+    assert "…" not in outcome.out
+    assert "".join(re.findall(r"^│ (\S+) ", outcome.out, re.MULTILINE)).count("6.png") == 1
 
 
 def test_as_many_images_are_predicted_at_once_as_are_tested(trained, command, image_folder, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import math
+import os
 from functools import partial
 from itertools import combinations
 
@@ -13,6 +14,7 @@ from cbam_pl.inspect.drawing import (
     COLOURS,
     DPI,
     CaptionedImages,
+    cut,
     describe,
     draw_attention,
     draw_confusion,
@@ -147,6 +149,20 @@ def test_attention_shows_channel_gates_as_sorted_bars():
     assert np.isfinite(bars[0, -32:]).all()  # they stand on the lower edge
     assert seen(figure, column, 16, 100) == pytest.approx(colours_of(0.35), abs=0.01)
     assert seen(figure, column, 112, 80) == pytest.approx(1.0)
+
+
+def test_channel_gates_above_one_keep_their_order():
+    gate = torch.tensor([[1.6, 0.8, 0.4, 0.0]])
+    figure = draw_attention(images_of(1, value=128), {"block": AttentionMaps(gate, None)}, "bars")
+    (_, column), (_, bars) = columns_of(figure)
+    assert np.isfinite(bars)[0].sum(0).tolist() == [128] * 32 + [64] * 32 + [32] * 32 + [0] * 32
+    assert [text.get_text() for text in column.texts] == ["1.6", "0"]
+
+
+def test_a_name_that_is_no_text_is_drawn_with_its_bytes():
+    assert cut(os.fsdecode(b"caf\xe9"), 16) == "caf\\udce9"
+    counts = torch.eye(2, dtype=torch.int64)
+    rasterise(draw_confusion(counts, [os.fsdecode(b"caf\xe9"), "tea"], ""))
 
 
 def test_a_nearly_constant_gate_looks_nearly_constant():

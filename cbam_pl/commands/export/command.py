@@ -174,9 +174,13 @@ def _describe(path: Path, checkpoint: dict[str, Any], classifier: Classifier, se
         "licence": settings.licence or record.get("licence"),
         **{name: environment[name] for name in ("versions", "commit", "date")},  # of the export
     }
-    if (tested := record["test"]) is not None:
+    # Those of these very weights, which a folder of weights has beside those of the run, and of predictions made like
+    # these.
+    tested = record["stored"] if "figures" in (record.get("stored") or {}) else record["test"]
+    if tested is not None and classifier.test_time_flip == model.get("test_time_flip", False):
         described |= {"test_accuracy": tested["figures"]["accuracy"], "test_images": tested["images"]}
-        described |= {"test_options": shlex.join(tested["options"]), "test_commit": tested["environment"]["commit"]}
+        described |= {"test_options": shlex.join(tested.get("options", ()))}
+        described |= {"test_commit": tested["environment"]["commit"]}
     return {name: value for name, value in described.items() if value is not None}
 
 

@@ -26,7 +26,7 @@ from cbam_pl.training.callbacks import EvaluatedImages
 from cbam_pl.training.checkpoint import load_classifier, network_name, read_checkpoint
 from cbam_pl.training.run import Run, read_result, run_of
 from cbam_pl.training.trainer import running
-from cbam_pl.training.weights_folder import Precision, as_stored, write_folder
+from cbam_pl.training.weights_folder import Precision, as_stored, check_free, write_folder
 
 _HUB_DATA = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}  # their names on the Hugging Face Hub
 _DATA = {
@@ -65,6 +65,7 @@ def write_pretrained(
     Raises:
         UserError: the checkpoint cannot be read, or the folder cannot be written or holds other files.
     """
+    check_free(output)
     checkpoint = read_checkpoint(path)
     stored = {**checkpoint, "state_dict": as_stored(checkpoint["state_dict"], precision)}
     model = load_classifier(path, stored, trust=trust)
@@ -282,6 +283,5 @@ def _training(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _with_options(name: str, optimization: Mapping[str, Any]) -> str | None:
     options = {key.partition(".")[2]: value for key, value in optimization.items() if key.startswith(f"{name}.")}
-    # By identity, since 0, which a user may have chosen, equals False.
-    given = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None and value is not False)
+    given = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
     return f"{optimization[name]} ({given})" if given and optimization.get(name) else optimization.get(name)

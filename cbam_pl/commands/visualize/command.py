@@ -80,7 +80,7 @@ def _write_pictures(settings: Any, loaded: Sequence[LoadedCheckpoint], folder: P
         else:
             print(f"{title}: there is no test of it, so there is no reliability diagram; run: test --calibrate")
         pictures |= {prefix + kind: draw for kind, draw in drawn.items()}
-        measured[prefix] = one, title
+        measured[prefix] = one, title + ("; without the mirror images of test_time_flip" if one.flips else "")
     if histories := _read_histories(loaded):
         pictures["curves"] = partial(draw_curves, histories)
     with _writing_into(folder):
@@ -178,8 +178,7 @@ def _measure(loaded: LoadedCheckpoint, title: str, images: Images, layer: str | 
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    flips = "; without the mirror images of test_time_flip" if loaded.flips else ""
-    print(f"{title}, {len(images):,} test images{flips}:")
+    print(f"{title}, {len(images):,} test images:")
     print_scores(rows)
     print(path)
 

@@ -18,7 +18,7 @@ from cbam_pl.data.loader import Normalise
 from cbam_pl.errors import UserError
 from cbam_pl.inspect import drawing
 from cbam_pl.inspect.gallery import render_gallery, view_network
-from cbam_pl.inspect.gates import attention_maps, feature_maps, logits_of, map_layer
+from cbam_pl.inspect.gates import attention_maps, feature_maps, logits_of, map_layer, named_with_factors
 from cbam_pl.inspect.scores import grad_cam
 from cbam_pl.training.checkpoint import load_classifier, network_name
 from cbam_pl.training.run import results_folder
@@ -99,7 +99,7 @@ def pictures_of(
         pixels = test.pixels[indices]
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
-    features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
+    features, maps = feature_maps(network, inputs), named_with_factors(network, attention_maps(network, inputs))
     logits = logits_of(network, inputs, loaded.flips)
     if layer is not None:
         map_layer(network, inputs, layer)  # rejects an unknown one before anything is drawn
@@ -107,7 +107,7 @@ def pictures_of(
 
     def draw_grad_cam() -> Figure:
         cams = grad_cam(network, inputs, logits.argmax(1), layer)
-        return drawing.draw_grad_cam(shown, cams, maps, f"Grad-CAM\n{title}")
+        return drawing.draw_grad_cam(shown, cams, maps, f"Grad-CAM\n{title}", layer)
 
     drawn: dict[str, Callable[[], Figure]] = {
         "features": partial(drawing.draw_features, shown, features, f"Features\n{title}"),
@@ -141,7 +141,7 @@ def gallery_of(
             raise UserError(f"{name} and {first} do not have the same test images; make a page for each")
     views = []
     for name, one in named.items():
-        what = f"{one.description}, {one.path}"
+        what = f"{one.description}, {one.path}" + (f"; Grad-CAM of {layer}" if layer else "")
         views.append(view_network(one.network, one.normalise(shown.pixels), name, what, one.flips, layer))
     *most, last = named
     who = f"{', '.join(most)} and {last} see" if most else f"{last} sees"

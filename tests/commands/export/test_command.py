@@ -349,15 +349,14 @@ def test_an_onnx_file_flips_and_takes_bytes(onnx):
 
 @pytest.mark.slow
 def test_an_onnx_file_has_its_opset_and_metadata_and_no_paths(onnx):
-    root, file, out = onnx
+    _, file, out = onnx
     model = pytest.importorskip("onnx").load(file)
     assert [(one.domain, one.version) for one in model.opset_import] == [("", 18)]
     assert "ONNX, opset 18" in out
     about = {one.key: one.value for one in model.metadata_props}
     assert json.loads(about["classes"]) == list(COLOURS)
     assert (about["recipe"], about["input_type"], about["test_time_flip"]) == ("tiny", "uint8", "true")
-    test = json.loads((root / "logs/tiny/version_0/test.json").read_text())
-    assert json.loads(about["test_accuracy"]) == test["test/acc"]
+    assert "test_accuracy" not in about, "which was measured without mirror images"
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert str(REPOSITORY).encode() not in file.read_bytes()
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]  # the pt2 file was made to be timed

@@ -243,7 +243,8 @@ def test_measures_are_of_the_layer_that_is_drawn(command, run, tmp_path):
         with (output / "measures.csv").open() as stream:
             rows = {row["map"]: row for row in csv.DictReader(stream)}
         randomisation = json.loads((output / "randomisation.json").read_text())
-        found[layer] = rows["Grad-CAM"], randomisation["spearman"]["Grad-CAM"]
+        name = "Grad-CAM" if layer is None else f"Grad-CAM of {layer}"
+        found[layer] = {**rows[name], "map": ""}, randomisation["spearman"]["Grad-CAM"]
     assert found["blocks.2.relu"] == found[None]
     assert found["blocks.0"][0] != found[None][0]
     assert found["blocks.0"][1] != found[None][1]
