@@ -430,11 +430,15 @@ def main() -> None:
     options.add_argument("--device", choices=["cpu", "cuda"], default=device, help=f"default here: {device}")
     options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
     options.add_argument("--minutes", type=float, default=9.5, help="at most (default: %(default)s)")
-    options.add_argument("--output", type=Path, default=REPOSITORY / "docs/results/gpu.md", help="Markdown file")
+    page = REPOSITORY / "docs/results/gpu.md"
+    options.add_argument("--output", type=Path, help=f"Markdown file (default of a whole measurement: {page})")
     options.add_argument("--tiny", action="store_true", help="small and short, eager, to see whether it runs")
     given, data = options.parse_known_args()
     if given.device == "cpu" and not given.tiny:
         options.error("no GPU is found here; --tiny runs on a CPU, to see whether it runs")
+    if given.output is None and (given.tiny or given.parts != list(PARTS)):
+        options.error(f"name an --output: {page.name} in docs/results is for a whole measurement on a GPU")
+    output = given.output or page
     cifar = REPOSITORY / "data"
     with tempfile.TemporaryDirectory() as folder:
         real = bool(data)
@@ -447,8 +451,8 @@ def main() -> None:
         names = [name for name in given.parts if name != "compiler" or not given.tiny]
         if not given.tiny and "compiler" not in names:
             names = ["compiler", *names]
-        measure(names, setup, given.minutes, given.output)
-    print(f"written to {given.output}", file=sys.stderr)
+        measure(names, setup, given.minutes, output)
+    print(f"written to {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,13 @@ def choose_conditions(settings: Any, image_size: int) -> list[tuple[str, int]]:
             raise UserError(f"--severities {severity} is unknown; use some of {' '.join(map(str, SEVERITIES))}")
         if list(severities).count(severity) > 1:
             raise UserError(f"--severities names {severity} twice; name each once")
-    if settings.trainer.limit_test_batches not in (None, 1.0) or isinstance(settings.trainer.limit_test_batches, int):
+    limit = settings.trainer.limit_test_batches
+    parts = {"limit_test_batches": limit} if limit not in (None, 1.0) or isinstance(limit, int) else {}
+    parts |= {"fast_dev_run": settings.trainer.fast_dev_run} if settings.trainer.fast_dev_run else {}
+    for name, value in parts.items():
         raise UserError(
-            f"trainer.limit_test_batches={settings.trainer.limit_test_batches} does not work with --corruptions, which "
-            "tests all images; leave it out, and name fewer corruptions or --severities to save time"
+            f"trainer.{name}={value} does not work with --corruptions, which tests all images; leave it out, and name "
+            "fewer corruptions or --severities to save time"
         )
     check_size(image_size, image_size)
     return [(name, severity) for name in names for severity in severities]

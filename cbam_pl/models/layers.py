@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 _LEAST = 8  # channels: fewer leave the attention's bottleneck nothing to choose from
+_MOST = 65_536  # a 3×3 convolution of so many has 155 GB of weights
 
 
 def he_conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -30,4 +31,12 @@ def scale_channels(channels: Sequence[int], width: float) -> list[int]:
             f"width={width} leaves {scaled[0]} of the first stage's {channels[0]} channels; "
             f"use at least {_LEAST / channels[0]}, which leaves {_LEAST}"
         )
+    if scaled[-1] > _MOST:
+        raise ValueError(
+            f"width={width} gives the last stage more than {_MOST:,} channels; use at most {_most(channels)}"
+        )
     return scaled
+
+
+def _most(channels: Sequence[int]) -> float:
+    return _MOST / channels[-1]

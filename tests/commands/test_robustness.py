@@ -180,6 +180,7 @@ def test_short_names():
         (["--corruptions", "--severities", 2, 2], "--severities names 2 twice; name each once"),
         (["--severities", 2], "--severities has no effect without --corruptions"),
         (["--corruptions", "--trainer.limit_test_batches", 1], "trainer.limit_test_batches=1 does not work with"),
+        (["--corruptions", "--trainer.fast_dev_run", "true"], "trainer.fast_dev_run=True does not work with"),
     ],
 )
 def test_mistakes_are_rejected_before_the_test(words, message, trained, command):

@@ -89,6 +89,7 @@ def test_none_is_the_network_without_attention():
         ({"dropout": 1.0}, r"^dropout=1\.0 must be at least 0 and below 1$"),
         ({"dropout": -0.1}, r"^dropout=-0\.1 must be at least 0 and below 1$"),
         ({"width": 0.2}, r"^width=0\.2 leaves 6 of the first stage's 32 channels; use at least 0\.25, which leaves 8$"),
+        ({"width": 1e18}, r"^width=1e\+18 gives the last stage more than 65,536 channels; use at most 512\.0$"),
         ({"width": 0.0}, r"^width=0\.0 must be a positive number$"),
         ({"num_classes": 0}, r"^num_classes=0 must be at least 1$"),
     ],
