@@ -32,11 +32,6 @@ def scale_channels(channels: Sequence[int], width: float) -> list[int]:
             f"use at least {_LEAST / channels[0]}, which leaves {_LEAST}"
         )
     if scaled[-1] > _MOST:
-        raise ValueError(
-            f"width={width} gives the last stage more than {_MOST:,} channels; use at most {_most(channels)}"
-        )
+        most = _MOST / channels[-1]
+        raise ValueError(f"width={width} gives the last stage more than {_MOST:,} channels; use at most {most}")
     return scaled
-
-
-def _most(channels: Sequence[int]) -> float:
-    return _MOST / channels[-1]
