@@ -137,6 +137,7 @@ def _write(one: _Evaluation, logs: Path, tested: dict[str, Any], arrays: dict[st
     record = {
         **tested,
         "images": one.model.num_evaluated,
+        "test_time_flip": one.model.test_time_flip,
         "environment": describe_environment(one.trainer.strategy.root_device),
         "trained_on": one.checkpoint["environments"],
         "trained_images": images_digest(*map(one.checkpoint["ImageDataModule"].get, ("train_ids", "val_ids"))),

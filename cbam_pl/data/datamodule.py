@@ -114,16 +114,18 @@ def may_have_seen(trained: Mapping[str, Any], here: "ImageDataModule") -> bool:
 
     Args:
         trained: arguments of the ImageDataModule that they were trained with, and of a folder `train_ids`, the ids of
-            those images; empty where nothing is known.
+            those images, which depend on the `classes`; empty where nothing is known.
         here: the data here, once `setup` has run.
     """
     if here.val_size == 0 or trained.get("dataset") != here.dataset:
         return False
     train, val = (here.images(split) for split in ("train", "val"))
-    if val.ids is not None and "train_ids" in trained:
+    if val.ids is not None and "train_ids" in trained and trained["classes"] == here.classes:
         return bool(torch.isin(val.ids, trained["train_ids"]).any())
-    if here.dataset == "folder" and trained.get("root") != here.root:
-        return False  # of an earlier version, which did not note the images
+    if here.dataset == "folder":  # as earlier versions left it, which did not note the images
+        roots = [Path(str(root)).expanduser().resolve() for root in (trained.get("root"), here.root)]
+        if roots[0] != roots[1] or (here.val_size is None and (roots[1] / "val").is_dir()):
+            return False
     tenth = (len(train) + len(val)) // 10
     sizes = [tenth if size is None else size for size in (trained.get("val_size"), here.val_size)]
     return trained.get("seed") != here.seed or sizes[0] != sizes[1]

@@ -196,10 +196,11 @@ def _list_folders(folder: Path) -> list[str]:
 
 
 def _walk_images(folder: Path) -> list[str]:
-    """The paths of the images in a folder, at any depth; in folders that links lead to again, only once."""
-    found, seen = [], set()
+    """The paths of the images in a folder, at any depth; links to what is above it, or found already, are skipped."""
+    found, seen, top = [], set(), os.path.realpath(folder)
     for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
-        if (place := os.path.realpath(parent)) in seen:  # as where links form a loop
+        place = os.path.realpath(parent)
+        if place in seen or top.startswith(os.path.join(place, "")):
             folders.clear()
             continue
         seen.add(place)

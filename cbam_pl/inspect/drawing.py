@@ -277,7 +277,8 @@ def _draw_channel_gate(axes: Axes, name: str, gate: Tensor) -> None:
     for top in tops.tolist():
         axes.text(-4, top, f"{top_value:.3g}", size=SMALL, ha="right", va="center")
         axes.text(-4, top + _SIDE, "0", size=SMALL, ha="right", va="center")
-    axes.set_title(f"{name}\n{gate.shape[1]} channels, sorted", **_HEADING)
+    flat = f"all {float(gate.mean()):.3f}" if _is_flat(gate) else "sorted"
+    axes.set_title(f"{name}\n{gate.shape[1]} channels, {flat}", **_HEADING)
 
 
 def _set_captions(axes: Axes, captions: Sequence[str], side: int) -> None:

@@ -221,7 +221,8 @@ function enlarge(place) {
       const label = `${network.name}, ${name}`;
       const spatial = spatialPanel(block.spatial, image, `${label}: spatial gate`) ?? empty?.cloneNode(true) ?? null;
       const channel = channelPanel(block.channel, image, `${label}: channel gate`);
-      return make("div", {}, nameOf(network), spatial, channel);
+      const note = block.note ? make("p", {}, block.note) : null;
+      return make("div", {}, nameOf(network), note, spatial, channel);
     });
     return make("section", {}, make("h3", {}, name), make("div", { className: "networks" }, ...cells));
   });

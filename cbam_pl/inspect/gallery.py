@@ -8,7 +8,7 @@ so beside each.
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from math import sqrt
 from pathlib import Path
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbam_pl.inspect.drawing import COLOURS, OPACITY, check_finite, gate_scale
-from cbam_pl.inspect.gates import AttentionMaps, attention_maps, logits_of, named_with_factors
+from cbam_pl.inspect.gates import AttentionMaps, attention_maps, identity_factors, logits_of
 from cbam_pl.inspect.scores import grad_cam
 
 _BATCH_SIZE = 50  # images at once: Grad-CAM keeps all activations of them
@@ -44,6 +44,7 @@ class NetworkView:
     logits: Tensor  # (N, classes)
     cams: Tensor  # (N, H, W) ≥ 0, Grad-CAM of the predicted class
     maps: dict[str, AttentionMaps]  # block → its gates for all images; empty without attention
+    factors: dict[str, float] = field(default_factory=dict)  # block → α, where its attention began as the identity
 
 
 def view_network(
@@ -64,9 +65,9 @@ def view_network(
         scores = logits_of(network, batch, flip)
         logits.append(scores.double().cpu())
         cams.append(grad_cam(network, batch, scores.argmax(1), layer).cpu())
-        maps.append(named_with_factors(network, attention_maps(network, batch)))
+        maps.append(attention_maps(network, batch))
     gates = {block: AttentionMaps(*(_join(maps, block, kind) for kind in ("channel", "spatial"))) for block in maps[0]}
-    return NetworkView(name, description, torch.cat(logits), torch.cat(cams), gates)
+    return NetworkView(name, description, torch.cat(logits), torch.cat(cams), gates, identity_factors(network))
 
 
 def _join(parts: Sequence[dict[str, AttentionMaps]], block: str, kind: str) -> Tensor | None:
@@ -138,6 +139,7 @@ def _describe(network: NetworkView, labels: Tensor, limit: int) -> dict[str, Any
         "blocks": [
             {
                 "name": block,
+                "note": f"α {network.factors[block]:.2g}" if block in network.factors else "",
                 "spatial": _spatial_gate(f"the spatial gate of {block} in {network.name}", gates.spatial, limit),
                 "channel": _channel_gate(f"the channel gate of {block} in {network.name}", gates.channel, limit),
             }

@@ -184,12 +184,11 @@ def attention_modules(network: nn.Module) -> Mapping[str, nn.Module]:
     return found
 
 
-def named_with_factors(network: nn.Module, maps: Mapping[str, AttentionMaps]) -> dict[str, AttentionMaps]:
-    """The gates, with α in the names of those that began as the identity: near 0, the network hardly uses them."""
+def identity_factors(network: nn.Module) -> dict[str, float]:
+    """α of each block whose attention began as the identity: near 0, the network hardly uses the block's gates."""
     starts = [one for one in network.modules() if isinstance(one, IdentityStart)]
     factors = {one.attention: one.factor.item() for one in starts}
-    blocks = {block: factors[module] for block, module in attention_modules(network).items() if module in factors}
-    return {f"{block}, α {blocks[block]:.2g}" if block in blocks else block: gates for block, gates in maps.items()}
+    return {block: factors[module] for block, module in attention_modules(network).items() if module in factors}
 
 
 def gates_of(block: str, module: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Tensor]:

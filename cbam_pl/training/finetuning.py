@@ -131,7 +131,8 @@ def _read(path: Path) -> _File:
     data, attention = dict[str, Any](), None
     with suppress(KeyError, TypeError, ValueError):  # not of this program, or damaged
         data |= content["datamodule_hyper_parameters"]
-        data |= {name: ids for name, ids in content["ImageDataModule"].items() if name == "train_ids"}
+        known = content["ImageDataModule"]
+        data |= {"train_ids": known["train_ids"], "classes": known["classes"]}
     with suppress(KeyError, TypeError, ValueError):  # not of this program, or damaged
         attention = AttentionConfig(**content["hyper_parameters"]["attention"])
         if attention.kind != "none":

@@ -99,8 +99,11 @@ def write_folder(
 
 
 def check_free(path: Path) -> None:
-    """Reject a folder of other files, with a UserError."""
-    others = [one.name for one in path.glob("*") if one.name not in NAMES and not one.name.startswith(".")]
+    """Reject a folder of other files, or that cannot be read, with a UserError."""
+    try:
+        others = [one.name for one in path.glob("*") if one.name not in NAMES and not one.name.startswith(".")]
+    except OSError as error:
+        raise cannot_write(path, error, "name another folder with --output") from error
     if others:
         raise UserError(f"{path} holds other files, such as {min(others)}; name another folder with --output")
 

@@ -18,7 +18,7 @@ from cbam_pl.data.datamodule import (
 from cbam_pl.data.folder import decode
 from cbam_pl.data.images import Images
 from cbam_pl.errors import UserError
-from tests.helpers import REPOSITORY
+from tests.helpers import COLOURS, REPOSITORY
 
 CLASSES = ["cat", "dog", "emu"]
 
@@ -52,7 +52,7 @@ def test_weights_may_have_seen_what_another_split_of_the_same_images_holds_out()
 
 def test_weights_may_have_seen_the_images_of_a_folder_that_has_changed_or_moved(image_folder, tmp_path):
     def known(data):
-        return dict(data.hparams) | {"train_ids": data.images("train").ids}
+        return dict(data.hparams) | {"train_ids": data.images("train").ids, "classes": data.classes}
 
     trained = prepared(image_folder)
     assert not may_have_seen(known(trained), trained)
@@ -66,6 +66,12 @@ def test_weights_may_have_seen_the_images_of_a_folder_that_has_changed_or_moved(
     earlier = dict(trained.hparams)  # of a version that did not note the images
     assert may_have_seen(earlier, prepared(image_folder, seed=1))
     assert not may_have_seen(earlier, prepared(moved, seed=1, val_size=None))
+    own_val = earlier | {"root": f"{moved}/../moved"}
+    assert not may_have_seen(own_val, prepared(moved, seed=1, val_size=None)), "which the seed does not change"
+    shutil.rmtree(moved / "val")
+    assert may_have_seen(own_val, prepared(moved, seed=1))
+    other = known(prepared(moved)) | {"classes": ["another", *COLOURS]}  # whose images have other ids
+    assert may_have_seen(other, prepared(moved, seed=1))
 
 
 def test_copies_of_trained_images_are_not_held_out(image_folder, tmp_path):

@@ -16,7 +16,7 @@ from cbam_pl.inspect.gates import (
     constant_gates,
     feature_maps,
     gate_health,
-    named_with_factors,
+    identity_factors,
     unwrap,
 )
 from cbam_pl.inspect.scores import grad_cam
@@ -366,9 +366,8 @@ def test_maps_of_attention_that_starts_as_the_identity_are_its_gates():
         expected = gates["spatial"][:, 0] if kind == "cbam" else gates["joint"].mean(1) - 1
         torch.testing.assert_close(maps["blocks.0"].spatial, expected.detach())
         nn.init.constant_(network.blocks[1].attention.factor, 0.0312)
-        names = ["blocks.0, α 0", "blocks.1, α 0.031", "blocks.2, α 0"]
-        assert list(named_with_factors(network, maps)) == names
-        assert list(named_with_factors(network_of(kind), maps)) == list(maps)  # of one that did not start so
+        assert identity_factors(network) == {"blocks.0": 0, "blocks.1": pytest.approx(0.0312), "blocks.2": 0}
+        assert identity_factors(network_of(kind)) == {}
 
 
 def test_health_counts_what_is_closed_open_and_uneven():

@@ -181,18 +181,19 @@ class _Budget:
         self.val, self.test = len(data.images("val")), len(data.images("test"))
         self.flips = settings.get("model.test_time_flip", False)
         overfit = settings.get("trainer.overfit_batches")
+        batch = data.batch_size * num_devices(settings)
 
         def limited(images: int, split: str, batch_size: int) -> int:
             limit = overfit or settings.get(f"trainer.limit_{split}_batches", 1.0)
             return min(images, limit * batch_size) if isinstance(limit, int) else int(images * limit)
 
-        self.train = limited(len(data.images("train")), "train", data.batch_size)
-        validated = limited(self.val, "val", 4 * data.batch_size)  # as ImageDataModule's batches are
+        self.train = limited(len(data.images("train")), "train", batch)
+        validated = limited(self.val, "val", 4 * batch)  # as ImageDataModule's batches are
         self.validated = validated / settings.get("trainer.check_val_every_n_epoch", 1)  # an epoch, on average
         self.epochs = settings["trainer.max_epochs"]
         if (steps := settings.get("trainer.max_steps", -1)) >= 0:
-            batch = data.batch_size * settings.get("trainer.accumulate_grad_batches", 1) * num_devices(settings)
-            self.epochs = min(self.epochs, math.ceil(steps / math.ceil(self.train / batch)))
+            step = batch * settings.get("trainer.accumulate_grad_batches", 1)
+            self.epochs = min(self.epochs, math.ceil(steps / math.ceil(self.train / step)))
 
 
 def _print_estimate(plan: Plan, jobs: int | None) -> None:

@@ -122,7 +122,7 @@ def time_recipes(
     Returns:
         Recipe → trainable parameters; flops of one image's forward pass, a multiplication and an addition being two;
         train_images_per_second, augmentation included; latency_N, milliseconds of the forward pass of N images;
-        measured_on, the device and commit. With test_time_flip a forward pass is that of both mirror images.
+        measured_on, the device and commit. With test_time_flip the latencies, not the flops, are of both mirror images.
     """
     recipes = {name: TimedRecipe(settings) for name, settings in configs.items()}
     works = {(name, size): recipe.forward_pass(size) for name, recipe in recipes.items() for size in batch_sizes}

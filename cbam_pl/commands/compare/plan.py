@@ -373,8 +373,9 @@ def _check(name: str, parser: Any, settings: Any, seeds: Sequence[int]) -> list[
         classifier, data = make_training(values)
         classifier.load_weights()
     trained, seen = classifier.weights_data, []
-    for seed in seeds if trained else ():
-        data = ImageDataModule(**{**data.hparams, "seed": seed})
+    for seed in seeds if trained.get("dataset") == data.dataset else ():
+        # The split does not depend on the statistics, which take long.
+        data = ImageDataModule(**{**data.hparams, "seed": seed, "normalisation": "imagenet"})
         data.prepare_data()
         data.setup("fit")
         seen += [str(seed)] if may_have_seen(trained, data) else []

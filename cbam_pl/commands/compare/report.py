@@ -384,7 +384,8 @@ def _cost_table(content: dict[str, Any]) -> dict[str, Any]:
     costs = [recipe["cost"] for recipe in content["recipes"].values() if recipe["cost"]]
     place = next((f" on {cost['measured_on']}" for cost in costs if "measured_on" in cost), "")
     meaning = (
-        "A multiplication and an addition are two FLOP; one forward pass. Speeds: medians of interleaved rounds"
+        "A multiplication and an addition are two FLOP; one forward pass. Latencies: of both mirror images where "
+        "test_time_flip takes them. Speeds: medians of interleaved rounds"
         f"{place}. Memory: of a process that trains."
     )
     return {"headings": ["recipe", *(column[0] for column in COSTS.values())], "rows": rows, "meaning": meaning}
@@ -410,14 +411,13 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
 
 def _places(results: Sequence[Result], prefix: str = "") -> str:
     """Where the runs were trained, or tested; where these are several places, with the number of runs of each."""
-    counts = Counter(tuple(run[prefix + key] for key in ("device", "versions", "commit")) for run in results)
-    texts = {
-        device if device == "unknown" else f"{device}, with {versions}, commit {made_by}": count
-        for (device, versions, made_by), count in counts.items()
-    }
-    return (
-        "; or ".join(f"{text} ({count} runs)" for text, count in texts.items()) if len(texts) > 1 else next(iter(texts))
-    )
+    texts: Counter[str] = Counter()
+    for run in results:
+        device, versions, made_by = (run[prefix + key] for key in ("device", "versions", "commit"))
+        texts[device if device == "unknown" else f"{device}, with {versions}, commit {made_by}"] += 1
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; or ".join(f"{text} ({count} {'run' if count == 1 else 'runs'})" for text, count in texts.items())
 
 
 def earlier_costs(plan: Plan) -> dict[str, Any] | None:

@@ -174,10 +174,9 @@ def _describe(path: Path, checkpoint: dict[str, Any], classifier: Classifier, se
         "licence": settings.licence or record.get("licence"),
         **{name: environment[name] for name in ("versions", "commit", "date")},  # of the export
     }
-    # Those of these very weights, which a folder of weights has beside those of the run, and of predictions made like
-    # these.
-    tested = record["stored"] if "figures" in (record.get("stored") or {}) else record["test"]
-    if tested is not None and classifier.test_time_flip == model.get("test_time_flip", False):
+    # Of these very weights, where a folder of weights has both, and only of predictions that are made as the file's.
+    tested = record["stored"] if "figures" in (record.get("stored") or {}) else record["test"] or {}
+    if tested and classifier.test_time_flip == tested.get("test_time_flip", model.get("test_time_flip", False)):
         described |= {"test_accuracy": tested["figures"]["accuracy"], "test_images": tested["images"]}
         described |= {"test_options": shlex.join(tested.get("options", ()))}
         described |= {"test_commit": tested["environment"]["commit"]}

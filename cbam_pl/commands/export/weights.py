@@ -105,7 +105,9 @@ def read_record(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if test is not None:
             figures = {"accuracy": test["test/acc"], **test.get("measures", {})}
+            flip = test.get("test_time_flip")  # which earlier versions did not note
             test = {"figures": figures, **{name: test[name] for name in ("images", "options", "environment")}}
+            test |= {} if flip is None else {"test_time_flip": flip}
         if robustness is not None:
             names = ("images", "seed", "accuracy", "mean", "options", "environment")
             robustness = {name: robustness[name] for name in names}

@@ -18,7 +18,7 @@ from cbam_pl.data.loader import Normalise
 from cbam_pl.errors import UserError
 from cbam_pl.inspect import drawing
 from cbam_pl.inspect.gallery import render_gallery, view_network
-from cbam_pl.inspect.gates import attention_maps, feature_maps, logits_of, map_layer, named_with_factors
+from cbam_pl.inspect.gates import attention_maps, feature_maps, identity_factors, logits_of, map_layer
 from cbam_pl.inspect.scores import grad_cam
 from cbam_pl.training.checkpoint import load_classifier, network_name
 from cbam_pl.training.run import results_folder
@@ -99,7 +99,9 @@ def pictures_of(
         pixels = test.pixels[indices]
         headings = [f"test image {index}\ntrue: {classes[test.labels[index]]}" for index in indices]
     network, inputs = loaded.network, loaded.normalise(pixels)
-    features, maps = feature_maps(network, inputs), named_with_factors(network, attention_maps(network, inputs))
+    features, maps = feature_maps(network, inputs), attention_maps(network, inputs)
+    factors = {block: f"{block}, α {factor:.2g}" for block, factor in identity_factors(network).items()}
+    maps = {factors.get(block, block): gates for block, gates in maps.items()}
     logits = logits_of(network, inputs, loaded.flips)
     if layer is not None:
         map_layer(network, inputs, layer)  # rejects an unknown one before anything is drawn

@@ -203,6 +203,7 @@ def test_a_dry_run_trains_and_writes_nothing(recipes, command, quick, tmp_path, 
         ([], 10 * (3 * 84 + 9) + 9 + 21),
         (["--model.test_time_flip", "true"], 10 * (3 * 84 + 2 * 9) + 2 * (9 + 21)),  # which training does not
         (["--trainer.limit_train_batches", 2], 10 * (3 * 32 + 9) + 9 + 21),
+        (["--trainer.limit_train_batches", 2, "--trainer.devices", 2], 10 * (3 * 64 + 9) + 9 + 21),
         (["--trainer.limit_train_batches", 0.5, "--trainer.limit_val_batches", 0.5], 10 * (3 * 42 + 4) + 9 + 21),
         (["--trainer.overfit_batches", 1], 10 * (3 * 16 + 9) + 9 + 21),
         (["--trainer.check_val_every_n_epoch", 5], 10 * 3 * 84 + 2 * 9 + 9 + 21),

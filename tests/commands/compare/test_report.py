@@ -509,7 +509,7 @@ def test_where_the_runs_were_trained_and_tested_is_told_apart():
     here = "cpu: abacus, with torch 0, commit c0ffee"
     assert f"; trained and tested on: {here}; date: 2024-05-06; report: commit {commit()}, 20" in measured()
     beef = here.replace("c0ffee", "beef")
-    assert f"; trained on: {beef} (1 runs); or {here} (1 runs); tested on: {here}; " in measured(trained_commit="beef")
+    assert f"; trained on: {beef} (1 run); or {here} (1 run); tested on: {here}; " in measured(trained_commit="beef")
     assert "; trained on: unknown; tested on: cpu: abacus" in measured(trained_device="unknown")
 
 
