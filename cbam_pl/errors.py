@@ -13,7 +13,10 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The training was stopped and its state saved; by a signal, if `number` is one. The exit status is 128 more."""
+    """A command was stopped: by the signal `number`, or, where that is 0, by a limit or callback of the training.
+
+    The exit status after a signal is 128 + number.
+    """
 
     def __init__(self, reason: str, number: int = 0) -> None:
         super().__init__(reason)

@@ -61,7 +61,7 @@ _TRAINER_DEFAULTS = {
 
 @cache
 def command_parser(command: Literal["fit", "test", "validate", "predict", "visualize", "export"]) -> ArgumentParser:
-    """The options of a command. Each is a parameter of the class that it configures, which documents it."""
+    """The options of a command; those of model, data and trainer are parameters of classes, which document them."""
     usage = f"{PROGRAM} {command} [OPTIONS]"
     parser = ArgumentParser(prog=f"train.py {command}", exit_on_error=False, allow_abbrev=False, usage=usage)
     add = parser.add_argument

@@ -140,8 +140,8 @@ def _ensure_best(trainer: Trainer, model: Classifier, data: ImageDataModule, run
     if not ours or has_best or not trainer.limit_val_batches:
         return
     trainer.validate(model, datamodule=data, verbose=False)
-    if run is not None and (run.checkpoints / "last.ckpt").exists():
-        save_final_checkpoint(trainer, run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt")
+    if run is not None and run.last.exists():
+        save_final_checkpoint(trainer, run.last, run.best)
 
 
 def _print_summary(
@@ -160,10 +160,7 @@ def _print_summary(
     start = " that starts as the identity" if attention["start"] == "identity" else ""
     lines = [
         f"network      {network_name(model.hparams)}, attention {attention['kind']}{start}",
-        *(
-            [f"classes      {model.replaced_layer} was replaced by a linear layer for them"]
-            * bool(model.replaced_layer)
-        ),
+        *([f"classes      {model.replaced_layer} was replaced by a linear layer"] if model.replaced_layer else []),
         *([f"weights      {loaded}"] if loaded else []),
         *_trained_parts(model),
         f"cost         {count_parameters(model.network):,} parameters; {megaflops:,.1f} MFLOPs per image, where a "
@@ -198,12 +195,11 @@ def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str
     if interruption is not None and not is_saved:
         print(f"{interruption}; nothing is saved, since trainer.enable_checkpointing is false", file=sys.stderr)
     elif interruption is not None:
-        again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.checkpoints / "last.ckpt")]
+        again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.last)]
         print(f"{interruption}; the state is saved", file=sys.stderr)
         print(f"resume: {PROGRAM} fit {shlex.join(again)}", file=sys.stderr)
-    best = run.checkpoints / "best.ckpt"
-    if best.exists() and (interruption is None or not interruption.number):
-        checkpoint = read_checkpoint(best)
+    if run.best.exists() and (interruption is None or not interruption.number):
+        checkpoint = read_checkpoint(run.best)
         loss, acc = checkpoint["figures"]["val/loss"], checkpoint["figures"]["val/acc"]
         print(f"best epoch   {checkpoint['epoch'] + 1}: val/loss {loss:.4f}, val/acc {acc:.4f}")
-        print(f"test it      {PROGRAM} test --ckpt_path {shlex.quote(str(best))}")
+        print(f"test it      {PROGRAM} test --ckpt_path {shlex.quote(str(run.best))}")

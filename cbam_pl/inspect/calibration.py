@@ -44,12 +44,11 @@ def reliability(log_probabilities: np.ndarray, labels: np.ndarray) -> Reliabilit
     confidence, correct = np.exp(log_probabilities.max(1)), log_probabilities.argmax(1) == labels
     bins = _bins(confidence)
     counts = np.bincount(bins, minlength=NUM_BINS)
-    sums = (np.bincount(bins, values, NUM_BINS) for values in (confidence, correct))
-    means = (total / np.maximum(counts, 1) for total in sums)
-    keys = ("images", "confidence", "accuracy")
-    return [
-        dict(zip(keys, row, strict=True)) for row in zip(counts.tolist(), *(m.tolist() for m in means), strict=True)
-    ]
+    confidences, accuracies = (
+        np.bincount(bins, values, NUM_BINS) / np.maximum(counts, 1) for values in (confidence, correct)
+    )
+    rows = zip(counts.tolist(), confidences.tolist(), accuracies.tolist(), strict=True)
+    return [{"images": images, "confidence": mean, "accuracy": accuracy} for images, mean, accuracy in rows]
 
 
 def _bins(confidence: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Draw what a network computes: feature maps, attention, Grad-CAM, confusion and calibration, as matplotlib figures.
 
-All of them raise a ValueError for a map that is not finite, or constant over all images, since its picture would look
-like a result; but constant gates are drawn, and the picture says so.
+Those that draw maps raise a ValueError for a map that is not finite, or constant over all images, since its picture
+would look like a result; but constant gates are drawn, and the picture says so.
 """
 
 from collections.abc import Mapping, Sequence

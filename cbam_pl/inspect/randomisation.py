@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -130,15 +131,10 @@ def _started(network: nn.Module, example: Tensor) -> dict[str, int]:
     """When each module first ran, by its name; one whose weights another uses, when that ran."""
     order: list[str] = []
     named = dict(network.named_modules(remove_duplicate=False))  # of a shared module, the state has each name
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, module in named.items()
-    ]
-    try:
-        with evaluation_mode(network), torch.no_grad():
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluation_mode(network), torch.no_grad(), ExitStack() as hooks:
+        for name, module in named.items():
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
+        network(example)
     started = {name: place for place, name in reversed(list(enumerate(order)))}
     for name in named:  # parents first
         started.setdefault(name, started.get(name.rpartition(".")[0], 0))

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,14 +102,13 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
         run = _Run(tuple(output.shape) if isinstance(output, Tensor) else (), *last)
         runs[name] = [*runs.pop(name, []), run]  # in the place of its last run
 
-    hooks = [module.register_forward_hook(note_layer) for module in network.modules()]
-    hooks += [module.register_forward_hook(partial(note_run, name)) for name, module in modules.items()]
-    try:
-        with torch.no_grad(), evaluating(network):  # the example must not move the batch norms' statistics
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # In evaluation mode, as the example must not move the batch norms' statistics.
+    with torch.no_grad(), evaluating(network), ExitStack() as hooks:
+        for module in network.modules():
+            hooks.enter_context(module.register_forward_hook(note_layer))
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(note_run, name)))
+        network(example)
     return runs
 
 
@@ -226,7 +225,7 @@ def insert_attention(
 
     The attention becomes a child named `attention` of the module it follows. Names, classes and weights of what was
     there before stay as they are, so that `load_state_dict(..., strict=False)` still loads the network's own
-    checkpoints. Make the optimiser afterwards.
+    checkpoints. Create the optimizer after inserting attention.
 
     Args:
         network: any module whose chosen modules give (B, C, H, W).

@@ -24,7 +24,7 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save; the best only in an epoch that was validated, as the figures are still the last validation's."""
+        """Save; the best only in an epoch that was validated, since val/acc is else that of an earlier validation."""
         if self.monitor is None or not isinstance(pl_module, Classifier) or pl_module.validated:
             super().on_train_epoch_end(trainer, pl_module)
 

@@ -79,9 +79,8 @@ def load_weights(
     others = [name for name in missing if name not in new and name not in heads]
     parts = [f"{len(loaded)} of {len(ours)} tensors from {path}"]
     parts += [f"at their start: {', '.join(sorted(heads.values()))}"] if heads else []
-    parts += (
-        [f"attention at its start: {len(new)} tensors" + ", as the file has another" * bool(is_another)] if new else []
-    )
+    another = ", as the file has another" if is_another else ""
+    parts += [f"attention at its start: {len(new)} tensors{another}"] if new else []
     parts += [f"not in the file, at their start: {_few(others)}"] if others else []
     unused = [name for name in saved if name not in ours]
     parts += [f"in the file, not in the network: {_few(unused)}"] if unused else []

@@ -22,6 +22,8 @@ _FIX = "make it writable, or name another with --trainer.default_root_dir"
 class Run:
     """One training of a recipe, with its folders: `checkpoints`, and `logs`, of events, config.yaml and metrics.csv.
 
+    `best` and `last` are the paths of best.ckpt and last.ckpt.
+
     Args:
         root: the folder that holds `checkpoints` and `logs`.
         recipe: name of the configuration file, without .yaml.
@@ -34,6 +36,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.checkpoints = self.root / "checkpoints" / self.recipe / f"version_{self.version}"
+        self.best, self.last = (self.checkpoints / f"{name}.ckpt" for name in ("best", "last"))
         self.logs = self.root / "logs" / self.recipe / f"version_{self.version}"
         self.lock_file = self.logs / ".lock"  # which a process that trains the run holds locked
 

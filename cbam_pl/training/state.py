@@ -95,7 +95,8 @@ class TrainingState(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on in an epoch that was interrupted, and on a schedule that was stretched; note where it is trained."""
         here = describe_environment(trainer.strategy.root_device)
-        self._environments = [*self._environments, *[here] * (here not in self._environments[-1:])]
+        if self._environments[-1:] != [here]:
+            self._environments = [*self._environments, here]
         interrupted, self._interrupted = self._interrupted, {}
         classifier = cast("Classifier", pl_module)
         if self._resumed is not None and not interrupted:

@@ -72,7 +72,7 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
         raise UserError(f"--controls: none of {', '.join(others)} has attention, so there is nothing to control for")
     if "time" in costs:
         with_more_epochs(settings, settings["trainer.max_epochs"] + 1)  # rejects what cannot be stretched
-    recorded = plan.claim_output(dry_run=True)
+    recorded = plan.recorded_controls()
     controls = []
     for cost in dict.fromkeys(costs):
         for name in recipes:
@@ -96,7 +96,7 @@ def add_controls(plan: Plan, costs: Sequence[Cost], may_choose: bool) -> Plan:
 
 def note_left_out(plan: Plan, costs: Sequence[Cost]) -> Plan:
     """The plan with a note of the controls that its output folder records and that are not of these costs, if any."""
-    left_out = dict.fromkeys(one.cost for one in plan.claim_output(dry_run=True) if one.cost not in costs)
+    left_out = dict.fromkeys(one.cost for one in plan.recorded_controls() if one.cost not in costs)
     if not left_out:
         return plan
     note = (

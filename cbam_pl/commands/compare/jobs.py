@@ -32,7 +32,9 @@ from cbam_pl.inspect.curves import read_metrics
 from cbam_pl.training.run import RESUMED, Run, is_result_of, read_json
 from cbam_pl.training.schema import completed_epochs
 
-State = Literal["new", "interrupted", "trained", "tested", "done"]  # tested: with fewer figures
+State = Literal[
+    "new", "interrupted", "trained", "tested", "done"
+]  # tested: without the calibration, predictions or corruptions that the report needs
 STOPPED = "it was stopped"
 _POLL_SECONDS = 1.0
 _PACKAGE = str(Path(__file__).parents[3])  # the folder that holds cbam_pl
@@ -95,15 +97,11 @@ def find(job: Job) -> tuple[State, Run | None]:
     def progress(found: tuple[State, Run]) -> tuple[bool, int, int]:
         state, run = found
         epochs = (read_progress(run, "last") or {}).get("epochs", 0) if state == "interrupted" else 0
-        may_be_done = state != "tested" or _best(run).exists()
+        may_be_done = state != "tested" or run.best.exists()
         return may_be_done, get_args(State).index(state), epochs
 
     found = [(state, run) for run in runs_of(job) if (state := _state(run, job)) != "new"]
     return max(found, key=progress, default=("new", None))
-
-
-def _best(run: Run) -> Path:
-    return run.checkpoints / "best.ckpt"
 
 
 def begun_last(job: Job) -> Run | None:
@@ -138,7 +136,10 @@ def _runs_with_changes(job: Job) -> list[tuple[Run, str]]:
 
 @cache
 def _read_config(file: Path, written: int) -> tuple[dict[str, Any], str]:
-    """The settings of a run by dotted key, and the first thing that a resume changed, if any."""
+    """The settings of a run by dotted key, and the first thing that a resume changed, if any.
+
+    `written`, the file's time of modification, makes the cache read a changed file again.
+    """
     try:
         text = file.read_text()
         content = yaml.safe_load(text)
@@ -251,12 +252,12 @@ def _is_training(run: Run) -> bool:
 def _train_and_test(job: Job, call: Callable[[Sequence[str]], str | None]) -> str | None:
     state, run = find(job)
     if state in ("new", "interrupted"):
-        resume = [] if run is None else ["--ckpt_path", str(run.checkpoints / "last.ckpt")]
+        resume = [] if run is None else ["--ckpt_path", str(run.last)]
         if failure := call(["fit", "--config", str(job.config), "--seed", str(job.seed), *resume]):
             return failure
         state, run = find(job)
     if state in ("trained", "tested") and run is not None:
-        best = _best(run)
+        best = run.best
         if not best.exists():
             return f"{best} was deleted, so it cannot be tested again; to train it again, delete {run.logs}"
         corruptions = ["--corruptions", *job.corruptions] if job.corruptions else []

@@ -114,8 +114,7 @@ def measures_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] | N
             if name not in recipe["measures"]:
                 continue
             values, digits = recipe["measures"][name], measure.digits
-            spread = "" if values["sd"] is None else f" ± {values['sd']:.{digits}f}"
-            row = [measure.heading, recipe["label"], f"{values['mean']:.{digits}f}{spread}"]
+            row = [measure.heading, recipe["label"], show_mean(values, digits)]
             if difference := values["difference"]:
                 row.append(signed(difference["mean"], digits))
                 row += [show_interval(difference[key], digits) for key in ("interval", "images_interval")]
@@ -163,6 +162,12 @@ def signed(value: float, digits: int = 2) -> str:
     text = f"{value:+.{digits}f}"
     # Neither +0.00 nor -0.00 is a direction.
     return text[1:] if not float(text) else text.replace("-", "−")
+
+
+def show_mean(summary: dict[str, Any], digits: int = 2) -> str:
+    """A mean with its standard deviation, if there is one."""
+    spread = "" if summary["sd"] is None else f" ± {summary['sd']:.{digits}f}"
+    return f"{summary['mean']:.{digits}f}{spread}"
 
 
 def show_interval(interval: Sequence[float] | None, digits: int = 2) -> str:

@@ -78,43 +78,49 @@ class Plan:
         """The recipes to compare, without those that --controls added."""
         return {name: settings for name, settings in self.configs.items() if name not in self.added}
 
-    def claim_output(self, dry_run: bool = False) -> list[Control]:
-        """Write the settings into the output folder, which must not hold another comparison; seeds may be added to one.
+    def recorded_controls(self) -> list[Control]:
+        """The controls that the output folder records; a UserError where it holds another comparison.
 
-        Returns:
-            The controls that were chosen there before, which stay in its record.
+        Seeds may be added to a comparison.
         """
         record = self.output / "comparison.json"
-        chosen: list[Control] = []
         try:
-            if record.exists():
-                saved, given = json.loads(record.read_text()), self.given
-                same = {*saved["seeds"]} <= {*self.seeds} and list(saved["configs"]) == list(given)
-                pairs = zip(saved["configs"].values(), given.values(), strict=False)
-                if not same or not all(same_settings(*pair, self.defaults) for pair in pairs):
-                    raise UserError(
-                        f"{self.output} holds a comparison of other recipes or settings, or of seeds that are not "
-                        "given; name another folder with --output (runs that are done are not repeated)"
-                    )
-                chosen = [Control(**control) for control in saved.get("controls", [])]
-            if dry_run:
-                return chosen
-            taken = {(one.recipe, one.cost) for one in chosen}
-            if any((one.recipe, one.cost) in taken for one in self.controls if one not in chosen):
+            if not record.exists():
+                return []
+            saved, given = json.loads(record.read_text()), self.given
+            same = {*saved["seeds"]} <= {*self.seeds} and list(saved["configs"]) == list(given)
+            pairs = zip(saved["configs"].values(), given.values(), strict=False)
+            if not same or not all(same_settings(*pair, self.defaults) for pair in pairs):
                 raise UserError(
-                    f"another comparison has chosen controls in {self.output} meanwhile; start the command again, "
-                    "which then uses these"
+                    f"{self.output} holds a comparison of other recipes or settings, or of seeds that are not given; "
+                    "name another folder with --output (runs that are done are not repeated)"
                 )
+            return [Control(**control) for control in saved.get("controls", [])]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._unusable(error) from error
+
+    def claim_output(self) -> None:
+        """Write the settings into the output folder; the controls that it records stay."""
+        chosen = self.recorded_controls()
+        taken = {(one.recipe, one.cost) for one in chosen}
+        if any((one.recipe, one.cost) in taken for one in self.controls if one not in chosen):
+            raise UserError(
+                f"another comparison has chosen controls in {self.output} meanwhile; start the command again, which "
+                "then uses these"
+            )
+        try:
             (self.output / "configs").mkdir(parents=True, exist_ok=True)
             for name, settings in self.configs.items():
                 text = f"# Written by compare.\n{yaml.safe_dump(nest(settings), sort_keys=False)}"
                 self.config_file(name).write_text(text)
             controls = [asdict(one) for one in [*chosen, *(one for one in self.controls if one not in chosen)]]
             content = {"configs": self.given, "seeds": self.seeds, "controls": controls}
-            write_text(record, json.dumps(content, indent=1) + "\n")
-            return chosen
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot use {self.output} ({error}); name another folder with --output") from error
+            write_text(self.output / "comparison.json", json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"cannot use {self.output} ({error}); name another folder with --output")
 
 
 class _OptionParser(argparse.ArgumentParser):

@@ -34,6 +34,7 @@ from cbam_pl.commands.compare.measures import (
     measures_table,
     read_measures,
     show_interval,
+    show_mean,
     show_p,
     signed,
 )
@@ -86,7 +87,7 @@ def read_results(jobs: Iterable[Job]) -> list[Result]:
 
 
 def _result_of(job: Job, run: Run, best: dict[str, Any], test: dict[str, Any]) -> Result:
-    path, here = run.checkpoints / "best.ckpt", Path.cwd()
+    path, here = run.best, Path.cwd()
     test = with_robustness(test, read_robustness(run.logs, test))
     trained_on = environments_by_key(test.get("trained_on", [UNKNOWN]))
     confusion = np.asarray(test["confusion"])
@@ -324,8 +325,7 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for recipe in content["recipes"].values():
         test, difference = recipe["test_acc"], recipe["difference"]
-        spread = "" if test["sd"] is None else f" ± {test['sd']:.2f}"
-        row = [recipe["label"], f"{test['mean']:.2f}{spread}", str(test["n"])]
+        row = [recipe["label"], show_mean(test), str(test["n"])]
         if difference:
             p, needed = difference.get("p_holm"), difference["seeds_needed"]
             row += [signed(difference["mean"]), show_interval(difference["interval"])]
@@ -400,7 +400,7 @@ def _how_measured(plan: Plan, results: Sequence[Result]) -> str:
     known = {
         "data": f"images of {settings.get('data.root')}" if data == "folder" else data,
         "epochs": settings.get("trainer.max_epochs"),
-        **({"steps": f"at most {steps:,}"} if steps >= 0 else {}),
+        "steps": f"at most {steps:,}" if steps >= 0 else None,
         "seeds": " ".join(map(str, plan.seeds)),
         **(same if trained == tested else {"trained on": trained, "tested on": tested}),
         "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",

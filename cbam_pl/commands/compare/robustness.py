@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cbam_pl.commands.compare.measures import Result, show_interval, signed
+from cbam_pl.commands.compare.measures import Result, show_interval, show_mean, signed
 from cbam_pl.commands.compare.statistics import compare_pairs, summarise
 from cbam_pl.data.corruptions import COMMON, EXTRA, SEVERITIES
 
@@ -71,7 +71,7 @@ def robustness_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] |
     for recipe in recipes.values():
         values = list(recipe["robustness"].values())
         is_paired = any(value["difference"] for value in values)
-        columns.append([_show(value["difference"]) if is_paired else _accuracy(value) for value in values])
+        columns.append([_show(value["difference"]) if is_paired else show_mean(value) for value in values])
         headings.append(f"{recipe['label']} − {recipes[baseline]['label']}" if is_paired else f"{recipe['label']}, %")
     rows = [list(row) for row in zip(next(iter(recipes.values()))["robustness"], *columns, strict=True)]
     if not rows:
@@ -83,10 +83,6 @@ def robustness_table(recipes: dict[str, Any], baseline: str) -> dict[str, Any] |
         "published one. The intervals are not corrected for their number: one in twenty excludes 0 by chance."
     )
     return {"headings": headings, "rows": rows, "meaning": meaning}
-
-
-def _accuracy(value: dict[str, Any]) -> str:
-    return f"{value['mean']:.2f}" + ("" if value["sd"] is None else f" ± {value['sd']:.2f}")
 
 
 def _show(difference: dict[str, Any] | None) -> str:

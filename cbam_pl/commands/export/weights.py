@@ -130,7 +130,7 @@ def _read_predictions(run: Run | None) -> np.ndarray | None:
 
 def _find_reports(run: Run) -> list[dict[str, Any]]:
     """The comparisons that this run is part of: mean and standard deviation of its recipe over the seeds."""
-    own = (run.root / "checkpoints" / run.recipe / f"version_{run.version}" / "best.ckpt").resolve()
+    own = run.best.resolve()
     reports = []
     for file in sorted({*run.root.glob("*/report.json"), *run.root.glob("*/*/report.json")}):
         try:
