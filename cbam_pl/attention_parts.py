@@ -220,8 +220,9 @@ class _MeanAndMax(torch.autograd.Function):
         if place is None:
             tied = _tied(x, maximum)
             return torch.addcmul(joined, tied, of_maximum / tied.sum(1, keepdim=True)), None
-        shape = (*place.shape[:2], -1)  # reshape, since flatten has no rule for batched gradients
-        joined = joined.reshape(shape).scatter_add_(2, place.reshape(shape), of_maximum.reshape(shape))
+        batch, channels, height, width = of_x.shape
+        joined = joined.reshape(batch, channels, height * width)  # flatten has no rule for batched gradients
+        joined = joined.scatter_add_(2, *(one.reshape(batch, channels, 1) for one in (place, of_maximum)))
         return joined.reshape(of_x.shape), None
 
     @staticmethod
