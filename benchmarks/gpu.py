@@ -1,6 +1,6 @@
 """What only a GPU can answer, in one table and ten minutes: python -m benchmarks.gpu
 
-    python -m benchmarks.gpu --data.dataset folder --data.root data/cifar10-jpeg     on images of your own
+    python -m benchmarks.gpu --data.dataset folder --data.root my_images             on images of your own
     python -m benchmarks.gpu --parts networks layers --output networks.md            some of it
     python -m benchmarks.gpu --device cpu --tiny --output /tmp/gpu.md                does it run at all?
 
