@@ -192,7 +192,7 @@ def gate_scale(gate: Tensor) -> tuple[float, float]:
 
 
 def cut(text: str, length: int) -> str:
-    """Cut a text that is too long, with an ellipsis; of a name that is no text, show the bytes."""
+    """Cut a text that is too long, with an ellipsis; bytes of a file name that are not UTF-8 are shown as numbers."""
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= length else text[: length - 1] + "…"
 
