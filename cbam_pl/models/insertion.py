@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cbam_pl.attention import AttentionConfig, AttentionKind
+from cbam_pl.attention import AttentionConfig, AttentionKind, is_attention
 
 
 def matching_modules(network: nn.Module, pattern: str, setting: str) -> dict[str, nn.Module]:
@@ -59,8 +59,12 @@ def _width(layer: nn.Module) -> int | None:
 
 
 def _declared_channels(name: str, module: nn.Module) -> int:
-    """The output channels of the last layer in `module`, by order of declaration, that declares them."""
-    layers = list(module.modules())
+    """The output channels of the last layer in `module`, by order of declaration, that declares them.
+
+    Layers of attention do not count: it gives as many channels as it takes.
+    """
+    of_attention = {layer for part in module.modules() if is_attention(part) for layer in part.modules()}
+    layers = [layer for layer in module.modules() if layer not in of_attention]
     with_weights = [layer for layer in layers if next(layer.parameters(recurse=False), None) is not None]
     ends_in_layer_norm = with_weights and type(with_weights[-1]) is nn.LayerNorm  # its output may be (B, H, W, C)
     widths = [width for layer in layers if (width := _width(layer)) is not None]

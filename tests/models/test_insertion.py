@@ -56,6 +56,16 @@ def test_attention_stands_where_it_was_asked_for():
     torch.testing.assert_close(block(x), torch.relu(inner + x))
 
 
+def test_attention_after_blocks_that_have_attention_takes_the_channels_of_the_block():
+    network = resnet()
+    insert_attention(network, "cbam", "layer?.*.bn2")
+    insert_attention(network, AttentionConfig("eca", kernel_size=5), ["layer4.*"])
+    inner = network.layer4(network.layer3(network.layer2(network.layer1(torch.randn(2, 64, 8, 8)))))
+    assert inner.shape == (2, 512, 1, 1)
+    force_gates_to_one(network)
+    torch.testing.assert_close(network(IMAGES), resnet()(IMAGES))
+
+
 def test_sequential_runs_its_attention_once():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU()))
     plain = copy.deepcopy(network)
