@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Two threads beside another busy process are many times slower than one, and sums in another order round otherwise.
 # For the commands that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Figures are compared with those of the CPU, to the last digits; `python -m benchmarks.gpu` is for a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")

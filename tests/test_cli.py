@@ -40,7 +40,7 @@ BAD = {
     "devices that are no number": (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "x"], "devices"),
     "precision that is not installed": (["fit", "--trainer.precision", "transformer-engine"], "transformer"),
     "more memory than there is": (
-        ["fit", "--model.attention.kernel_size", "1000001"],
+        ["fit", "--model.attention.kernel_size", "10000001"],
         "out of memory; lower .*kernel_size",
     ),
     "missing folder": (["fit", "--data.dataset", "folder", "--data.root", "nope"], "nope"),

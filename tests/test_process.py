@@ -10,7 +10,8 @@ import pytest
 from tests.helpers import REPOSITORY
 
 SCRIPT = """
-import logging, os, resource, threading, warnings
+import ctypes, logging, os, resource, threading, warnings
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: with huge pages there are hardly any faults to count
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import torch
 from cbam_pl.process import configure_process

@@ -25,13 +25,20 @@ def test_piecewise_rates_hold_from_their_epochs_on():
 
 def test_piecewise_resumes_where_it_was():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    first = PiecewiseConstantLR(optimizer, {2: 0.01})
+    first = PiecewiseConstantLR(optimizer, {2: 0.01, 5: 0.001})
     for _ in range(3):
         optimizer.step()
         first.step()
-    second = PiecewiseConstantLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), {2: 0.01})
+    resumed = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    second = PiecewiseConstantLR(resumed, {2: 0.01, 5: 0.001})
     second.load_state_dict(first.state_dict())
-    assert second.get_last_lr() == pytest.approx([0.01])
+    resumed.load_state_dict(optimizer.state_dict())
+    seen = []
+    for _ in range(4):
+        seen.append(resumed.param_groups[0]["lr"])
+        resumed.step()
+        second.step()
+    assert seen == pytest.approx([0.01, 0.01, 0.001, 0.001])
 
 
 def test_cosine_rises_and_falls_to_zero():

@@ -169,10 +169,11 @@ def test_predict_takes_names_that_look_like_markup_or_no_text(trained, command, 
 def test_images_that_cannot_be_classified_are_named(trained, command, recipe, tmp_path):
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(png_bomb(20_000, 20_000))
-    predict = ("predict", "--trainer.default_root_dir", trained[0], "--images")
+    output = tmp_path / "predictions.csv"
+    predict = ("predict", "--trainer.default_root_dir", trained[0], "--output", output, "--images")
     assert "bomb.png cannot be decoded (" in one_line(command(*predict, bomb))  # not: memory is filled
     assert f"{recipe} is not a supported image" in one_line(command(*predict, recipe))
-    assert not (tmp_path / "predictions.csv").exists()
+    assert not output.exists()
 
 
 @pytest.mark.slow

@@ -52,6 +52,24 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
     assert torch.equal(collect(first)[0], collect(first)[0])
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_change_of_the_pixels_gets_each_image_with_its_number(shuffle):
+    images, seen = numbered(11), []
+
+    def mark(pixels, indices):
+        assert torch.equal(pixels, images.pixels[indices])
+        seen.extend(indices.tolist())
+        return torch.full_like(pixels, 255)
+
+    for rank in range(2):
+        loader = EvaluationLoader(images, 4, Normalise([0.0] * 3, [1.0] * 3, CPU), CPU, Shard(rank, 2), shuffle, mark)
+        pixels, labels = collect(loader)
+        assert torch.equal(pixels, torch.ones_like(pixels))
+        assert labels.tolist() == seen[-len(labels) :]
+    assert sorted(seen) == list(range(11))
+    assert (seen == [*range(0, 11, 2), *range(1, 11, 2)]) != shuffle
+
+
 def labels_of(batches):
     return [labels.tolist() for _, labels in batches]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cbam_pl.data.images import Images
 from cbam_pl.data.shapes import CLASSES, _cover, load_shapes, make_shapes
@@ -214,3 +215,12 @@ def test_a_larger_image_shows_the_same_at_a_larger_scale(train: Images) -> None:
     assert large.masks is not None
     assert train.masks is not None
     assert large.masks.float().mean().item() == pytest.approx(train.masks.float().mean().item(), rel=0.05)
+    assert _spread(large.masks) == pytest.approx(2 * _spread(train.masks), rel=0.2)
+
+
+def _spread(masks: Tensor) -> float:
+    """Standard deviation of the objects' centres over the images (N, 1, H, W), in pixels."""
+    steps = torch.arange(masks.shape[-1]) + 0.5
+    weights = masks.squeeze(1).double()  # (N, H, W)
+    x = (weights.sum(1) * steps).sum(1) / weights.sum((1, 2))
+    return x.std().item()

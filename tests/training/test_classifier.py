@@ -125,15 +125,34 @@ def test_a_plateau_is_judged_by_the_validation_loss_once_an_epoch(data, tmp_path
     assert seen[::6] == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4])
 
 
-def test_dropout_is_a_function_of_seed_and_epoch(data, tmp_path):
-    weights = []
-    for disturbance in (1, 2):
-        torch.manual_seed(0)
-        model = Classifier(3)
+class SeenDropout(torch.nn.Module):
+    """Dropout that keeps which units it left out, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def forward(self, x):
+        mask = torch.nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
+        if self.training:
+            self.masks.append(tuple(mask[0].tolist()))  # (units,) of the first image
+        return x * mask
+
+
+def test_dropout_is_a_function_of_seed_epoch_batch_and_process(data, tmp_path, monkeypatch):
+    def masks(seed=0, rank=0, disturbance=0):
+        monkeypatch.setattr(Classifier, "global_rank", rank)
+        model = Classifier(3, seed=seed)
+        model.network.classifier[3] = dropout = SeenDropout()
         torch.manual_seed(disturbance)
-        trainer(tmp_path, max_epochs=1).fit(model, data)
-        weights.append(model.state_dict()["network.classifier.1.weight"])
-    assert torch.equal(*weights)
+        trainer(tmp_path, max_epochs=2).fit(model, data)
+        return dropout.masks
+
+    first = masks()
+    assert first == masks(disturbance=1)
+    every = {*first, *masks(seed=1), *masks(rank=1)}
+    assert len(first) == 12  # two epochs of six batches
+    assert len(every) == 36
 
 
 def test_an_optimizer_that_rejects_its_settings_is_a_mistake_of_the_user(data, tmp_path):

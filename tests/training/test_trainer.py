@@ -44,6 +44,9 @@ REJECTED = {
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
         "trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it"
     ),
+    ("--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", 1): (
+        "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
+    ),
     ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_acc"): (
         "trainer.callbacks: monitor=val_acc is not logged; use one of val/loss"
     ),

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import Future
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,11 +65,17 @@ def test_the_jobs_of_a_comparison_are_ordinary_runs_that_are_found_again(compare
     root, _, _, _, calls = compared
     fits = [(name, seed) for seed in (0, 1) for name in ("none", "se", "cbam")]
     assert [tuple(call) for call in calls] == [(*job, command) for job in fits for command in ("fit", "test")]
+    held_out = {}
     for job in jobs_of(plan_in(root, recipes)):
         state, run = find(job)
         assert (state, run.recipe, run.version) == ("done", job.name, job.seed)
         assert (run.checkpoints / "best.ckpt").exists()
         assert (run.logs / "metrics.csv").exists()
+        trained = torch.load(run.best, weights_only=True)
+        assert trained["datamodule_hyper_parameters"]["seed"] == job.seed
+        held_out.setdefault(job.seed, []).append(trained["ImageDataModule"]["val_ids"])
+    assert all(torch.equal(ids, other) for same in held_out.values() for ids, other in combinations(same, 2))
+    assert not torch.equal(held_out[0][0], held_out[1][0])
     (other, *_) = jobs_of(plan_in(root, recipes, "--model.label_smoothing", 0.1))
     assert find(other) == ("new", None)
 
