@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import tarfile
 import time
 import zlib
@@ -64,6 +65,13 @@ def wait_until(done: Callable[[], bool], process, output: Path, seconds: float =
         assert process.is_alive(), output.read_text()
         assert time.monotonic() < end, output.read_text()
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def plan_of(*words):

@@ -32,15 +32,17 @@ def test_the_naive_network_computes_what_ours_does():
         assert torch.allclose(naive(images), ours(images), atol=1e-5)
 
 
-def test_the_clock_counts_whole_steps_and_leaves_out_pauses():
+def test_the_clock_counts_whole_steps_and_leaves_out_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     ours, theirs = multiprocessing.Pipe()
     clock = measure.RoundClock(theirs, torch.device("cpu"))
 
     def steps():
         while True:
-            time.sleep(0.01)
+            now[0] += 0.01
             clock.pause()
-            time.sleep(0.02)
+            now[0] += 0.02
             clock.resume()
             clock.step(7)
 
@@ -56,7 +58,7 @@ def test_the_clock_counts_whole_steps_and_leaves_out_pauses():
     ours.send(None)
     worker.join(10)
     assert not worker.is_alive()
-    assert 7 / 0.02 < rate <= 7 / 0.01  # 0.03 s a step, pauses counted, would give 233
+    assert rate == pytest.approx(7 / 0.01)
 
 
 def test_ratios_are_taken_round_by_round():

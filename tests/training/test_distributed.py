@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,18 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, free_port
 
 # test_resume.py has two processes in the fast lane.
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(command, **variables):

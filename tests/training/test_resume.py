@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import socket
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from tests.helpers import (
     callbacks,
     checkpoint,
     fit,
+    free_port,
     one_line,
     wait_until,
 )
@@ -161,9 +161,7 @@ def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe,
     small = ["--data.batch_size", 2, "--trainer.max_epochs", 3, *SCHEDULES["one cycle"]]
 
     def both(root, *options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         arguments = fit(recipe, tmp_path / root, "--trainer.strategy", "ddp", "--trainer.devices", 2,
                         *small, *options)  # fmt: skip
         outputs = [tmp_path / f"{root}.{rank}" for rank in range(2)]
