@@ -63,7 +63,7 @@ class Classifier(LightningModule):
         lr_interval: step the schedule once an epoch or once an optimizer step.
         label_smoothing: share of the target that is spread evenly over all classes, in training and evaluation.
         channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
-            faster on; results differ by rounding alone. By default on for CPU and CUDA.
+            faster on; results differ only by rounding. By default on for CPU and CUDA.
         compile: let torch.compile write kernels for the training steps; results differ by rounding, and at ties of a
             maximum by which place has the gradient. By default on for CUDA with Triton, a C compiler and Python.h, and
             off elsewhere: on a CPU it needs a C++ compiler and half a minute, after which a step of the cnn with CBAM
@@ -198,7 +198,7 @@ class Classifier(LightningModule):
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
         is_pruned = any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit" and is_pruned and self._memory_format == torch.channels_last:
-            raise UserError("trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it")
+            raise UserError("trainer.callbacks: ModelPruning works only with model.channels_last=false; add it")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
         """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""
@@ -378,7 +378,7 @@ class Classifier(LightningModule):
         if isinstance(optimizer, torch.optim.SparseAdam):
             raise UserError("model.optimizer: SparseAdam needs sparse gradients, which images do not give; use Adam")
         if isinstance(optimizer, torch.optim.LBFGS) and self.channels_last is not False:
-            raise UserError("model.optimizer: LBFGS works with --model.channels_last false alone; add it")
+            raise UserError("model.optimizer: LBFGS works only with --model.channels_last false; add it")
         return optimizer
 
     def configure_optimizers(self) -> Any:

@@ -165,7 +165,7 @@ def test_an_optimizer_that_rejects_its_settings_is_a_mistake_of_the_user(data, t
     ("optimizer", "message"),
     [
         (torch.optim.SparseAdam, "model.optimizer: SparseAdam needs sparse gradients"),
-        (torch.optim.LBFGS, "model.optimizer: LBFGS works with --model.channels_last false alone; add it"),
+        (torch.optim.LBFGS, "model.optimizer: LBFGS works only with --model.channels_last false; add it"),
     ],
 )
 def test_an_optimizer_that_cannot_train_is_named(optimizer, message):

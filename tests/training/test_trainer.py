@@ -42,7 +42,7 @@ REJECTED = {
         "a plateau is judged by val/loss, which is to fall; leave out mode, and give monitor=val/loss where it is need"
     ),
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
-        "trainer.callbacks: ModelPruning works with model.channels_last=false alone; add it"
+        "trainer.callbacks: ModelPruning works only with model.channels_last=false; add it"
     ),
     ("--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", 1): (
         "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "

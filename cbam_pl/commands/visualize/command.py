@@ -115,7 +115,7 @@ def _check_options(settings: Any) -> None:
     for name in ("measure", "format"):
         if settings.page and settings[name]:
             raise UserError(
-                f"--{name} has no effect with --page, which writes gallery.html alone; leave one of them out"
+                f"--{name} has no effect with --page, which writes only gallery.html; leave one of them out"
             )
     if settings.measure_images == 1:
         raise UserError("--measure_images 1 leaves no other image, whose gates are needed; use at least 2")
