@@ -116,7 +116,7 @@ def given_data(settings: Namespace) -> dict[str, Any]:
 def _add_fit_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=str, help="YAML file of settings; of several the later wins; options win over all")
-    add("--seed", type=Seed, default=0, help="decides initial weights, validation split, order, augmentation and dropout")
+    add("--seed", type=Seed, default=0, help="decides initial weights, held-out images, order, augmentation, dropout")
     add("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
     add("--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints")
     pictures_help = "epochs from one set of TensorBoard's pictures to the next; always in the first and last; 0: none"
