@@ -182,7 +182,8 @@ class CBAM(nn.Module):
 
     Source: arXiv:1807.06521, equation 1; for the presets, which set the form and not the weights' random start, see
     docs/attention.md. The order "parallel" is x · sigmoid(channel logits + spatial logits), both of x, as BAM joins its
-    branches (arXiv:1807.06514, equation 2); the CBAM paper does not say how its parallel arrangement (table 3) joins them.
+    branches (arXiv:1807.06514, equation 2); the CBAM paper does not say how its parallel arrangement (table 3) joins
+    them.
 
     Args:
         channels: channels of the input.
