@@ -33,7 +33,7 @@ def draw_ablation(ablation: Mapping[str, Any], title: str) -> Figure:
             axes.plot(values, places, marker, color=colour, markersize=6, fillstyle="none", label=replacement)
             axes.hlines(places, values - errors, values + errors, color=colour, linewidth=1)
         axes.axhline(len(blocks) - 1.5, color="0.8", linewidth=0.8)  # between the blocks and all of them
-        label_axes(axes, "accuracy in %", "")
+        label_axes(axes, "accuracy, %\n(bars: ± 1 standard error)", "")
         axes.set_title(f"{gate} gates" if gate == "both" else f"{gate} gate", loc="left", fontsize=NORMAL)
     left, right = panels[0].get_xlim()
     panels[0].set_xlim(max(left, -2), min(right, 102))  # for all of them; no further than there are accuracies
@@ -61,8 +61,11 @@ def draw_randomisation(randomisation: Mapping[str, Any], title: str) -> Figure:
     label_axes(axes, "re-initialised, from the top down to …", "Spearman's rank correlation")
     axes.set_xticks(range(1 + len(layers)), ["nothing", *layers], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_ylim(min(axes.get_ylim()[0], -0.1), 1.05)
-    if len(gates) <= 16:
-        _add_legend(figure, axes, 5)
+    many = len(gates) > 16
+    for line in axes.get_lines() if many else []:  # then the first and the last of them tell how the colours go
+        if line.get_label() not in ("Grad-CAM", gates[0], gates[-1]):
+            line.set_label("")
+    _add_legend(figure, axes, 5)
     return figure
 
 
@@ -79,7 +82,7 @@ def draw_robustness(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequen
     axes.set_title(title, fontsize=NORMAL, parse_math=False)
     for (row, column), value in np.ndenumerate(values):
         weight = "bold" if "mean" in (columns[column], rows[row][0].split()[0]) else "normal"
-        colour = "black" if value > 60 else "white"  # readable on the colour below it
+        colour = "black" if value > 45 else "white"  # readable on the colour below it
         style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "weight": weight}
         axes.text(column, row, f"{value:.1f}", color=colour, **style)
     bar = figure.colorbar(picture, ax=axes)

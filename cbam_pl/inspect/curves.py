@@ -92,10 +92,11 @@ def draw_curves(histories: Sequence[History]) -> Figure:
         # A few steps, above all the first ones, may have several times the loss of all others.
         by_step.set_ylim(0, 1.05 * float(np.quantile(losses, 0.998)))
     rates = np.concatenate([history.figures["lr"] for history in histories])
-    if rates.min() > 0 and rates.max() > 5 * rates.min():
+    rates = rates[np.isfinite(rates)]
+    if rates.size and rates.min() > 0 and rates.max() > 5 * rates.min():
         rate.set_yscale("log")
     else:
-        rate.set_ylim(0, 1.1 * rates.max() or 1)
+        rate.set_ylim(0, 1.1 * rates.max(initial=0) or 1)
     label_axes(by_step, "optimizer step", "training loss (pale: raw, bold: smoothed)")
     for axes, label in ((loss, "mean loss"), (accuracy, "accuracy"), (rate, "learning rate")):
         label_axes(axes, "epoch", label)

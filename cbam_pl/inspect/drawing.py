@@ -139,7 +139,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure
         axes.text(index, len(classes) - 0.3, cut(name, 16), ha="center", va="top", rotation=90, **style)
     if few:
         for (true, predicted), fraction in np.ndenumerate(fractions):
-            colour = "black" if fraction > 0.6 else "white"
+            colour = "black" if fraction > 0.45 else "white"
             axes.text(predicted, true, f"{counts[true, predicted]}", ha="center", va="center", color=colour, **style)
     place = axes.inset_axes((1 + 20 / side, 0.1, 12 / side, 0.8))
     figure.colorbar(axes.images[0], cax=place).set_label("fraction of the true class", fontsize=NORMAL)
@@ -163,7 +163,9 @@ def draw_reliability(before: Reliability, after: Reliability | None, title: str)
     upper.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1, label="calibrated perfectly")
     upper.bar(middles[enough], accuracy[enough], width, color=COLOURS(0.35), label="measured")
     few = (counts > 0) & ~enough
-    upper.bar(middles[few], accuracy[few], width, color=COLOURS(0.35), alpha=0.3)
+    if few.any():
+        label = f"fewer than {_MIN_IMAGES} images"
+        upper.bar(middles[few], accuracy[few], width, color=COLOURS(0.35), alpha=0.3, label=label)
     if after is not None:
         points = [(row["confidence"], row["accuracy"]) for row in after if row["images"] >= _MIN_IMAGES]
         upper.plot(

@@ -31,8 +31,10 @@ function make(tag, properties = {}, ...children) {
 const predicted = (network, image) => network.top[image][0][0];
 const confidence = (network, image) => network.top[image][0][1];
 const isRight = (network, image) => predicted(network, image) === images.label[image];
-const percent = (value) => `${(100 * value).toFixed(1)}\u00a0%`; // they stay on one line
-const nameOf = ({ name }) => (networks.length > 1 ? make("span", { className: "name", title: name }, name) : null);
+const inPercent = (value) => (100 * value).toFixed(1);
+const percent = (value) => `${inPercent(value)}\u00a0%`; // they stay on one line
+const nameOf = ({ name }) => (networks.length > 1 ? make("span", { className: "name" }, name) : null);
+const nameOfImage = (image) => `image ${images.number[image]}: ${classes[images.label[image]]}`;
 const verdict = (right) => make("strong", { className: right ? "right" : "wrong" }, right ? "✓ right" : "✗ wrong");
 
 // Maps
@@ -98,21 +100,29 @@ function spatialPanel(map, image, name) {
   return make("figure", {}, picture(image, 128, map, label), make("figcaption", {}, scale, size));
 }
 
+/** The mean of each channel over the images, in bytes. */
+function meansOf(map) {
+  const sums = Array(map.shape[0]).fill(0);
+  for (const image of places) valuesOf(map, image).forEach((value, channel) => (sums[channel] += value));
+  return sums.map((sum) => sum / places.length);
+}
+
 /** A channel gate as bars, in one order for all images, and its mean over the images as a line. */
 function channelPanel(map, image, name) {
   if (!map) return null;
   const count = map.shape[0];
   const values = valuesOf(map, image);
-  map.means ??= Array.from(values, (_, channel) => places.reduce((sum, one) => sum + valuesOf(map, one)[channel], 0));
+  map.means ??= meansOf(map);
   const path = (heights) => heights.map((height, channel) => `V${height.toFixed(1)}H${channel + 1}`).join("");
   const bars = path(Array.from(values, (value) => 255 - value));
-  const means = path(map.means.map((sum) => 255 - sum / places.length));
-  const start = 255 - map.means[0] / places.length;
+  const means = path(map.means.map((mean) => 255 - mean));
+  const start = 255 - map.means[0];
   const panel = make("figure", { className: "channels" });
   panel.innerHTML = `<svg role="img" viewBox="0 0 ${count} 255" preserveAspectRatio="none">
     <path class="bars" d="M0 255${bars}V255Z"/><path class="means" d="M0 ${start}${means}"/></svg>`;
   panel.firstChild.ariaLabel = name;
-  const range = `${map.low.toFixed(0)}–${map.high.toFixed(map.high > 1 ? 2 : 0)}`;
+  const digits = map.low < 0 || map.high > 1 ? 2 : 0; // a gate of a network of one's own
+  const range = [map.low, map.high].map((value) => value.toFixed(digits)).join("–");
   panel.append(make("figcaption", {}, `${reduced(map, " channels")}, ${range}`));
   return panel;
 }
@@ -132,7 +142,7 @@ function makeCard(image) {
   const original = make(
     "span",
     { className: "column" },
-    picture(image, 0, null, "the image"),
+    picture(image, 0, null, nameOfImage(image)),
     make("span", { className: "name" }, `image ${images.number[image]}`),
     make("strong", {}, truth),
   );
@@ -172,15 +182,15 @@ function filter() {
     (image) =>
       (chosen.class === "" || images.label[image] === Number(chosen.class)) &&
       (chosen.result === "" || isRight(judge, image) === (chosen.result === "right")) &&
-      100 * confidence(judge, image) >= Number(chosen.from) &&
-      100 * confidence(judge, image) <= Number(chosen.to || 100) &&
+      Number(inPercent(confidence(judge, image))) >= Number(chosen.from) && // as it is shown
+      Number(inPercent(confidence(judge, image))) <= Number(chosen.to || 100) &&
       relations[relation](image),
   );
   const sign = { test: 0, highest: -1, lowest: 1 }[chosen.order];
   shown.sort((one, other) => sign * (judge.loss[one] - judge.loss[other]) || one - other);
   list.replaceChildren(...shown.map((image) => cards[image]));
   const count = `${shown.length} of ${places.length} images`;
-  form.elements.count.value = shown.length === 0 ? "no image; change the filters" : count;
+  form.elements.count.value = shown.length === 0 ? "no images match the filters" : count;
 }
 
 /** Arrow keys move from card to card, as they are laid out. */
@@ -226,7 +236,7 @@ function enlarge(place) {
     });
     return make("section", {}, make("h3", {}, name), make("div", { className: "networks" }, ...cells));
   });
-  dialog.querySelector(".original").replaceChildren(picture(image, 0, null, "the image"));
+  dialog.querySelector(".original").replaceChildren(picture(image, 0, null, nameOfImage(image)));
   dialog.querySelector(".predictions").replaceChildren(...predictions);
   dialog.querySelector(".maps").replaceChildren(
     make("section", {}, make("h3", {}, "Grad-CAM"), make("div", { className: "networks" }, ...cams)),
@@ -241,8 +251,10 @@ dialog.addEventListener("keydown", (event) => {
   event.preventDefault();
   enlarge(current + step);
 });
-dialog.addEventListener("click", (event) => {
-  if (event.target === dialog) dialog.close(); // the space around its content
+dialog.addEventListener("click", ({ target, clientX: x, clientY: y }) => {
+  const { left, right, top, bottom } = dialog.getBoundingClientRect();
+  // The space around it; a key's click has no place.
+  if (target === dialog && (x < left || x > right || y < top || y > bottom)) dialog.close();
 });
 dialog.addEventListener("close", () => cardAt(current).focus());
 document.getElementById("previous").addEventListener("click", () => enlarge(current - 1));
@@ -283,7 +295,7 @@ document.getElementById("networks").append(
 const colour = (value) => `rgb(${colours.subarray(4 * value, 4 * value + 3).join(" ")})`;
 const style = document.documentElement.style;
 style.setProperty("--colours", Array.from({ length: 16 }, (_, stop) => colour(17 * stop)).join(","));
-style.setProperty("--bars", colour(89));
+style.setProperty("--bars", colour(120));
 style.setProperty("--count", networks.length);
 form.addEventListener("input", (event) => (event.target.name === "map" ? drawCards() : filter()));
 document.getElementById("all").addEventListener("click", () => {

@@ -131,10 +131,10 @@ def _describe(network: NetworkView, labels: Tensor, limit: int) -> dict[str, Any
         "name": network.name,
         "description": network.description,
         "top": [
-            [(label, round(value, 4)) for label, value in zip(*pair, strict=True)]
+            [(label, round(value, 6)) for label, value in zip(*pair, strict=True)]
             for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ],
-        "loss": [round(loss, 4) for loss in losses.tolist()],  # nats
+        "loss": [round(loss, 6) for loss in losses.tolist()],  # nats
         "cam": _cams(network, limit),
         "blocks": [
             {

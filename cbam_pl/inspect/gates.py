@@ -262,7 +262,7 @@ def map_layer(network: nn.Module, images: Tensor, name: str) -> nn.Module:
     shapes = map_shapes(network, images[:1])
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, 3, cutoff=0.3) or list(shapes)[-3:]
-        raise ValueError(f"--layer {name} is not a module that gives (B, C, H, W); such are {', '.join(near)}")
+        raise ValueError(f"--layer {name} is not a module that gives (B, C, H, W); use one such as {', '.join(near)}")
     return network.get_submodule(name)
 
 

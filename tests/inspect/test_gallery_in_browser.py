@@ -141,7 +141,7 @@ def test_filters_and_order(page):
     assert shown(page) == sorted(range(8), key=lambda image: -LOSS["plain"][image])
     choose(page, "order", "lowest loss first")
     assert shown(page) == sorted(range(8), key=lambda image: LOSS["plain"][image])
-    choose(page, "order", "of the test split")
+    choose(page, "order", "as in the test split")
     lowest, highest = (page.find_element(By.NAME, name) for name in ("from", "to"))
     lowest.clear()
     lowest.send_keys("75")
@@ -151,7 +151,7 @@ def test_filters_and_order(page):
     assert shown(page) == [1, 6, 7]
     assert page.find_element(By.NAME, "count").text == "3 of 8 images"
     choose(page, "class", "<b>dog</b>")
-    assert page.find_element(By.NAME, "count").text == "no image; change the filters"
+    assert page.find_element(By.NAME, "count").text == "no images match the filters"
 
 
 def test_where_two_networks_disagree(page):
@@ -194,7 +194,9 @@ def test_the_keyboard_alone_reaches_everything(page):
         assert outline == "solid", reached
         if len(reached) == 9:
             break
-    assert reached == ["class", "network", "result", "from", "to", "pair", "order", "map", "Show all"]
+    assert reached == ["class", "network", "result", "from", "to", "pair", "order", "map", "Reset"]
+    press(page, Keys.TAB)
+    assert focused(page) == "How to read this page"
     press(page, Keys.TAB)
     assert focused(page).startswith("image 100")
     press(page, Keys.ARROW_RIGHT)

@@ -22,11 +22,12 @@ from cbam_pl.commands.compare.report import COSTS, Result
 from cbam_pl.commands.visualize.pictures import LoadedCheckpoint, gallery_of, pictures_of
 from cbam_pl.errors import UserError
 from cbam_pl.inspect.curves import LINE_COLOURS, label_axes
-from cbam_pl.inspect.drawing import DPI, NORMAL, SMALL, cut, rasterise
+from cbam_pl.inspect.drawing import DPI, NORMAL, cut, rasterise
 from cbam_pl.training.checkpoint import read_checkpoint
 
 _WIDTH = 4.1  # inches, so that a chart's text can be read on a phone
-_MARKERS, _SIGNS = "osD^vPX", "●■◆▲▼✚✖"
+# Six, as there are seven colours: no two of 42 recipes look alike.
+_MARKERS, _SIGNS = "osD^vP", "●■◆▲▼✚"
 _MAX_CLASSES = 20
 # Nothing of these ends the command: the figures are there without pictures. RuntimeError: a GPU's memory, too.
 _NO_PICTURE = (UserError, ValueError, OSError, RuntimeError, MemoryError)
@@ -44,24 +45,25 @@ def render(plan: Plan, content: dict[str, Any], results: Sequence[Result], no_ga
     ]
     differing = [(key, *values) for key, values in content["settings"]["differing"].items()]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text()).render(
+    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8")).render(
         content=content,
         legend=[(one["label"], _style(n)["color"], _SIGNS[n % len(_SIGNS)]) for n, one in enumerate(recipes.values())],
         runs={"headings": headings, "rows": runs},
-        differing={"headings": ["differing", *labels.values()], "rows": differing},
+        differing={"headings": ["setting", *labels.values()], "rows": differing},
         epochs=_svg(_draw_epochs(recipes)),
         differences=_svg(_draw_differences(recipes, content["controls"])),
         classes=_svg(_draw_classes(recipes)),
         costs=[_svg(_draw_against_cost(recipes, key, *column[:2])) for key, column in COSTS.items()],
         pictures=[picture for name in recipes for picture in _pictures(plan, name, results)],
         no_gallery=no_gallery,
+        in_gallery=[labels[name] for name in _in_gallery(plan, results)],
     )
 
 
 def _svg(figure: Figure | None) -> Markup | None:
     if figure is None:
         return None
-    # "none": text is set in the page's own font, and can be searched and read aloud.
+    # "none": text can be searched and read aloud.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "font.family": "sans-serif"}):
         stream = StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -75,16 +77,19 @@ def write_gallery(path: Path, plan: Plan, results: Sequence[Result]) -> str:
     Returns:
         Why there is none, or empty.
     """
-    recipes = {result["recipe"] for result in results}
-    names = [name for name in plan.given if name in recipes][:_GALLERY_RECIPES]
     try:
-        loaded = {plan.labels[name]: _load(plan, name, results)[1] for name in names}
+        loaded = {plan.labels[name]: _load(plan, name, results)[1] for name in _in_gallery(plan, results)}
         path.write_text(gallery_of(loaded), "utf-8")
     except _NO_PICTURE as error:
         with suppress(OSError):
             path.unlink()  # what an earlier report left, or a full disk
-        return str(error)
+        return _reason(error)
     return ""
+
+
+def _in_gallery(plan: Plan, results: Sequence[Result]) -> list[str]:
+    recipes = {result["recipe"] for result in results}
+    return [name for name in plan.given if name in recipes][:_GALLERY_RECIPES]
 
 
 def _load(plan: Plan, name: str, results: Sequence[Result]) -> tuple[int, LoadedCheckpoint]:
@@ -108,9 +113,9 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
         title = f"{plan.labels[name]}, seed {seed}, epoch {loaded.content['epoch'] + 1}"
         drawn = pictures_of(loaded, title)
     except _NO_PICTURE as error:
-        return [{"caption": f"{plan.labels[name]}: no pictures: {error}", "source": ""}]
+        return [{"caption": f"{plan.labels[name]}: no pictures: {_reason(error)}", "source": ""}]
     pictures = []
-    for kind, key in (("Grad-CAM and spatial gates", "grad_cam"), ("gates", "attention")):
+    for kind, key in (("Grad-CAM, and spatial gates if there are any", "grad_cam"), ("gates", "attention")):
         try:
             if key in drawn:
                 small, image = BytesIO(), Image.fromarray(rasterise(drawn[key]()))
@@ -118,8 +123,12 @@ def _pictures(plan: Plan, name: str, results: Sequence[Result]) -> list[dict[str
                 source = f"data:image/png;base64,{b64encode(small.getvalue()).decode()}"
                 pictures.append({"caption": f"{title}: {kind}", "source": source})
         except _NO_PICTURE as error:
-            pictures.append({"caption": f"{title}: no picture of the {kind}: {error}", "source": ""})
+            pictures.append({"caption": f"{title}: no picture of the {kind}: {_reason(error)}", "source": ""})
     return pictures
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or "out of memory"  # as Python's own MemoryError has no text
 
 
 def _draw_epochs(recipes: dict[str, Any]) -> Figure:
@@ -127,11 +136,9 @@ def _draw_epochs(recipes: dict[str, Any]) -> Figure:
     for number, recipe in enumerate(recipes.values()):
         epochs, mean, sd = (np.array(recipe["curve"][name]) for name in ("epoch", "mean", "sd"))
         every = max(1, len(epochs) // 6)
-        (line,) = axes.plot(epochs, mean, label=recipe["label"], **_style(number, markersize=4, markevery=every))
+        (line,) = axes.plot(epochs, mean, **_style(number, markersize=4, markevery=every))
         axes.fill_between(epochs, mean - sd, mean + sd, color=line.get_color(), alpha=0.18, lw=0)
     _label(axes, "epoch", "validation accuracy, %")
-    for text in axes.legend(fontsize=SMALL, frameon=False).get_texts():
-        text.set_parse_math(False)
     return figure
 
 
@@ -144,19 +151,21 @@ def _draw_differences(recipes: dict[str, Any], controls: Sequence[dict[str, Any]
             shown.append((numbers[control["recipe"]], " minus ".join(names), control["difference"]))
     if not shown:
         return None
-    figure, axes = _new(1.05 + 0.5 * len(shown))
+    names = [fill(label, 16) for _, label, _ in shown]
+    most_lines = max(name.count("\n") + 1 for name in names)
+    figure, axes = _new(1.05 + max(0.5, 0.17 * most_lines) * len(shown))
     for row, (number, _, difference) in enumerate(shown):
         axes.plot(difference["pairs"], [row + 0.2] * len(difference["pairs"]), "o", color="0.55", markersize=3.5)
         if difference["images_interval"]:
             axes.plot(difference["images_interval"], [row, row], color="0.4", linewidth=1)
         _draw_interval(axes, row, difference, _style(number, markersize=7, linewidth=2.5))
-    _label_rows(axes, [fill(label, 16) for _, label, _ in shown])
+    _label_rows(axes, names)
     other = "difference of test accuracy" if controls else "test accuracy minus baseline's"
     _label(axes, f"{other},\npercentage points", "")  # beside long labels, one line is too long
     return figure
 
 
-def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: float) -> Figure:
+def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor: float) -> Figure | None:
     figure, axes = _new(2.4)
     costs = []
     for number, recipe in enumerate(recipes.values()):
@@ -165,12 +174,14 @@ def _draw_against_cost(recipes: dict[str, Any], key: str, heading: str, divisor:
         test = recipe["test_acc"]
         costs.append(recipe["cost"][key] / divisor)
         axes.errorbar(costs[-1], test["mean"], yerr=test["sd"] or None, **_style(number, markersize=6, capsize=3))
-    if costs and max(costs) - min(costs) < 0.02 * max(costs):
+    if not costs:
+        return None
+    if max(costs) - min(costs) < 0.02 * max(costs):
         middle = (max(costs) + min(costs)) / 2
         axes.set_xlim(0.985 * middle, 1.015 * middle)  # nearly equal costs must not look far apart
     axes.margins(0.12)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    if costs and max(costs) >= 10_000:
+    if max(costs) >= 10_000:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.4g} M" if value >= 1e6 else f"{value:,.0f}")
     _label(axes, heading, "test accuracy, %")
     return figure
