@@ -125,8 +125,9 @@ def training_loops(setup: Setup) -> Iterator[Row]:
     """`train.py fit` against a notebook's loop, in each precision, eager and compiled, and the data alone."""
 
     def options(name: str, mode: str = "eager", precision: str = "32-true") -> dict[str, Any]:
-        compiled = ["--model.compile", str(mode == "compiled").lower(), "--trainer.precision", precision]
-        return {"options": setup.fit(name, "cbam_cnn", *compiled)}
+        given = ["--model.compile", str(mode == "compiled").lower(), "--trainer.precision", precision]
+        # Without pictures: the epochs of generated images take a fraction of a second each.
+        return {"options": setup.fit(name, "cbam_cnn", *given, "--pictures_every", "0")}
 
     variants: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
         "plain loop, 0 workers": (loops.plain_loop, options("plain0") | {"workers": 0}),
@@ -252,8 +253,8 @@ def resume(setup: Setup) -> Iterator[Row]:
     # For the deterministic one; cuBLAS reads it once, at the first of the trainings in this process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     steps = 4 if setup.tiny else 40
-    variants = {name: ["--trainer.precision", precision] for name, precision in _PRECISIONS.items()}
-    variants["float32, deterministic"] = ["--trainer.deterministic", "true"]
+    variants = {"float32, deterministic": ["--trainer.deterministic", "true"]}
+    variants |= {name: ["--trainer.precision", precision] for name, precision in _PRECISIONS.items()}
     for name, options in variants.items():
         if setup.tiny and name != "float32":
             continue

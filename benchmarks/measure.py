@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +24,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from cbam_pl.environment import commit, processor_name
-from cbam_pl.timing import peak_memory, synchronise
+from cbam_pl.timing import peak_memory, reset_peak_memory, synchronise
 
 REPOSITORY = Path(__file__).parents[1]
+_ENVIRONMENT = threading.Lock()  # patch.dict empties os.environ for a moment
 _WARM_UP = 5  # steps before each timing: what a loader prefetched between rounds, first compilations
 
 
@@ -79,6 +81,7 @@ class RoundClock:
             return
         if self._steps == _WARM_UP:
             if self._seconds is None:
+                reset_peak_memory(self.device)
                 self._wait()  # for the first round; its own warm-up follows
                 return
             synchronise(self.device)
@@ -139,7 +142,7 @@ class Child:
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have children, such as a loader's workers.
         self._process = context.Process(target=_run_child, args=(work, theirs, threads, device, arguments))
-        with patch.dict(os.environ, getattr(work, "environment", {})):
+        with _ENVIRONMENT, patch.dict(os.environ, getattr(work, "environment", {})):
             self._process.start()
         theirs.close()
         self._receive()  # ready

@@ -307,8 +307,8 @@ class AttentionConfig:
         where: in a `model.network`: patterns of the names of the modules that attention follows, such as layer?.*.bn2;
             `*`, `?` and `[…]` stand for parts of a name between dots.
         start: paper (gates of about one half), or identity (the network begins as it is without attention, to the bit:
-            x + α · (attention(x) − x), with a learned α that starts at zero); None: in a network that starts from
-            trained weights that of the same attention in them, else identity; paper in any other.
+            x + α · (attention(x) − x), with a learned α that starts at zero). None: paper, but in a network that starts
+            from trained weights the start of their attention, if that is the same, else identity.
     """
 
     kind: AttentionKind = "cbam"

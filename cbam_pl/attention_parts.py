@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def in_float32_on_cpu(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Compute a layer in float32 where autocast would take half precision on a CPU, whose elementwise passes it slows.
+    """On a CPU under autocast, compute a layer in float32: half precision slows its elementwise operations.
 
     The result has the input's type. A layer whose weights are of another type is left to autocast.
     """
@@ -121,7 +121,7 @@ def reject_unused(allowed: Collection[str], given: Mapping[str, object], owner: 
 
 
 def mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The mean of x (B, C, H, W) over dims, (1,) or (2, 3), which stay as ones."""
+    """The mean of x (B, C, H, W) over dims, (1,) or (2, 3), which keep size 1."""
     if x.dtype == torch.float16:
         return x.mean(dims, keepdim=True)  # the sum of a large map overflows
     # Summed first, divided later: the backward of mean divides a gradient of the map's full size.
@@ -134,8 +134,10 @@ def _count(x: Tensor, dims: tuple[int, ...]) -> int:
 
 def mean_and_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """x itself, to go on with so that the gradients are joined in one pass, its mean and its maximum over dims."""
-    # Only where a backward pass can follow; torch.compile joins the passes by itself, and torch.jit.trace cannot.
-    if x.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    # Where a backward pass can follow, on a CPU: a GPU computes max_pool2d of a whole map one position after another.
+    # torch.compile joins the passes by itself, and torch.jit.trace cannot.
+    training = x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
+    if training and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _MeanAndMax.apply(x, dims)[:3]
     return x, mean(x, dims), x.amax(dims, keepdim=True)
 
@@ -148,8 +150,9 @@ class MapConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Conv2d, by convolve_rows where that is faster."""
-        shaped = not (torch.jit.is_tracing() or torch.compiler.is_exporting())  # for one size of map alone
-        training = x.requires_grad and torch.is_grad_enabled() and shaped
+        # convolve_rows depends on the map's size, on which a traced or exported graph must not.
+        any_size = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        training = x.requires_grad and torch.is_grad_enabled() and not any_size
         if training and x.device.type == "cpu" and x.shape[3] <= _MAX_ROW:
             return convolve_rows(x, self.weight, self.bias)
         return super().forward(x)
@@ -193,49 +196,49 @@ class _MeanAndMax(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        place = None
+        index = None
         if dims == (1,):
             maximum = x.amax(1, keepdim=True)  # four times as fast as max, which finds the index as well
         else:
-            maximum, place = F.max_pool2d(x, x.shape[2:], return_indices=True)  # index along H · W
-        return x.view_as(x), mean(x, dims), maximum, place
+            maximum, index = F.max_pool2d(x, x.shape[2:], return_indices=True)  # index along H · W
+        return x.view_as(x), mean(x, dims), maximum, index
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, ctx.dims = inputs
-        _, _, maximum, place = output
+        _, _, maximum, index = output
         ctx.count = _count(x, ctx.dims)
         saved = (x, maximum, None)
-        if place is not None:
-            saved = (None, None, place)
-            ctx.mark_non_differentiable(place)
+        if index is not None:
+            saved = (None, None, index)
+            ctx.mark_non_differentiable(index)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         of_x, of_mean, of_maximum, _ = gradients
-        x, maximum, place = ctx.saved_tensors
+        x, maximum, index = ctx.saved_tensors
         joined = of_x + (of_mean / ctx.count).to(of_x.dtype)
-        if place is None:
+        if index is None:
             tied = _tied(x, maximum)
             return torch.addcmul(joined, tied, of_maximum / tied.sum(1, keepdim=True)), None
         batch, channels, height, width = of_x.shape
         joined = joined.reshape(batch, channels, height * width)  # flatten has no rule for batched gradients
-        joined = joined.scatter_add_(2, *(one.reshape(batch, channels, 1) for one in (place, of_maximum)))
+        joined = joined.scatter_add_(2, *(one.reshape(batch, channels, 1) for one in (index, of_maximum)))
         return joined.reshape(of_x.shape), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, maximum, place = ctx.saved_tensors
-        if place is None:
+        x, maximum, index = ctx.saved_tensors
+        if index is None:
             tied = _tied(x, maximum)
             of_maximum = (tied * tangent).sum(1, keepdim=True) / tied.sum(1, keepdim=True)
         else:
-            of_maximum = tangent.flatten(2).gather(2, place.flatten(2))[..., None]  # (B, C, 1, 1)
+            of_maximum = tangent.flatten(2).gather(2, index.flatten(2))[..., None]  # (B, C, 1, 1)
         return tangent.view_as(tangent), mean(tangent, ctx.dims), of_maximum, None
 
 
 def _tied(x: Tensor, maximum: Tensor) -> Tensor:
-    """1 where a channel has the maximum, else 0; turning a comparison's truth values into numbers takes longer."""
+    """1 where x equals the maximum, else 0; converting the bools of x == maximum takes longer."""
     return (x - maximum).sign_().add_(1)

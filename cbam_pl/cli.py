@@ -13,8 +13,8 @@ PROGRAM = "cbam-pl" if Path(sys.argv[0]).name == "cbam-pl" else "python train.py
 # Command → the file of its function, which is imported only when it is called: help and mistakes answer at once.
 COMMANDS = {
     "fit": ("fit", "train a network: --config configs/cbam_cnn.yaml; resume with --ckpt_path last"),
-    "test": ("evaluate", "measure a checkpoint on the test images; by default the best.ckpt written last"),
-    "validate": ("evaluate", "measure a checkpoint on the validation images; by default the best.ckpt written last"),
+    "test": ("evaluate", "measure a checkpoint on the test images; by default the newest best.ckpt"),
+    "validate": ("evaluate", "measure a checkpoint on the validation images; by default the newest best.ckpt"),
     "predict": ("predict", "classify your own images: --images FILE_OR_FOLDER ..."),
     "visualize": ("visualize.command", "draw attention, Grad-CAM and curves of a checkpoint; --measure gives numbers"),
     "export": ("export.command", "write a network for use elsewhere: --format onnx | pt2 | safetensors --output DIR"),

@@ -57,13 +57,13 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def environments_by_key(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """One text for each key: what the environments, in their order, have of it, each once."""
+    """For each key, the distinct values of the environments, in their order, as one text."""
     texts = {key: ", then ".join(dict.fromkeys(one[key] for one in environments)) for key in UNKNOWN}
     return {key: text or UNKNOWN[key] for key, text in texts.items()}
 
 
 def missing_to_compile(device: str) -> str:
-    """What torch.compile lacks for a kind of device, or nothing; it would say so in the first step, and at length."""
+    """What torch.compile needs on this kind of device and does not find, with the way to install it; else empty."""
     if device == "cpu":
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
         return "" if shutil.which(compiler) else f"a C++ compiler on a CPU: install {compiler}"

@@ -49,10 +49,13 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
     # torch.cuda.OutOfMemoryError is a RuntimeError. On the CPU there is no type for it: torch's allocator and oneDNN,
     # whose convolutions leave the reason out, raise a plain RuntimeError.
-    words = "out of memory|can't allocate memory|bad_alloc|could not (create|execute) a (primitive|memory)"
+    words = (
+        "out of memory|can't allocate memory|bad_alloc|could not (create|execute) a (primitive|memory)|"
+        "(CUBLAS|CUDNN)_STATUS_\\w*ALLOC|unable to find an engine to execute this computation"
+    )
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 def cannot_write(path: str | Path, error: OSError, fix: str) -> UserError:
-    """That a file or folder cannot be written, with the system's reason and what the user can do."""
+    """The UserError for a file or folder that cannot be written: the system's reason, and the fix."""
     return UserError(f"cannot write {path} ({error.strerror}); {fix}")

@@ -51,8 +51,8 @@ def keep_freed_memory() -> bool:
 
     A training step on a CPU makes and frees the same large tensors again and again. By default glibc returns each to
     the kernel, which must then map and clear every page again: for the cnn with batches of 256, 25,000 page faults a
-    step, a tenth of its time; so `python -m benchmarks.throughput` shows. The price is a tenth more resident memory.
-    False where the C library has no such settings, as others than glibc.
+    step, a tenth of its time (benchmarks/NOTES.md). The price is a tenth more resident memory. Returns False where the
+    C library is not glibc, which alone has these settings.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

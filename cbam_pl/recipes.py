@@ -13,7 +13,7 @@ from cbam_pl.errors import UserError
 
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML with plain values alone, in which no key is given twice: YAML itself would use the last, without a word."""
+    """YAML with only plain values. A duplicate key is an error: PyYAML would use the last one, without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping, or a ConstructorError."""
@@ -47,17 +47,17 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{name} has no settings; give it keys, such as model: and data:")
     if content.get("config") is not None:
-        raise UserError(f"{name} names another recipe; give --config twice instead, and the later one wins")
+        raise UserError(f"{name} names another recipe; leave config out, and give --config twice: the later file wins")
     return content
 
 
 def merge(
     below: Mapping[str, Any], above: Mapping[str, Any], names: Collection[str], prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings over others, each as a whole; of the same class, its arguments over the other's arguments.
+    """Lay settings over others. Each replaces the other as a whole; of the same class, single arguments are replaced.
 
-    `names` are the settings with dots, such as model.arch, and what is above them, such as model, is a group of them;
-    `prefix` is that of a group.
+    `names` are the dotted keys of settings, such as model.arch; any other key, such as model, is a group of settings.
+    `prefix` is the dotted key of the group that is merged, with a dot at its end.
     """
     merged = dict(below)
     for name, value in above.items():

@@ -39,7 +39,7 @@ _TRAINER_TYPES: dict[str, Any] = {
     "log_every_n_steps": NonNegativeInt | None,
     "num_nodes": PositiveInt,
 }
-# What evaluation cannot honour, and therefore does not offer, beside the limits of other stages than its own.
+# Settings of the Trainer that the evaluation commands do not offer, besides the limit_*_batches of other stages.
 _TRAINING_ONLY = {
     "accumulate_grad_batches", "check_val_every_n_epoch", "detect_anomaly", "enable_checkpointing", "gradient_clip_val",
     "gradient_clip_algorithm", "log_every_n_steps", "max_epochs",
@@ -47,7 +47,7 @@ _TRAINING_ONLY = {
     "reload_dataloaders_every_n_epochs", "val_check_interval", "barebones", "enable_model_summary",
 }  # fmt: skip
 OWN_LIMIT = {"test": "limit_test_batches", "validate": "limit_val_batches"}
-# The others are settings of the training, which the checkpoint holds; these, too, where they are not given.
+# Settings of the data that evaluation commands offer; all others, and those not given, are the checkpoint's.
 _EVALUATION_DATA = {"dataset", "root", "batch_size"}
 _TRAINER_DEFAULTS = {
     "max_epochs": 50,
@@ -70,7 +70,7 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
     elif command == "visualize":
         _add_visualize_options(parser)
     else:
-        checkpoint_help = "a FILE, a folder of weights, or best or last: the best.ckpt or last.ckpt written last"
+        checkpoint_help = "checkpoint FILE, folder of weights, or best or last: the newest best.ckpt or last.ckpt"
         add("--ckpt_path", type=str, default="best", help=checkpoint_help)
         add(
             "--model.test_time_flip",
@@ -78,13 +78,13 @@ def command_parser(command: Literal["fit", "test", "validate", "predict", "visua
             help="classify by the mean of the logits of each image and its mirror image; by default as in training",
         )
     if command != "fit":
-        trust_help = "packages whose networks a checkpoint may import, beside those of cbam_pl, torchvision and timm"
+        trust_help = "packages whose networks a checkpoint may import, besides cbam_pl, torchvision and timm"
         add("--trust", nargs="+", type=str, default=[], help=trust_help)
     if command == "test":
-        add("--calibrate", action="store_true", help="fit a temperature on the validation images; figures with it, too")
-        names_help = "test on corrupted images, too: on all 19 corruptions, or on those named, such as fog jpeg"
+        add("--calibrate", action="store_true", help="also with a temperature, fitted on the validation images")
+        names_help = "also test on corrupted images: all 19 corruptions, or the named ones, such as fog jpeg"
         add("--corruptions", nargs="*", type=str, metavar="NAME", help=names_help)
-        add("--severities", nargs="+", type=int, metavar="N", help="of the corruptions (default: 1 2 3 4 5)")
+        add("--severities", nargs="+", type=int, metavar="N", help="severities of --corruptions (default: 1 2 3 4 5)")
     if command == "export":
         _add_export_options(parser)
     if command == "predict":
@@ -115,11 +115,11 @@ def given_data(settings: Namespace) -> dict[str, Any]:
 
 def _add_fit_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", type=str, help="YAML file of settings; of several the later wins; options win over all")
+    add("--config", type=str, help="YAML file of settings; of several the later wins, and options win over all")
     add("--seed", type=Seed, default=0, help="decides initial weights, held-out images, order, augmentation, dropout")
-    add("--ckpt_path", type=str, help="resume from FILE, or from this recipe's newest run: last")
+    add("--ckpt_path", type=str, help="checkpoint FILE to resume from, or last: this recipe's newest last.ckpt")
     add("--checkpoint_minutes", type=PositiveFloat, default=5.0, help="longest time between two checkpoints")
-    pictures_help = "epochs from one set of TensorBoard's pictures to the next; always in the first and last; 0: none"
+    pictures_help = "epochs between two sets of pictures in TensorBoard; the first and last always have one; 0: none"
     add("--pictures_every", type=NonNegativeInt, default=5, help=pictures_help)
     owned_by_data = {"num_classes", "image_size", "seed"}
     parser.add_class_arguments(Classifier, "model", skip=owned_by_data, instantiate=False, sub_configs=True)
@@ -127,18 +127,18 @@ def _add_fit_options(parser: ArgumentParser) -> None:
 
 def _add_visualize_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    checkpoint_help = "FILES, folders of weights, or best or last: the best.ckpt or last.ckpt written last"
+    checkpoint_help = "checkpoint FILES, folders of weights, or best or last: the newest best.ckpt or last.ckpt"
     add("--ckpt_path", nargs="+", type=str, default=["best"], help=checkpoint_help)
     add("--images", nargs="+", type=str, help="your own image files, or folders of them")
     add("--indices", nargs="+", type=int, help="test images, by number from 0")
     add("--class_name", type=str, help="the first test images of a class")
-    add("--num_images", type=PositiveInt, help="images to show (default: 3; with --page 200), unless they are named")
+    add("--num_images", type=PositiveInt, help="number of images, unless they are named (default: 3; with --page 200)")
     add("--layer", type=str, help="module for Grad-CAM and measures (default: the last that gives (B, C, H, W))")
     add("--output", type=str, help="folder to write to (default: pictures, in the log folder of the first run)")
-    add("--format", type=Literal["png", "svg", "pdf"] | None, help="of the pictures (default: png)")
-    add("--page", action="store_true", help="instead of pictures, gallery.html: a page to look through test images")
-    add("--measure", action="store_true", help="numbers: does attention fall on what matters, do the gates matter?")
-    add("--measure_images", type=PositiveInt, help="test images to measure on, evenly chosen (default: 1000)")
+    add("--format", type=Literal["png", "svg", "pdf"] | None, help="file format of the pictures (default: png)")
+    add("--page", action="store_true", help="not pictures, but gallery.html: a page to look through test images")
+    add("--measure", action="store_true", help="also measure: do maps fall on what matters, do the gates matter?")
+    add("--measure_images", type=PositiveInt, help="number of test images to measure on, evenly chosen (default: 1000)")
     add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 
 
@@ -147,12 +147,17 @@ def _add_export_options(parser: ArgumentParser) -> None:
     format_help = "onnx (opset 18), pt2 (torch.export), or safetensors: a folder of the weights and their card"
     add("--format", type=Literal["onnx", "pt2", "safetensors"], required=True, help=format_help)
     add("--output", type=str, required=True, help="folder to write to, new or with nothing but earlier exports")
-    add("--gates", action="store_true", help="outputs beside the probabilities: the gates of each block, by its name")
-    add("--precision", type=Literal["float32", "float16"], default="float32", help="of the weights and activations")
+    add("--gates", action="store_true", help="also output the gates of each block, named after the block")
+    precision_help = "of the weights and activations; in safetensors float16 rounds only matrices and kernels"
+    add("--precision", type=Literal["float32", "float16"], default="float32", help=precision_help)
     input_help = "type of the images' values: float32 in [0, 1], or uint8 from 0 to 255"
     add("--input_type", type=Literal["float32", "uint8"], default="float32", help=input_help)
-    add("--licence", type=str, help="of the weights, as an identifier such as mit; whoever trained them decides it")
-    add("--benchmark", action="store_true", help="time it in PyTorch, as pt2 and in onnxruntime, at batch 1 and 64")
+    add("--licence", type=str, help="licence of the weights, such as mit; whoever trained them decides it")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="time the network in PyTorch, pt2 and onnxruntime, at batch sizes 1 and 64",
+    )
     add("--trainer.default_root_dir", type=str, default=".", help="the folder that holds checkpoints and logs")
 
 
@@ -166,7 +171,7 @@ def _add_trainer_options(parser: ArgumentParser, command: str) -> None:
     for name, kind in _TRAINER_TYPES.items():
         if name not in skipped:
             default = signature(Trainer).parameters[name].default
-            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as of Lightning's Trainer")
+            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="see Lightning's Trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items() if name not in skipped})
 
 
@@ -214,9 +219,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _with_network(recipe: Mapping[str, Any], options: list[str]) -> tuple[Mapping[str, Any], list[str]]:
-    """The options of model.network, in any form that an optimizer may be given, as settings of the recipe instead.
+    """Move the options of model.network, in any form that an optimizer may be given, into the recipe.
 
-    A network replaces the recipe's arch, and the other way round; both from one place are for the Classifier to reject.
+    A network in the options replaces the recipe's arch, and an arch its network; the Classifier rejects both from one
+    place.
     """
     if not isinstance(recipe.get("model", {}), (Mapping, type(None))):
         return recipe, options  # to be rejected as such
@@ -275,7 +281,7 @@ def parse_with_recipes(parser: ArgumentParser, options: list[str]) -> Namespace:
     for file in files:
         content = read_recipe(file)
         if "grid" in content:
-            raise UserError(f"{show(file)} has a grid, each of whose values is a training; use {PROGRAM} compare")
+            raise UserError(f"{show(file)} has a grid, which means several trainings; use {PROGRAM} compare")
         try:
             parse(parser, [], content)  # by itself, so that a mistake is reported with the file that has it
         except UserError as error:
@@ -317,7 +323,7 @@ def _flatten(settings: Mapping[str, Any], names: list[str], prefix: str = "") ->
 
 
 def _words(kind: Any) -> list[str]:
-    """The words of a choice among words, which may be left out (None); of another type none."""
+    """The allowed words of a Literal, or of a union of Literals and None; empty for any other type."""
     if get_origin(kind) is Literal:
         return [str(word) for word in get_args(kind)]
     parts = [_words(part) for part in get_args(kind) if part is not NoneType]

@@ -30,15 +30,21 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, such as that of a compilation, on a GPU; a CPU's cannot be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def time_in_turns(
     works: Mapping[Key, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
 ) -> dict[Key, list[float]]:
     """Seconds per call of each work, round by round, in turns; each is called twice before.
 
-    On a CPU with one thread they are those of the processor, which other programs change less.
+    On a CPU with one thread it is CPU time of this process, which other programs affect less than the wall-clock time.
     """
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
     for work in works.values():
         work()
         work()

@@ -128,8 +128,8 @@ def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule
             network(torch.zeros(1, 3, data.image_size, data.image_size))
         except ValueError as error:
             raise UserError(
-                f"data.batch_size={data.batch_size} leaves a batch of one image of {images:,}, of which batch norm "
-                f"cannot take the variance ({error}); choose another batch_size or val_size"
+                f"data.batch_size={data.batch_size} leaves a batch of one image of {images:,}, on which batch norm "
+                f"cannot train ({error}); choose another data.batch_size or data.val_size"
             ) from error
 
 

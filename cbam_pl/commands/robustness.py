@@ -161,10 +161,10 @@ def measure_robustness(
                 trainer.predict(model, data.changed_test_dataloader(change), return_predictions=False)
                 row[str(severity)] = correct.accuracy(trainer)
                 progress.advance(task)
-            seconds += time.monotonic() - begin
+            seconds += (elapsed := time.monotonic() - begin)
             accuracies[name] = dict(sorted(row.items()))
             text = " ".join(f"{100 * value:.2f}" for value in accuracies[name].values())
-            how = f"{seconds:.0f} s" if new else "measured before"
+            how = f"{elapsed:.0f} s" if new else "measured before"
             progress.console.print(f"{name}: {text} %  ({how})", highlight=False)
             record |= {"accuracy": {name: row for name, row in accuracies.items() if row}, "seconds": seconds}
             if logs is not None and trainer.is_global_zero:

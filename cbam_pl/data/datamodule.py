@@ -301,7 +301,7 @@ class ImageDataModule(LightningDataModule):
         if self._val_is_drawn:
             held_out = torch.isin(ids, trained["val"]) & ~torch.isin(ids, trained["train"])  # copies may be in both
             if not held_out.any():
-                raise UserError(f"{problem}, and none of those that were held out for validation is left")
+                raise UserError(f"{problem}, and none of the held-out images is left; restore them, or train again")
             rows = torch.cat([train.rows, val.rows])  # type: ignore[list-item]  # both are parts of one store
             images = Images(train.store, torch.cat([train.labels, val.labels]), ids=ids, rows=rows)
             train, val = images.subset((~held_out).nonzero()[:, 0]), images.subset(held_out.nonzero()[:, 0])
@@ -312,7 +312,7 @@ class ImageDataModule(LightningDataModule):
             )
         elif (seen := torch.isin(ids[len(train) :], trained["train"])).any():  # of the validation images
             if seen.all():
-                raise UserError(f"{problem}, and all of its validation images were trained on")
+                raise UserError(f"{problem}, and all validation images were trained on; restore them, or train again")
             self._images["val"] = val.subset((~seen).nonzero()[:, 0])
             problem += f"; {int(seen.sum())} of the {len(val)} validation images were trained on, and are left out"
         rank_zero_warn(problem)
@@ -342,7 +342,7 @@ class ImageDataModule(LightningDataModule):
         """The images of a split, of which each process needs one."""
         images, name = self.images(split), {"train": "training", "val": "validation", "test": "test"}[split]
         if len(images) < shard.world_size:
-            raise UserError(f"{len(images)} {name} images are fewer than the {shard.world_size} processes")
+            raise UserError(f"{len(images)} {name} images are fewer than the {shard.world_size} processes; use fewer")
         return images
 
     def train_dataloader(self) -> TrainingLoader:

@@ -43,7 +43,11 @@ def _place(images: Images, device: torch.device) -> Images:
     """The images, on the device where they fit into half of its free memory."""
     if device.type != "cuda" or images.store.is_cuda or images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
         return images
-    return images.copy_to(device)
+    try:
+        return images.copy_to(device)
+    except torch.OutOfMemoryError:  # another process took the memory meanwhile
+        torch.cuda.empty_cache()
+        return images
 
 
 def _gather(images: Images, indices: Tensor, device: torch.device) -> Batch:

@@ -38,13 +38,14 @@ def _chosen(network: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
     if not chosen:
         raise ValueError(f"where={where!r} must name at least one module")
     for name, module in chosen.items():
+        place = f"where={name!r}: {type(module).__name__}"
         if hasattr(module, "attention"):
-            raise ValueError(f"where={name!r}: {type(module).__name__} has an attribute `attention` already")
+            raise ValueError(f"{place} already has an attribute `attention`; choose another module")
         overrides = isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward
         if overrides or isinstance(module, (nn.ModuleDict, nn.ModuleList)):
             raise ValueError(
-                f"where={name!r}: {type(module).__name__} is a container whose children, the attention among them, are "
-                "not run one after another; choose modules inside it, or the one after it"
+                f"{place} does not run its children one after another, so it would not run the attention; choose a "
+                "module inside it, or the one after it"
             )
     return chosen
 
@@ -92,7 +93,7 @@ class _Run(NamedTuple):
 
 
 def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor) -> dict[str, list[_Run]]:
-    """How each of the modules that run runs for the example, the last to end last. The network is left as it was."""
+    """Each run of each module that runs on the example; modules in the order of their last ends. Changes nothing."""
     runs: dict[str, list[_Run]] = {}
     last: tuple[nn.Module | None, tuple[int, ...]] = None, ()
 
@@ -104,7 +105,7 @@ def _runs(network: nn.Module, modules: Mapping[str, nn.Module], example: Tensor)
 
     def note_run(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
         run = _Run(tuple(output.shape) if isinstance(output, Tensor) else (), *last)
-        runs[name] = [*runs.pop(name, []), run]  # in the place of its last run
+        runs[name] = [*runs.pop(name, []), run]  # reinserted, so that the order is that of the last ends
 
     # In evaluation mode, as the example must not move the batch norms' statistics.
     with torch.no_grad(), evaluating(network), ExitStack() as hooks:
@@ -129,7 +130,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def map_shapes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int, int]]:
-    """The modules whose output is (B, C, H, W), by name, with C, H and W; the last to end last."""
+    """C, H and W of each module whose output is (B, C, H, W), by name, in the order in which the modules end."""
     modules = {name: module for name, module in network.named_modules() if name}
     shapes = {}
     for name, runs in _runs(network, modules, example).items():
@@ -149,7 +150,8 @@ def _seen_channels(name: str, module: nn.Module, runs: list[_Run]) -> int:
         is_channels_last = run.is_channels_last()
         if is_channels_last is None:
             raise ValueError(
-                f"{output}, {run.shape}, may be (B, C, H, W) or (B, H, W, C); use an example of another size"
+                f"{output}, {run.shape}, may be (B, C, H, W) or (B, H, W, C); use an example of another size "
+                "(data.image_size)"
             )
         if is_channels_last:
             raise ValueError(f"{output}, {run.shape}, is (B, H, W, C); choose a module that gives (B, C, H, W)")

@@ -36,7 +36,8 @@ class NetworkConfig:
             raise ValueError("network needs a class_path, an import path such as torchvision.models.resnet18")
         if not isinstance(self.class_path, str) or not isinstance(self.init_args, dict):
             raise ValueError(
-                f"network={self.class_path!r} must be an import path, with a mapping of arguments init_args"
+                f"network: class_path={self.class_path!r} must be an import path, and init_args={self.init_args!r} a "
+                "mapping of arguments"
             )
 
     @property
@@ -47,7 +48,7 @@ class NetworkConfig:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the library loads trained weights of its own, as torchvision calls them, or timm."""
+        """Whether the arguments ask for the library's trained weights: torchvision's weights, timm's pretrained."""
         return bool(self.init_args.get("weights") or self.init_args.get("pretrained"))
 
     def without_weights(self) -> "NetworkConfig":
@@ -132,7 +133,7 @@ def check_trusted(config: NetworkConfig, trusted: Collection[str]) -> None:
         ValueError: with the name, and how to allow it.
     """
     path = config.class_path
-    refused = f"network={path} is not imported, since that may run any code"
+    refused = f"network={path} is not imported, since importing it could run any code"
     if _is_inside(path, trusted):
         return
     package = path.partition(".")[0]
@@ -158,7 +159,7 @@ def _is_inside(path: str, packages: Collection[str]) -> bool:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return all(map(_is_plain, [*value, *value.values()] if isinstance(value, dict) else value))
-    # No paths and no addresses, of which timm's names of models may consist.
+    # No paths and no URLs: timm takes these, too, as names of models, and would load what is there.
     is_place = isinstance(value, str) and not set(value).isdisjoint(":/\\")
     return value is None or (isinstance(value, (bool, int, float, str)) and not is_place)
 
@@ -186,22 +187,18 @@ def _construct(make: Callable[..., Any], arguments: Mapping[str, Any], num_class
     attempts: list[dict[str, Any]] = [{}]
     if "num_classes" in parameters:
         attempts = [{"num_classes": num_classes}]
-    elif takes_any and not arguments.get("weights"):  # with its weights, torchvision accepts their classes alone
+    elif takes_any and not arguments.get("weights"):  # with its own weights, torchvision accepts only their classes
         attempts = [{"num_classes": num_classes}, {}]
-    for number, classes in enumerate(attempts, 1):
+    for classes in attempts:
         try:
             network = make(**arguments, **classes)
             break
-        except TypeError as error:
-            if number == len(attempts):
-                raise ValueError(f"{called} fails with {_last_line(error)}") from error
-        except OSError as error:
-            raise ValueError(
-                f"{called} fails with {_last_line(error)}; if its weights cannot be downloaded here, give a file of "
-                "them with model.weights"
-            ) from error
         except Exception as error:  # whatever a network of the user's may raise
-            raise ValueError(f"{called} fails with {_last_line(error)}") from error
+            if isinstance(error, TypeError) and classes is not attempts[-1]:
+                continue
+            fix = "; if its weights cannot be downloaded here, give a file of them with model.weights"
+            fix = fix if isinstance(error, OSError) else ""
+            raise ValueError(f"{called} fails with {_last_line(error)}{fix}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{called} makes a {type(network).__name__}, not a torch.nn.Module")
     return network

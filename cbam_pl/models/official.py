@@ -66,4 +66,4 @@ def load_official_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor
             "state_dict does not fit the network, which must be a ResNet of the same depth with CBAM of "
             "preset='official' and the stem of the checkpoint: " + "; ".join(problems)
         )
-    network.load_state_dict(loaded, strict=False)  # the counters alone may be missing
+    network.load_state_dict(loaded, strict=False)  # only the counters may be missing

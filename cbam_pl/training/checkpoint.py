@@ -24,6 +24,7 @@ from cbam_pl.training.schema import SchemaError, check_checkpoint, check_resumab
 from cbam_pl.training.state import changed_settings
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
+_OWN = f"name a checkpoint that `{PROGRAM} fit` wrote"
 _IS_FOLDER = 0x10  # MS-DOS's attribute of a part of an archive
 
 
@@ -99,7 +100,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}); name another with --ckpt_path") from error
     own = {"state_dict", "loops", "hyper_parameters", "figures"}
     if not isinstance(checkpoint, dict) or not own <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of this program; name one that `train.py fit` wrote")
+        raise UserError(f"{path} is not a checkpoint of this program; {_OWN}")
     return _checked(path, checkpoint, has_state=True)
 
 
@@ -108,7 +109,8 @@ def _checked(path: Path, checkpoint: dict[str, Any], has_state: bool) -> dict[st
         upgrade(checkpoint)
         check_checkpoint(checkpoint, has_state)
     except (SchemaError, KeyError, TypeError) as error:
-        raise UserError(f"{path} {error}; name a checkpoint that `train.py fit` wrote") from error
+        fix = getattr(error, "fix", "") or _OWN
+        raise UserError(f"{path} {error}; {fix}") from error
     return checkpoint
 
 
@@ -142,8 +144,8 @@ def load_classifier(
         shapes = [tuple(weights[key].shape) if key in weights else "missing" for weights in (saved, ours)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"{path} holds the weights of another network than its settings say: {key} is {shapes[0]} in it, and "
-                f"{shapes[1]} in {network_name(settings)}; name another checkpoint"
+                f"{path} has weights that do not match its settings: {key} is {shapes[0]} in it, but {shapes[1]} in "
+                f"{network_name(settings)}; name another checkpoint"
             )
     classifier.load_state_dict(saved)
     classifier.tested_epoch = checkpoint["epoch"] + 1
@@ -190,8 +192,8 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
     """Reject a resume with another network, optimizer, schedule or other data, in a UserError with their keys."""
     if "optimizer_states" not in checkpoint:
         raise UserError(
-            f"{path} holds a network without the state of its training, so none can resume; start from its weights "
-            f"with --model.weights {path} instead of --ckpt_path"
+            f"{path} has weights, but not the state of a training to resume; start from its weights with "
+            f"--model.weights {path} instead of --ckpt_path"
         )
     optimization = checkpoint.get("optimization", {})  # its seed is the data's, too
     groups: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
@@ -202,7 +204,7 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
     )
     differing = [one for group, ours, saved in groups for one in changed_settings(f"{group}.", ours, saved)]
     if differing:
-        raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its own")
+        raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its settings")
 
 
 def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> str:

@@ -55,11 +55,11 @@ class Classifier(LightningModule):
             folder of weights/.
         freeze: patterns of modules, as of attention.where, whose weights and batch norm statistics stay as they are;
             attention in them is trained unless a pattern names it.
-        lr_factors: by pattern, what the learning rate is multiplied with for the modules' weights, those of attention
-            in them excepted unless the pattern names it; of several that match, the last counts.
+        lr_factors: pattern of modules, as in freeze: factor on the learning rate of their weights. Attention in them
+            keeps the plain rate unless a pattern names it. Where several patterns match, the last one counts.
         optimizer: any of torch.optim, without its parameters; SparseAdam, for sparse gradients, cannot train images.
-        lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer; a plateau is judged
-            by val/loss; where its total_steps is None (null), the trainer's are filled in.
+        lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer. ReduceLROnPlateau
+            follows val/loss. A total_steps of None (null) becomes the length of the whole training.
         lr_interval: step the schedule once an epoch or once an optimizer step.
         label_smoothing: share of the target that is spread evenly over all classes, in training and evaluation.
         channels_last: lay out images and weights in memory with the channels innermost, which convolutions are
@@ -198,7 +198,7 @@ class Classifier(LightningModule):
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
         is_pruned = any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit" and is_pruned and self._memory_format == torch.channels_last:
-            raise UserError("trainer.callbacks: ModelPruning works only with model.channels_last=false; add it")
+            raise UserError("trainer.callbacks: ModelPruning works only with model.channels_last=false; set it")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
         """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""
@@ -210,7 +210,7 @@ class Classifier(LightningModule):
             return
         if missing := missing_to_compile(device.type):
             if self.compile_training:
-                raise UserError(f"model.compile=true needs {missing}, or give false")
+                raise UserError(f"model.compile=true needs {missing}; or set model.compile=false")
             said = f"the training step is not compiled, which needs {missing}"
         else:
             said = "compiling the training step, once, which takes half a minute or more"
@@ -277,6 +277,18 @@ class Classifier(LightningModule):
         attach_attention(self.network)
         for name in self.frozen_norms:
             self.network.get_submodule(name).eval()
+        self._limit_compilation()
+
+    def _limit_compilation(self) -> None:
+        """Compile no network with SyncBatchNorm, and no smaller batch than the full ones."""
+        if self._compiled is None:
+            return
+        if any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.network.modules()):
+            if self.compile_training:
+                raise UserError("model.compile=true does not work with trainer.sync_batchnorm; leave one of them out")
+            self._compiled = None  # torch.compile would split the network at each
+        if self.trainer.num_training_batches > 1:  # a resumed epoch may begin with the last batch, which is smaller
+            self._compiled_size = getattr(self.trainer.train_dataloader, "batch_size", None) or 0
 
     def on_train_epoch_start(self) -> None:
         """Note the epoch's learning rate."""
@@ -378,7 +390,7 @@ class Classifier(LightningModule):
         if isinstance(optimizer, torch.optim.SparseAdam):
             raise UserError("model.optimizer: SparseAdam needs sparse gradients, which images do not give; use Adam")
         if isinstance(optimizer, torch.optim.LBFGS) and self.channels_last is not False:
-            raise UserError("model.optimizer: LBFGS works only with --model.channels_last false; add it")
+            raise UserError("model.optimizer: LBFGS works only with --model.channels_last false; set it")
         return optimizer
 
     def configure_optimizers(self) -> Any:
@@ -390,6 +402,8 @@ class Classifier(LightningModule):
                 "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
                 "--model.optimizer.init_args.fused false"
             )
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            _zero_fused_momentum(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self._make_schedule(optimizer)
@@ -415,8 +429,8 @@ class Classifier(LightningModule):
             raise UserError(f"model.lr_scheduler: {error}") from error
         except ZeroDivisionError as error:
             raise UserError(
-                "model.lr_scheduler: a phase of the schedule has no step between its ends; train for more epochs, or "
-                "change the share of the rise (pct_start) so that it and the fall take two steps or more"
+                "model.lr_scheduler: a phase of the schedule has fewer than two steps; train for more epochs, or "
+                "change pct_start so that the rise and the fall each have at least two"
             ) from error
         return scheduler
 
@@ -424,12 +438,12 @@ class Classifier(LightningModule):
         judge = "val/loss" if self.trainer.enable_validation else "train/loss"
         if scheduler.mode != "min" or getattr(scheduler, "monitor", judge) != judge:
             raise UserError(
-                f"model.lr_scheduler: a plateau is judged by {judge}, which is to fall; leave out mode, and give "
-                f"monitor={judge} where it is needed"
+                f"model.lr_scheduler: ReduceLROnPlateau follows {judge}, which should decrease; leave out mode, and "
+                f"give monitor={judge} where it is required"
             )
         if self.lr_interval == "step":
             raise UserError(
-                "model.lr_interval=step has no effect with ReduceLROnPlateau, which val/loss steps after each epoch; "
+                "model.lr_interval=step has no effect with ReduceLROnPlateau, which is stepped once after each epoch; "
                 "leave it out"
             )
 
@@ -453,7 +467,7 @@ class Classifier(LightningModule):
             try:
                 scheduler.step()
             except ZeroDivisionError as error:  # such as of step_size=0
-                raise UserError(f"model.lr_scheduler: {error}; a step size or share in it is 0") from error
+                raise UserError(f"model.lr_scheduler: {error}; set its step size or period above 0") from error
 
     # Logging
 
@@ -472,6 +486,24 @@ class Classifier(LightningModule):
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step)
+
+
+def _zero_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin the momentum of a fused SGD at zero, where gradients are scaled.
+
+    By itself torch 2.14 allocates it in the first step, which, if a gradient overflows, leaves it uninitialised.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
+        if not (group["fused"] and group["momentum"]):
+            continue
+        if group["dampening"]:  # which the first step is to be without
+            raise UserError(
+                "model.optimizer: fused=true does not work with dampening in 16-mixed precision; add "
+                "--model.optimizer.init_args.fused false"
+            )
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _with_factors(make: partial[Any], factors: Sequence[float]) -> partial[Any]:

@@ -19,6 +19,8 @@ from cbam_pl.errors import UserError
 from cbam_pl.models.insertion import matching_modules
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
+_ANOTHER = "name another file with model.weights"
+
 
 class _File(NamedTuple):
     weights: dict[str, Tensor]
@@ -55,15 +57,13 @@ def load_weights(
     is_another = is_another and not (chosen and theirs and chosen == theirs.start)
     if is_another:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith(inside)}
-    heads, differing = {}, []
-    for name in ours.keys() & saved.keys():
-        there, here = tuple(saved[name].shape), tuple(ours[name].shape)
-        if there != here and there[1:] == here[1:] and name.rpartition(".")[0] == _last_linear(network):
-            heads[name] = f"{name} ({there[0]} classes there, {here[0]} here)"
-        elif there != here:
-            differing.append(f"{name} is {there} there and {here} here")
-        if there != here:
-            del saved[name]
+    heads, differing, classifier = {}, [], _last_linear(network)
+    for name in [one for one in ours.keys() & saved.keys() if saved[one].shape != ours[one].shape]:
+        there, here = tuple(saved.pop(name).shape), tuple(ours[name].shape)
+        if there[1:] == here[1:] and name.rpartition(".")[0] == classifier:
+            heads[name] = f"{name} ({there[0]} classes in the file, {here[0]} in the network)"
+        else:
+            differing.append(f"{name} is {there} in the file and {here} in the network")
     loaded = saved.keys() & ours.keys()
     if differing or not loaded:
         found = "; ".join(sorted(differing)[:5]) or f"it has {_few(saved)}; the network has {_few(ours)}"
@@ -118,11 +118,12 @@ def _read_file(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"weights={path} holds more than tensors and plain values and is not loaded, since that could run code"
+            f"weights={path} holds more than tensors and plain values and is not loaded, since that could run code; "
+            f"{_ANOTHER}"
         ) from error
     except Exception as error:  # whatever the readers of archives and of their contents may raise
         reason = getattr(error, "strerror", None) or "it is incomplete, damaged, or not a file of weights"
-        raise ValueError(f"weights={path} cannot be read ({reason})") from error
+        raise ValueError(f"weights={path} cannot be read ({reason}); {_ANOTHER}") from error
 
 
 def _read(path: Path) -> _File:
@@ -140,7 +141,7 @@ def _read(path: Path) -> _File:
         if isinstance(content, dict) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
-        raise ValueError(f"weights={path} is not a state dict, which maps names to tensors")
+        raise ValueError(f"weights={path} is not a state dict, which maps names to tensors; {_ANOTHER}")
     return _File(dict(content), data, attention)
 
 
@@ -222,7 +223,7 @@ def parameter_groups(network: nn.Module, factors: Mapping[str, float]) -> list[d
         if parameters:
             groups.append({"params": parameters, "name": pattern or "the rest", "lr_factor": factor})
         elif pattern:
-            raise ValueError(f"lr_factors: {pattern} has no weights that no later pattern matches; leave it out")
+            raise ValueError(f"lr_factors: {pattern} has no weights, or later patterns match them; leave it out")
     return groups
 
 

@@ -171,5 +171,5 @@ def disk_error(path: Path, error: OSError) -> UserError:
     place = Path(os.path.realpath(path))
     there = next(folder for folder in (place, *place.parents) if folder.is_dir())
     free = shutil.disk_usage(there).free / 1e6
-    fix = f"{free:,.1f} MB are free there; earlier checkpoints are intact; make room, then resume with --ckpt_path last"
-    return cannot_write(path, error, fix)
+    fix = f"{free:,.1f} MB are free there; earlier checkpoints are intact; make room, then run the command again"
+    return cannot_write(path, error, f"{fix} (fit: with --ckpt_path last, to resume)")

@@ -42,7 +42,11 @@ _RESUMED: dict[Any, Any] = {
 
 
 class SchemaError(ValueError):
-    """A key that is missing or has the wrong type; the message continues "PATH …"."""
+    """A key that is missing or has the wrong type; the message continues "PATH …". `fix` replaces the reader's own."""
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(problem)
+        self.fix = fix
 
 
 def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
@@ -61,7 +65,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         interrupted["sums"] = [means["loss"][0], means["acc"][0], means["loss"][1]]
     checkpoint.setdefault("run_conditions", {})
     checkpoint.setdefault("environments", [UNKNOWN])
-    settings = checkpoint["hyper_parameters"]
+    settings = checkpoint.get("hyper_parameters")
     attention = settings.get("attention") if isinstance(settings, dict) else None
     if isinstance(attention, dict) and "start" not in attention:  # older than the identity start
         attention |= {"where": None, "start": None if attention.get("kind") == "none" else "paper"}
@@ -74,7 +78,7 @@ def check_checkpoint(checkpoint: dict[str, Any], has_state: bool = True) -> None
     """
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version > FORMAT:
-        raise SchemaError(f"has format {version}, and this version of the program reads up to {FORMAT}: update it")
+        raise SchemaError(f"has format {version}, and this version reads up to {FORMAT}", "update the program")
     _match(checkpoint, _PATTERN | _STATE if has_state else _PATTERN)
     later = {"changes": [str], "optimization": dict, "started_from": str}  # which earlier versions did not write
     for name, pattern in later.items():
@@ -96,7 +100,7 @@ def check_folder(config: Any) -> None:
     """Check the config.json of a folder of weights, whose `checkpoint` check_checkpoint is for."""
     version = config.get("format") if isinstance(config, dict) else None
     if isinstance(version, int) and version > 1:
-        raise SchemaError(f"has format {version}, and this version of the program reads 1: update it")
+        raise SchemaError(f"has format {version}, and this version reads 1", "update the program")
     _match(config, _FOLDER)
     if unknown := config.keys() - _FOLDER.keys():
         raise SchemaError(f"has the unknown key {min(unknown)}")
@@ -136,7 +140,7 @@ def _match(value: Any, pattern: Any, key: str = "") -> None:
     """Compare a value with a pattern, or with another value of the same structure."""
     kind: type = pattern if isinstance(pattern, type) else type(pattern)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SchemaError(f"has {key} of type {type(value).__name__}, which must be {kind.__name__}")
+        raise SchemaError(f"has {key or 'content'} of type {type(value).__name__}, which must be {kind.__name__}")
     if isinstance(value, list) and isinstance(pattern, list) and pattern:
         for index, item in enumerate(value):
             _match(item, pattern[0], f"{key}.{index}")

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
-from torch import tensor
+from torch import Tensor, tensor
+from torch.optim import Optimizer
 
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
@@ -86,7 +88,7 @@ class TrainingState(Callback):
                 counts["completed"] = counts["processed"]
         decisive = {"processes", "limit_train_batches", "overfit_batches", "accumulate_grad_batches"}
         if loader["batches_done"] and decisive & differences(checkpoint, trainer, classifier).keys():
-            _go_on_after_as_many_images(trainer, checkpoint["run_conditions"], loader, progress)
+            _convert_batches_done(trainer, checkpoint["run_conditions"], loader, progress)
         if classifier.schedule_spans_training:
             for state in checkpoint["lr_schedulers"]:
                 for name in ("total_steps", "_schedule_phases"):  # the schedule just built has the new ones
@@ -99,6 +101,8 @@ class TrainingState(Callback):
             self._environments = [*self._environments, here]
         interrupted, self._interrupted = self._interrupted, {}
         classifier = cast("Classifier", pl_module)
+        for optimizer in trainer.optimizers:
+            _match_memory_layout(optimizer)
         if self._resumed is not None and not interrupted:
             # With max_steps, Lightning takes every resume for one inside an epoch, and would end the last one again.
             trainer.fit_loop.epoch_loop.restarting = False
@@ -165,10 +169,10 @@ def _give_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             state["patience"] = callback.patience
 
 
-def _go_on_after_as_many_images(
+def _convert_batches_done(
     trainer: Trainer, before: Mapping[str, Any], loader: dict[str, int], progress: dict[str, int]
 ) -> None:
-    """Set the batches that are done in an epoch that another number of processes, or other batches, go on with.
+    """Convert the number of batches done, where an epoch goes on with other processes or other batches.
 
     One order of the images is dealt out to all processes: as many are done as before, rounded down to whole steps; at
     least one batch is left, as Lightning begins an epoch without any again.
@@ -183,11 +187,22 @@ def _go_on_after_as_many_images(
 
 
 def _set_rates(scheduler: Any) -> None:
-    """Give the optimizer the rates of a schedule's present step, which those of another length differ from."""
+    """Give the optimizer the rates of a stretched schedule's present step, in place of the old schedule's."""
     state = scheduler.state_dict()
     scheduler.last_epoch -= 1
     scheduler.step()
     scheduler.load_state_dict({**state, "_last_lr": scheduler.get_last_lr()})  # with the count of its steps
+
+
+def _match_memory_layout(optimizer: Optimizer) -> None:
+    """Lay out what the optimizer keeps of each parameter as the parameter itself.
+
+    Resumed with another model.channels_last, the two differ, and torch's fused steps take both in the order of memory.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_interrupted(checkpoint: dict[str, Any]) -> bool:
@@ -212,7 +227,7 @@ def changed_settings(prefix: str, ours: Mapping[str, Any], saved: Mapping[str, A
             continue  # another optimizer has other options, of course
         here, there = (tuple(one) if isinstance(one, list) else one for one in (ours.get(name), saved[name]))
         if here != there:
-            changed.append(f"{prefix}{name} ({saved[name]} there, {ours.get(name)} here)")
+            changed.append(f"{prefix}{name} ({saved[name]} in the checkpoint, {ours.get(name)} now)")
     return changed
 
 
@@ -238,21 +253,21 @@ def run_conditions(trainer: Trainer) -> dict[str, Any]:
 def differences(
     checkpoint: Mapping[str, Any], trainer: Trainer, model: "Classifier", batch_size: int | None = None
 ) -> dict[str, str]:
-    """A text for each condition, by its name, that differs from those before, and may."""
+    """A text for each run condition, by its name, that is not the checkpoint's; all of these are allowed."""
     here = run_conditions(trainer)
     there = {name: checkpoint["run_conditions"].get(name, value) for name, value in here.items()}
     notes = {}
     if batch_size is not None:
         before, now = (conditions["processes"] * batch_size for conditions in (there, here))
-        notes["processes"] = f"; a step takes {before} images there, {now} here"
+        notes["processes"] = f"; a step takes {now} images now, {before} before"
     if model.schedule_spans_training:
         notes |= dict.fromkeys(("max_epochs", "max_steps"), "; the schedule is stretched to its end")
     changed = [name for name in here if not is_equal(name, there[name], here[name])]
-    return {name: f"{name}: {there[name]} there, {here[name]} here{notes.get(name, '')}" for name in changed}
+    return {name: f"{name}: {here[name]} now, {there[name]} before{notes.get(name, '')}" for name in changed}
 
 
 def lasting_changes(checkpoint: Mapping[str, Any], trainer: Trainer, model: "Classifier") -> list[str]:
-    """What this resume and earlier ones changed, a text each, where the result is then not that of the settings."""
+    """A text for each change, by this resume or an earlier one, that makes the result other than an unbroken run's."""
     changed = differences(checkpoint, trainer, model)
     if not model.schedule_spans_training:  # more of the same is what one training would have done
         changed = {name: text for name, text in changed.items() if name not in ("max_epochs", "max_steps")}

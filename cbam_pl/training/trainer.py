@@ -135,7 +135,7 @@ def _trainer(
         with as_user_error():
             return Trainer(**options)
     except (ImportError, RuntimeError, TypeError) as error:
-        raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
+        raise UserError(f"the trainer's settings conflict with each other or with this machine: {error}") from error
 
 
 def _users_callbacks(settings: Namespace) -> list[Callback]:

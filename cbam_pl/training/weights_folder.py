@@ -61,7 +61,8 @@ def read_folder(path: Path) -> dict[str, Any]:
         data |= safetensors.torch.load(files[_SPLIT]) if _SPLIT in files else {}
     except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         reason = str(error) if isinstance(error, SchemaError) else "is damaged, or was not written by this program"
-        raise UserError(f"{path / CONFIG} {reason}; restore it, or export the checkpoint again") from error
+        fix = getattr(error, "fix", "") or "restore it, or export the checkpoint again"
+        raise UserError(f"{path / CONFIG} {reason}; {fix}") from error
     record = config["record"]
     if config["precision"] == "float16":
         record["rounded"] = True  # also of a folder that is written from this one
@@ -134,7 +135,7 @@ def _canonical(config: Mapping[str, Any]) -> bytes:
 
 
 def _pack(state_dict: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Weights by the network's own names. Half precision is for matrices and kernels alone.
+    """Weights by the network's own names. Half precision is only for matrices and kernels.
 
     Biases and batch norm's factors and statistics, one in a hundred numbers, decide over all others.
     """

@@ -31,7 +31,8 @@ def test_the_worked_example(example, command):
     assert "network      my_network.MyNet, attention cbam" in trained.out
     refused = one_line(command("test"))
     assert (
-        "network=my_network.MyNet is not imported, since that may run any code; allow it with --trust my_net" in refused
+        "network=my_network.MyNet is not imported, since importing it could run any code; allow it with --trust my_net"
+        in refused
     )
     for words in (test, visualize):
         outcome = command(*words)
@@ -162,7 +163,7 @@ def test_a_strangers_checkpoint_imports_nothing(which, finished, command, image_
         ({"class_path": "a.b"}, "has no hyper_parameters.network.init_args"),
         (
             {"class_path": "torchvision.models.resnet34", "init_args": {}},
-            "weights of another network than its settings",
+            "weights that do not match its settings",
         ),
         (
             {"class_path": "torchvision.models.resnet18", "init_args": {"width": 3}},

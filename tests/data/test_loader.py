@@ -4,7 +4,7 @@ import torch
 
 from cbam_pl.data.augmentation import augment, num_draws
 from cbam_pl.data.images import Images
-from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader
+from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard, TrainingLoader, _place
 from cbam_pl.seeds import derive_seed
 
 CPU = torch.device("cpu")
@@ -50,6 +50,16 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
     assert torch.equal(collect(first)[0], collect(again)[0])
     assert not torch.equal(collect(first)[0], collect(training(numbered(10), epoch=2, seed=1))[0])
     assert torch.equal(collect(first)[0], collect(first)[0])
+
+
+def test_images_stay_where_they_are_if_the_devices_memory_is_taken_meanwhile(monkeypatch):
+    def copy_to(images, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Images, "copy_to", copy_to)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 40, 1 << 40))
+    images = numbered(3)
+    assert _place(images, torch.device("cuda")) is images
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -250,7 +250,7 @@ def with_unused_layer():
     return network
 
 
-CONTAINER = "is a container whose children, the attention among them, are not run one after another; choose modules"
+CONTAINER = "does not run its children one after another, so it would not run the attention; choose a module"
 LAST = r"is \(B, H, W, C\); choose a module that gives \(B, C, H, W\)$"
 
 
@@ -279,7 +279,7 @@ def assert_rejected(network, where, example, message):
         (
             lambda: nn.Sequential(Permute([0, 2, 3, 1]), nn.Linear(3, 32)),
             "1",
-            r"Linear, \(2, 32, 32, 32\), may be \(B, C, H, W\) or \(B, H, W, C\); use an example of another size$",
+            r"Linear, \(2, 32, 32, 32\), may be \(B, C, H, W\) or \(B, H, W, C\); use an example of another size",
         ),
         (
             lambda: nn.Sequential(RunsItsChildren()),

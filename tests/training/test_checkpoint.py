@@ -51,7 +51,7 @@ EVERY_COMMAND = {
     "list of weights": (put("state_dict", [1]), "has state_dict of type list"),
     "number as weight": (put("state_dict", {"network.blocks.0.conv.weight": 3}), "state_dict.network.blocks.0.conv"),
     "unknown setting": (put("hyper_parameters.from_the_future", 3), "from_the_future"),
-    "other network": (put("hyper_parameters.arch", "resnet20"), "another network than its settings say"),
+    "other network": (put("hyper_parameters.arch", "resnet20"), "weights that do not match its settings"),
     "unknown network": (put("hyper_parameters.arch", "vgg"), "hyper_parameters.*arch='vgg'"),
     "unknown attention": (put("hyper_parameters.attention", {"kind": "foo"}), "hyper_parameters.*kind='foo'"),
     "text as attention": (put("hyper_parameters.attention", "cbam"), "hyper_parameters"),

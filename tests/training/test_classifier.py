@@ -1,10 +1,13 @@
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
 from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import MixedPrecision
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
@@ -165,7 +168,7 @@ def test_an_optimizer_that_rejects_its_settings_is_a_mistake_of_the_user(data, t
     ("optimizer", "message"),
     [
         (torch.optim.SparseAdam, "model.optimizer: SparseAdam needs sparse gradients"),
-        (torch.optim.LBFGS, "model.optimizer: LBFGS works only with --model.channels_last false; add it"),
+        (torch.optim.LBFGS, "model.optimizer: LBFGS works only with --model.channels_last false; set it"),
     ],
 )
 def test_an_optimizer_that_cannot_train_is_named(optimizer, message):
@@ -178,7 +181,7 @@ def test_an_optimizer_that_cannot_train_is_named(optimizer, message):
 
 def test_a_schedule_that_fails_at_a_step_is_a_mistake_of_the_user(data, tmp_path):
     model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=0))
-    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero; a step size or share in it is 0"):
+    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero; set its step size or period above 0"):
         trainer(tmp_path, max_epochs=1).fit(model, data)
 
 
@@ -243,6 +246,65 @@ def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(i
         assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
 
 
+def test_a_fused_momentum_begins_at_zero_where_the_first_step_overflows(data, tmp_path):
+    weights = {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        make = partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=fused)
+        model = Classifier(3, image_size=8, optimizer=make)
+        # The first step is left out, and the scale is then one that all others can take.
+        scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-36)
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        fitted = trainer(tmp_path, max_epochs=1, limit_train_batches=3, plugins=[precision])
+        fitted.fit(model, ImageDataModule(**data.hparams | {"image_size": 8}))
+        assert scaler.get_scale() == pytest.approx(100)
+        weights[fused] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(weights[True], weights[False])
+
+
+def test_a_fused_momentum_with_dampening_is_rejected_where_gradients_are_scaled(data, tmp_path):
+    make = partial(torch.optim.SGD, lr=0.01, momentum=0.9, dampening=0.5, fused=True)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(UserError, match="fused=true does not work with dampening in 16-mixed precision; add --model"):
+        trainer(tmp_path, max_epochs=1, plugins=[precision]).fit(Classifier(3, optimizer=make), data)
+
+
+def test_a_resumed_epoch_that_has_only_its_smaller_batch_left_does_not_compile_that(data, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_(forward, **options):
+        return lambda images: (compiled.append(len(images)), forward(images))[1]
+
+    monkeypatch.setattr("torch.compile", compile_)
+    monkeypatch.setattr("cbam_pl.training.classifier.missing_to_compile", lambda device: "")
+    options = {"max_epochs": 2, "limit_val_batches": 0}
+    save = LambdaCallback(
+        on_train_batch_end=lambda trainer, model, outputs, batch, index: (
+            trainer.save_checkpoint(tmp_path / "cut.ckpt") if trainer.global_step == 5 else None
+        )
+    )
+    trainer(tmp_path, **options, callbacks=[save]).fit(Classifier(3, compile=True), data)
+    assert compiled == [16] * 10  # of twice 93 − 9 = 84 images, all but the last batches, of four
+    compiled.clear()
+    trainer(tmp_path, **options).fit(Classifier(3, compile=True), data, ckpt_path=tmp_path / "cut.ckpt")
+    assert compiled == [16] * 5
+
+
+def test_a_network_with_synchronised_batch_norm_is_not_compiled(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("cbam_pl.training.classifier.missing_to_compile", lambda device: "")
+    for compile_, context in (
+        (None, nullcontext()),
+        (True, pytest.raises(UserError, match="sync_batchnorm; leave one")),
+    ):
+        model = Classifier(3, compile=compile_)
+        model.trainer = trainer(tmp_path)
+        model.configure_memory_format_and_compile(torch.device("cuda"), training=True)
+        model.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.network)
+        with context:
+            model.on_train_start()
+            assert model._compiled is None
+
+
 def test_a_training_that_begins_with_a_smaller_batch_compiles_the_full_ones_too():
     compiled = []
     model = Classifier(3)
@@ -290,7 +352,7 @@ def test_a_gpu_without_what_compiling_needs_trains_eagerly_unless_it_is_asked_fo
     for name in {"CC", "PATH"} & found.keys():
         monkeypatch.delenv("CC")
         monkeypatch.setenv(name, found[name])
-    with pytest.raises(UserError, match=f"model.compile=true needs {text}, or give false"):
+    with pytest.raises(UserError, match=f"model.compile=true needs {text}; or set model.compile=false"):
         Classifier(3, compile=True).configure_memory_format_and_compile(torch.device("cuda"), training=True)
     model = Classifier(3)
     model.configure_memory_format_and_compile(torch.device("cuda"), training=True)

@@ -368,19 +368,19 @@ def test_what_differs_on_resume_is_printed(command, recipe, tmp_path):
     changed = ["--trainer.limit_train_batches", 2, "--trainer.gradient_clip_val", 1.0]
     outcome = command(*fit(recipe, tmp_path, *changed, "--ckpt_path", "last"))
     assert outcome.status == 0
-    assert "differs      limit_train_batches: 1.0 there, 2 here" in outcome.out
-    assert "differs      gradient_clip_val: None there, 1.0 here" in outcome.out
+    assert "differs      limit_train_batches: 2 now, 1.0 before" in outcome.out
+    assert "differs      gradient_clip_val: 1.0 now, None before" in outcome.out
     averaging = ["--trainer.callbacks", "[lightning.pytorch.callbacks.EMAWeightAveraging]"]
     outcome = command(*fit(recipe, tmp_path, "--trainer.max_epochs", 5, *averaging, "--ckpt_path", "last"))
     assert outcome.status == 0, outcome.err
-    assert "differs      averaging: none there, EMAWeightAveraging here" in outcome.out
+    assert "differs      averaging: EMAWeightAveraging now, none before" in outcome.out
     config = (tmp_path / "logs/tiny/version_0/config.yaml").read_text()
     assert [line for line in config.splitlines() if line.startswith("#")] == [
-        "# resumed after 1 epochs, limit_train_batches: 1.0 there, 2 here",
-        "# resumed after 1 epochs, gradient_clip_val: None there, 1.0 here",
-        "# resumed after 4 epochs, limit_train_batches: 2 there, 1.0 here",
-        "# resumed after 4 epochs, gradient_clip_val: 1.0 there, None here",
-        "# resumed after 4 epochs, averaging: none there, EMAWeightAveraging here",
+        "# resumed after 1 epochs, limit_train_batches: 2 now, 1.0 before",
+        "# resumed after 1 epochs, gradient_clip_val: 1.0 now, None before",
+        "# resumed after 4 epochs, limit_train_batches: 1.0 now, 2 before",
+        "# resumed after 4 epochs, gradient_clip_val: None now, 1.0 before",
+        "# resumed after 4 epochs, averaging: EMAWeightAveraging now, none before",
     ]
 
 
@@ -388,7 +388,7 @@ def test_one_batch_differs_from_all_of_them(command, recipe, tmp_path):
     options = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1]
     assert command(*fit(recipe, tmp_path, *options)).status == 0
     outcome = command(*fit(recipe, tmp_path, "--trainer.max_epochs", 2, "--ckpt_path", "last"))
-    assert "differs      limit_train_batches: 1 there, 1.0 here" in outcome.out
+    assert "differs      limit_train_batches: 1.0 now, 1 before" in outcome.out
 
 
 def test_a_one_cycle_with_a_rise_of_one_step_names_the_key(command, recipe, tmp_path):
@@ -412,7 +412,7 @@ def test_half_precision_is_averaged_in_float32_and_rows_have_one_line_ending(com
 def test_more_steps_stretch_the_schedule_and_that_is_noted(command, recipe, tmp_path):
     assert command(*fit(recipe, tmp_path, *ONE_CYCLE, "--trainer.max_steps", 5)).status == 0
     outcome = command(*fit(recipe, tmp_path, *ONE_CYCLE, "--ckpt_path", "last"))
-    change = "max_steps: 5 there, -1 here; the schedule is stretched to its end"
+    change = "max_steps: -1 now, 5 before; the schedule is stretched to its end"
     assert f"differs      {change}\n" in outcome.out
     config = tmp_path / "logs" / RUN / "config.yaml"
     assert config.read_text().startswith(f"# resumed after 1 epochs, {change}\n")

@@ -54,8 +54,8 @@ def test_weights_are_loaded_and_what_is_not_is_said(form, trained_elsewhere, tmp
     model = classifier(weights=str(path))
     start = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     assert model.load_weights() == (
-        f"120 of 154 tensors from {path}; at their start: fc.bias (7 classes there, 3 here), fc.weight (7 classes "
-        "there, 3 here); attention at its start: 32 tensors"
+        f"120 of 154 tensors from {path}; at their start: fc.bias (7 classes in the file, 3 in the network), "
+        "fc.weight (7 classes in the file, 3 in the network); attention at its start: 32 tensors"
     )
     for name, tensor in model.network.state_dict().items():
         from_file = name in trained_elsewhere and not name.startswith("fc.")
@@ -136,7 +136,7 @@ def test_files_that_are_not_weights_of_the_network_are_named(trained_elsewhere, 
         "code.pth": "holds more than tensors and plain values and is not loaded, since that could run code",
         "list.pth": "is not a state dict, which maps names to tensors",
         "cnn.pth": r"another network: it has blocks.0.conv.weight, .* and \d+ more; the network has conv1.weight, bn1",
-        "stem.pth": r"another network: conv1.weight is \(64, 3, 3, 3\) there and \(64, 3, 7, 7\) here",
+        "stem.pth": r"another network: conv1.weight is \(64, 3, 3, 3\) in the file and \(64, 3, 7, 7\) in",
     }.items():
         model = classifier(weights=str(tmp_path / name))
         before = {key: tensor.clone() for key, tensor in model.network.state_dict().items()}
@@ -191,7 +191,7 @@ def test_weights_that_may_have_seen_the_validation_images_are_noted(seed, traine
         ({"lr_factors": {"layer9": 0.1}}, "^lr_factors='layer9' matches no module"),
         ({"lr_factors": {9: 0.1}}, "^lr_factors='9' matches no module"),  # as YAML reads such a name
         ({"lr_factors": {"fc": 0.0}}, "^lr_factors: fc=0.0 must be above 0 and finite; to keep weights, use freeze$"),
-        ({"lr_factors": {"fc": 0.1, "f?": 0.2}}, "^lr_factors: fc has no weights that no later pattern matches"),
+        ({"lr_factors": {"fc": 0.1, "f?": 0.2}}, "^lr_factors: fc has no weights, or later patterns match them"),
         ({"lr_factors": {"relu": 0.1}}, "^lr_factors: relu has no weights"),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_p
     ]
     changed = [word for word in options if word != "--model.freeze" and word != "blocks.1"]
     error = one_line(command("fit", *changed, parts, "--trainer.max_epochs", 3, "--ckpt_path", "last"))
-    assert "was trained with other settings: model.freeze (['blocks.1'] there, [] here)" in error
+    assert "was trained with other settings: model.freeze (['blocks.1'] in the checkpoint, [] now)" in error
 
 
 def test_what_a_run_started_from_is_kept_over_resumes_and_on_its_card(command, recipe, trained, tmp_path):

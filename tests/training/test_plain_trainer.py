@@ -168,7 +168,8 @@ def test_a_resume_with_another_schedule_is_rejected(image_folder, tmp_path):
     trainer(tmp_path, "a", saved, max_epochs=1).fit(model, data)
     again = Classifier.load_from_checkpoint(saved.best_model_path)
     with pytest.raises(
-        UserError, match=r"lr_interval \(step there, epoch here\); lr_scheduler \(OneCycleLR there, None"
+        UserError,
+        match=r"lr_interval \(step in the checkpoint, epoch now\); lr_scheduler \(OneCycleLR in the checkpoint, None",
     ):
         trainer(tmp_path, "b", max_epochs=2).fit(again, data, ckpt_path=saved.best_model_path)
     given = {"lr_scheduler": model.lr_scheduler, "lr_interval": "step"}
@@ -211,7 +212,7 @@ def test_a_resume_by_other_words_for_the_same_is_accepted_and_another_seed_is_no
     again = Classifier.load_from_checkpoint(best, **given, seed=3)
     trainer(tmp_path, "a", max_epochs=3, enable_checkpointing=False).fit(again, data, ckpt_path=best)
     other = Classifier.load_from_checkpoint(best, **given)
-    with pytest.raises(UserError, match=r"other settings: seed \(3 there, 0 here\); give the same"):
+    with pytest.raises(UserError, match=r"other settings: seed \(3 in the checkpoint, 0 now\); give the same"):
         trainer(tmp_path, "b", max_epochs=3, enable_checkpointing=False).fit(other, data, ckpt_path=best)
 
 

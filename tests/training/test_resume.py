@@ -80,6 +80,19 @@ def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_p
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_another_memory_layout_goes_on_with_the_same_momentum(command, recipe, tmp_path):
+    weights, sgd = [], NETWORKS["resnet18"][-8:]
+    assert command(*fit(recipe, tmp_path / "begun", *sgd, "--trainer.max_epochs", 1)).status == 0
+    for channels_last in ("true", "false"):
+        root = shutil.copytree(tmp_path / "begun", tmp_path / channels_last)
+        options = ["--trainer.max_epochs", 2, "--model.channels_last", channels_last, "--ckpt_path", "last"]
+        outcome = command(*fit(recipe, root, *sgd, *options))
+        assert outcome.status == 0, outcome.err
+        weights.append(checkpoint(root)["state_dict"])
+    for name, value in weights[0].items():
+        assert torch.allclose(value.float(), weights[1][name].float(), atol=1e-5), name
+
+
 def test_a_checkpoint_knows_every_machine_and_commit_that_trained_it(command, recipe, tmp_path, monkeypatch):
     def train(commit, epochs, *options):
         monkeypatch.setattr(environment, "commit", lambda: commit)
@@ -190,8 +203,8 @@ def test_two_processes_resume_exactly_and_one_can_go_on(launch, command, recipe,
     assert outcome.status == 0, outcome.err
     differing = [line.split(maxsplit=1)[1] for line in outcome.out.splitlines() if line.startswith("differs")]
     assert differing == [
-        "processes: 2 there, 1 here; a step takes 4 images there, 2 here",
-        "precision: 32-true there, bf16-mixed here",
+        "processes: 1 now, 2 before; a step takes 2 images now, 4 before",
+        "precision: bf16-mixed now, 32-true before",
     ]
     # Of the second epoch's 64 images 40 are behind, so that 12 steps are left, and 32 in the third epoch.
     saved = checkpoint(tmp_path / "alone")
@@ -218,7 +231,7 @@ def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe
     outcome = command(*fit(recipe, tmp_path, *options, "--ckpt_path", "last"))
     assert outcome.status == 0, outcome.err
     spans = schedule in ("cosine", "one cycle")
-    said = "max_epochs: 2 there, 4 here" + ("; the schedule is stretched to its end" if spans else "")
+    said = "max_epochs: 4 now, 2 before" + ("; the schedule is stretched to its end" if spans else "")
     assert f"differs      {said}\n" in outcome.out
     config = (tmp_path / "logs/tiny/version_0/config.yaml").read_text()
     stretched = f"# resumed after 2 epochs, {said}\n"
@@ -262,14 +275,23 @@ def test_a_finished_run_says_that_nothing_is_left(epochs, trained, command, reci
 @pytest.mark.parametrize(
     ("options", "differing"),
     [
-        (["--model.attention.kind", "none"], r"model.attention \(.*'kind': 'cbam'.* there, .*'kind': 'none'.* here\)"),
-        (["--model.attention.kind", "se"], r"model.attention \(.*'kind': 'cbam'.* there, .*'kind': 'se'.* here\)"),
-        (["--model.optimizer.lr", 0.01], r"model.optimizer.lr \(0.002 there, 0.01 here\)"),
-        (["--model.optimizer", "SGD"], r"model.optimizer \(Adam there, SGD here\)"),
-        (["--model.lr_scheduler.init_args.factor", 0.1], r"model.lr_scheduler.factor \(0.5 there, 0.1 here\)"),
-        (["--model.lr_interval", "step"], r"model.lr_interval \(epoch there, step here\)"),
-        (["--data.augmentation", "none"], r"data.augmentation \(rich there, none here\)"),
-        (["--seed", 4], r"data.seed \(3 there, 4 here\)"),
+        (
+            ["--model.attention.kind", "none"],
+            r"model.attention \(.*'kind': 'cbam'.* in the checkpoint, .*'kind': 'none'.* ",
+        ),
+        (
+            ["--model.attention.kind", "se"],
+            r"model.attention \(.*'kind': 'cbam'.* in the checkpoint, .*'kind': 'se'.* ",
+        ),
+        (["--model.optimizer.lr", 0.01], r"model.optimizer.lr \(0.002 in the checkpoint, 0.01 now\)"),
+        (["--model.optimizer", "SGD"], r"model.optimizer \(Adam in the checkpoint, SGD now\)"),
+        (
+            ["--model.lr_scheduler.init_args.factor", 0.1],
+            r"model.lr_scheduler.factor \(0.5 in the checkpoint, 0.1 now\)",
+        ),
+        (["--model.lr_interval", "step"], r"model.lr_interval \(epoch in the checkpoint, step now\)"),
+        (["--data.augmentation", "none"], r"data.augmentation \(rich in the checkpoint, none now\)"),
+        (["--seed", 4], r"data.seed \(3 in the checkpoint, 4 now\)"),
     ],
 )
 def test_what_the_checkpoint_would_override_is_rejected(options, differing, trained, command, recipe):

@@ -37,12 +37,12 @@ REJECTED = {
     ("--trainer.callbacks", "GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{0: 1, 1: 3}"): (
         "GradientAccumulationScheduler does not work here; give trainer.accumulate_grad_batches instead"
     ),
-    ("--model.lr_scheduler.init_args.mode", "max"): "model.lr_scheduler: a plateau is judged by val/loss, which is to",
+    ("--model.lr_scheduler.init_args.mode", "max"): "model.lr_scheduler: ReduceLROnPlateau follows val/loss, which ",
     ("--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/acc"): (
-        "a plateau is judged by val/loss, which is to fall; leave out mode, and give monitor=val/loss where it is need"
+        "ReduceLROnPlateau follows val/loss, which should decrease; leave out mode, and give monitor=val/loss where it"
     ),
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
-        "trainer.callbacks: ModelPruning works only with model.channels_last=false; add it"
+        "trainer.callbacks: ModelPruning works only with model.channels_last=false; set it"
     ),
     ("--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", 1): (
         "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "

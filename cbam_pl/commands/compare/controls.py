@@ -125,7 +125,7 @@ def describe(control: Control, plan: Plan) -> dict[str, Any]:
                 f"{'slower' if excess > 0 else 'faster'} than that of {names[1]}; none of the widths tried came nearer."
             )
         else:
-            end = ", without more epochs" if excess > 0 else "; one epoch more would take longer"
+            end = ", although it has no more epochs" if excess > 0 else "; with one epoch more it would exceed that"
             note = (
                 f"The training of {names[0]} takes {abs(excess):.0%} {'more' if excess > 0 else 'less'} time than that "
                 f"of {names[1]}{end}."
@@ -137,8 +137,8 @@ def control_line(control: Control, plan: Plan) -> str:
     """What was chosen, as printed before the runs."""
     costs, name = describe(control, plan), plan.labels[control.name]
     which = f"{name}: {costs['control_cost']}, {costs['excess']:+.1%}"
-    unchanged = {"width": "; the baseline itself comes nearest", "epochs": "; one epoch more would take longer"}
-    nearest = unchanged[control.means] if not control.change else ""
+    unchanged = {"width": "the baseline itself comes nearest", "epochs": "one epoch more would exceed its time"}
+    nearest = "" if control.change else f"; {unchanged[control.means]}"
     return f"control of {plan.labels[control.recipe]} ({costs['recipe_cost']}), same {control.cost}: {which}{nearest}"
 
 
@@ -147,7 +147,7 @@ def _step(milliseconds: float) -> str:
 
 
 def _has_width(settings: dict[str, Any]) -> bool:
-    """Whether these settings have a network of this program without given weights, which alone can be widened."""
+    """Whether the network can be widened: one of this program's own, and not started from a file of weights."""
     fixed = ("model.network", "model.weights")
     return not any(key.startswith(fixed) and value is not None for key, value in settings.items())
 
@@ -191,7 +191,7 @@ def match_width(
     Args:
         baseline: its settings, by dotted key.
         recipe: the same of the recipe.
-        finest: widths are whole multiples of 1 / finest; 0: the baseline's width alone.
+        finest: widths are whole multiples of 1 / finest; 0: only the baseline's width.
         rounds: turns in which the two are timed.
         seconds: time of each turn.
 

@@ -25,7 +25,7 @@ from cbam_pl.errors import UserError, is_out_of_memory
 from cbam_pl.models.cost import count_flops, count_parameters
 from cbam_pl.process import configure_process
 from cbam_pl.settings import command_parser, make_training
-from cbam_pl.timing import peak_memory, time_in_turns
+from cbam_pl.timing import peak_memory, reset_peak_memory, time_in_turns
 
 
 class TimedRecipe:
@@ -43,7 +43,7 @@ class TimedRecipe:
             # Fabric applies the precision as Lightning's Trainer does, without the Trainer's own loop.
             self._fabric = Fabric(accelerator=values.trainer.accelerator, devices=1, precision=values.trainer.precision)
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"the trainer's settings do not fit together or this machine: {error}") from error
+            raise UserError(f"the trainer's settings conflict with each other or with this machine: {error}") from error
         self._convert = self._fabric.strategy.precision.convert_input
         self.device = self._fabric.device
         self.classifier = classifier
@@ -78,7 +78,7 @@ class TimedRecipe:
 
         if getattr(self._fabric.strategy.precision, "scaler", None) is None:
             self._optimizer.step(compute_gradients)  # which LBFGS computes several times
-        else:  # torch's scaler of float16 gradients works without a closure alone
+        else:  # torch's gradient scaler for float16 works only without a closure
             compute_gradients()
             self._optimizer.step()
 
@@ -98,7 +98,7 @@ class TimedRecipe:
 def measure_costs(configs: dict[str, dict[str, Any]], threads: int, rounds: int, seconds: float) -> dict[str, Any]:
     """What `time_recipes` measures, and peak `memory` in MB of a process that trains; None where memory ran out.
 
-    Recipes that differ in their epochs alone take the same steps, and are measured as one.
+    Recipes that differ only in their epochs take the same steps, and are measured as one.
     """
     steps = {name: json.dumps(_of_a_step(settings), sort_keys=True) for name, settings in configs.items()}
     measured = {step: name for name, step in reversed(steps.items())}  # the first recipe of each
@@ -148,7 +148,9 @@ def time_recipes(
 def peak_training_memory(settings: dict[str, Any]) -> float:
     """Peak memory in MB of this process after a few training steps."""
     recipe = TimedRecipe(settings)
-    for _ in range(5):
+    recipe.train_step()
+    reset_peak_memory(recipe.device)
+    for _ in range(4):
         recipe.train_step()
     return peak_memory(recipe.device)
 

@@ -78,7 +78,7 @@ def intervals_over_images(pairs: Pairs, factors: dict[str, float]) -> dict[str, 
 
 
 def count_images(pairs: Pairs) -> dict[int, dict[str, Any]]:
-    """McNemar's counts and p value of each pair, by seed; empty as above."""
+    """McNemar's counts and p value of each pair, by seed; empty without predictions of the same images."""
     if not _can_be_paired(pairs):
         return {}
     correct = [[run["predictions"]["correct"] > 0 for run in pair] for pair in pairs]

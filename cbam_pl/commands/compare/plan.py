@@ -59,7 +59,7 @@ class Plan:
     """A comparison. The first recipe is the baseline."""
 
     configs: dict[str, dict[str, Any]]  # recipe → its settings as `fit` saves them, by dotted key, without the seed
-    labels: dict[str, str]  # recipe → its name in the report; within a single recipe's grid the values alone
+    labels: dict[str, str]  # recipe → its name in the report; if all are of one grid, only their values
     seeds: list[int]  # one run of each recipe with each
     defaults: dict[str, Any]  # value of each setting that is not given
     output: Path  # folder of the report
@@ -67,7 +67,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # what a reader of the report should know
     corruptions: tuple[str, ...] = ()  # of images that the runs are tested on, too
     controls: list[Control] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)  # the recipes that are there as controls alone
+    added: list[str] = field(default_factory=list)  # the recipes that are there only as controls
 
     def config_file(self, name: str) -> Path:
         """The recipe with every setting, for `fit --config`."""
@@ -105,8 +105,8 @@ class Plan:
         taken = {(one.recipe, one.cost) for one in chosen}
         if any((one.recipe, one.cost) in taken for one in self.controls if one not in chosen):
             raise UserError(
-                f"another comparison has chosen controls in {self.output} meanwhile; start the command again, which "
-                "then uses these"
+                f"another comparison has just chosen controls in {self.output}; run the command again, which then uses "
+                "them"
             )
         try:
             (self.output / "configs").mkdir(parents=True, exist_ok=True)
@@ -141,14 +141,14 @@ def option_parser() -> argparse.ArgumentParser:
     add("--configs", nargs="+", required=True, metavar="FILE", help="recipes; the first is the baseline")
     add("--seeds", nargs="+", type=Seed, default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 1 2 3 4")
     add("--output", required=True, metavar="DIR", help="folder of the report")
-    grid_help = "one recipe for each value, such as attention.kind=none,se,cbam; of several keys, each combination"
+    grid_help = "one recipe for each value, such as attention.kind=none,se,cbam; with several keys, each combination"
     add("--grid", nargs="+", default=[], metavar="KEY=A,B", help=grid_help)
     unequal_help = "allow recipes with different data or budget; the report says so"
     budget = parser.add_mutually_exclusive_group().add_argument
     budget("--unequal", action="store_true", help=unequal_help)
-    control_help = "add the baseline at the cost of each recipe with attention: wider or trained for longer"
+    control_help = "add the baseline at the cost of each recipe with attention: made wider, or trained for longer"
     budget("--controls", nargs="+", choices=get_args(Cost), default=[], help=control_help)
-    corruptions_help = "test each run on corrupted images, too: of all 19 kinds, or of those named, such as fog jpeg"
+    corruptions_help = "also test each run on corrupted images: all 19 corruptions, or the named ones, such as fog jpeg"
     add("--corruptions", nargs="*", metavar="NAME", help=corruptions_help)
     place = parser.add_mutually_exclusive_group().add_argument
     place("--jobs", type=PositiveInt, metavar="N", help="runs at once (default: one per core, or one per GPU)")
@@ -193,8 +193,8 @@ def make_plan(options: argparse.Namespace, settings: Sequence[str]) -> Plan:
             notes += _check(name, parser, parsed, options.seeds)
             if name in configs:
                 raise UserError(
-                    f"two recipes are called {name}, and runs are stored by that name; rename a file, or give one of "
-                    "two values of a grid in a recipe of its own"
+                    f"two recipes are called {name}, and runs are stored by that name; rename a file, or move one of "
+                    "the grid's two values with this name into a recipe of its own"
                 )
             configs[name] = _as_saved(parser, parsed)
             labels[name] = name if len(options.configs) > 1 else " ".join(word.removeprefix("kind=") for word in words)

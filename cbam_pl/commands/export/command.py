@@ -44,7 +44,7 @@ from cbam_pl.training.classifier import Classifier
 _FILES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 _WRITERS: dict[str, Callable[[Graph, Mapping[str, Any], Path], None]] = {"onnx": write_onnx, "pt2": write_pt2}
 _READERS: dict[str, Callable[[Path], Runner]] = {"onnx": read_onnx, "pt2": read_pt2}
-_OF_FILES = ("--gates", "--input_type", "--benchmark", "--model.", "--data.")  # options of these two formats alone
+_OF_FILES = ("--gates", "--input_type", "--benchmark", "--model.", "--data.")  # options of only these two formats
 NUM_IMAGES = 64  # that a file is verified on
 # The largest difference from the checkpoint, in float32, that any output may have. Half precision has three digits.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
@@ -193,8 +193,10 @@ def _verify(name: str, run: Runner, inputs: Tensor, expected: Outputs, precision
     tolerance = TOLERANCES[precision]
     text = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
     if not all(value <= tolerance for value in differences.values()):
+        fix = "; use --precision float32" if precision == "float16" else ""
         raise UserError(
-            f"{name} differs from the checkpoint by more than {tolerance:.0e} on {images} ({text}), so it was removed"
+            f"{name} differs from the checkpoint by more than {tolerance:.0e} on {images} ({text}), so it was "
+            f"removed{fix}"
         )
     print(f"{name}: largest difference from the checkpoint on {images}: {text} (at most {tolerance:.0e} is accepted)")
 

@@ -98,7 +98,7 @@ def trace(network: ExportedNetwork, image_size: int, input_type: InputType, name
         reason = _reason(error)
         with suppress(Exception):
             _export(network, example, None)
-            reason = "its code works for only one number of images in a batch; take that from the input's shape"
+            reason = "its code works for only one batch size; take the batch size from the input's shape"
         raise UserError(f"{name} cannot be exported: {reason}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which are a third of a small network's file

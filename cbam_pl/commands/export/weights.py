@@ -4,6 +4,7 @@ python train.py export --ckpt_path checkpoints/x/version_0/best.ckpt --format sa
 """
 
 import json
+import shlex
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -203,7 +204,8 @@ def _card(output: Path, checkpoint: Mapping[str, Any], precision: Precision, rec
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string(Path(__file__).with_name("card.md.jinja").read_text()).render(
+    environment.filters["shell"] = shlex.join
+    return environment.from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8")).render(
         front_matter=yaml.safe_dump(_front_matter(output.name, data["dataset"], record, stored), sort_keys=False),
         name=output.name,
         folder="/".join(output.parts[-2:]) if output.is_absolute() else output.as_posix(),

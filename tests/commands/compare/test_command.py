@@ -78,7 +78,9 @@ def test_the_report_needs_only_the_logs_of_runs_that_are_done(compared, recipes,
 
 def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes, command, tmp_path, monkeypatch):
     def reject(*_):
-        raise UserError("the trainer's settings do not fit together or this machine: No supported gpu backend found!")
+        raise UserError(
+            "the trainer's settings conflict with each other or with this machine: No supported gpu backend found!"
+        )
 
     monkeypatch.setattr(command_module, "measure_costs", reject)
     outcome = command(*again(compared[0], recipes, "--output", tmp_path / "report"))

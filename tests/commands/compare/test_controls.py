@@ -304,12 +304,13 @@ def test_a_network_of_fixed_width_is_only_trained_for_longer(key, short, recipes
 @pytest.mark.parametrize(
     ("milliseconds", "epochs", "line", "note"),
     [
-        (149.0, 2, "none: 2 epochs, 100 ms a step, -32.9%; one epoch more would take longer",
-         "The training of none takes 33% less time than that of cbam; one epoch more would take longer."),
+        (149.0, 2, "none: 2 epochs, 100 ms a step, -32.9%; one epoch more would exceed its time",
+         "The training of none takes 33% less time than that of cbam; with one epoch more it would exceed that."),
         (199.0, 3, "none max_epochs=3: 3 epochs, 100 ms a step, -24.6%",
-         "The training of none max_epochs=3 takes 25% less time than that of cbam; one epoch more would take longer."),
-        (90.0, 2, "none: 2 epochs, 100 ms a step, +11.1%; one epoch more would take longer",
-         "The training of none takes 11% more time than that of cbam, without more epochs."),
+         "The training of none max_epochs=3 takes 25% less time than that of cbam; with one epoch more it would "
+         "exceed that."),
+        (90.0, 2, "none: 2 epochs, 100 ms a step, +11.1%; one epoch more would exceed its time",
+         "The training of none takes 11% more time than that of cbam, although it has no more epochs."),
         (152.0, 3, "none max_epochs=3: 3 epochs, 100 ms a step, -1.3%", None),
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def test_an_optimizer_may_compute_the_loss_several_times(recipes, tmp_path, monk
     [("trainer.accelerator", "tpu", "torch_xla"), ("trainer.precision", "transformer-engine", "transformer")],
 )
 def test_a_device_or_precision_that_is_not_here_is_a_users_mistake(key, value, reason, plan):
-    message = rf"the trainer's settings do not fit together or this machine: .*(?i:{reason})"
+    message = rf"the trainer's settings conflict with each other or with this machine: .*(?i:{reason})"
     with pytest.raises(UserError, match=message):
         TimedRecipe(plan.configs["cbam"] | {key: value})
 
@@ -94,7 +94,7 @@ def test_a_device_or_precision_that_is_not_here_is_a_users_mistake(key, value, r
 def test_a_dry_run_says_so_in_one_line(recipes, command, tmp_path, monkeypatch):
     monkeypatch.setattr(command_module, "in_new_process", in_new_process)  # not that of quicker tests
     words = ["--configs", recipes["none"], recipes["se"], "--output", tmp_path / "report", "--dry-run"]
-    message = "the trainer's settings do not fit together or this machine: "
+    message = "the trainer's settings conflict with each other or with this machine: "
     assert message in one_line(command("compare", *words, "--trainer.accelerator", "tpu"))
 
 

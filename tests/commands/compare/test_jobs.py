@@ -207,10 +207,10 @@ def test_a_run_that_a_resume_changed_is_another(compared, recipes, tmp_path):
     root = copy_of(compared, tmp_path)
     job, config = jobs_of(plan_in(root, recipes))[0], root / "logs/none/version_0/config.yaml"
     assert find(job)[0] == "done"
-    config.write_text(f"# resumed after 1 epochs, max_epochs: 1 there, 2 here\n{config.read_text()}")
+    config.write_text(f"# resumed after 1 epochs, max_epochs: 2 now, 1 before\n{config.read_text()}")
     assert find(job) == ("new", None)
     (line,) = left_out(job)
-    assert line.endswith("none/version_0 is left out: resumed after 1 epochs, max_epochs: 1 there, 2 here")
+    assert line.endswith("none/version_0 is left out: resumed after 1 epochs, max_epochs: 2 now, 1 before")
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_only_tested(compared, recipes, tmp_path):

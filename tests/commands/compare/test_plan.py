@@ -171,7 +171,7 @@ BAD = {
     "a grid's key twice": (["--configs", "{cbam}", "--grid", "attention.kind=none,se", "model.attention.kind=cbam,bam"],
                            "duplicate key model.attention.kind; give all its values at once"),
     "two grid values of one name": (["--configs", "{cbam}", "--data.dataset", "shapes", "--grid", "data.root=a?,a*"],
-                                    "two recipes are called cbam-root=a_, .* or give one of two values of a grid in a"),
+                                    "two recipes are called cbam-root=a_, .* or move one of the grid's two values"),
     "a key without its group": (["--configs", "{cbam}", "--grid", "kernel_size=3"], "attention.kernel_size"),
     "an option without use": (["--configs", "{none}", "{se}", "--model.attention.kernel_size", "3"], "kernel_size"),
     "the clock as budget": (["--configs", "{none}", "{se}", "--trainer.max_time", "00:00:01:00"], "trainer.max_time"),

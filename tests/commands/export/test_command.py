@@ -184,7 +184,7 @@ def own(trained, tmp_path, monkeypatch):
     ("name", "reason"),
     {
         "LooksAtValues": "their_networks.LooksAtValues cannot be exported: .*data-dependent",
-        "OneBatchSize": "cannot be exported: its code works for one number of images in a batch alone",
+        "OneBatchSize": "cannot be exported: its code works for only one batch size",
         "Random": r"model.pt2 differs from the checkpoint by more than 1e-04 on 21 test images of folder \(probabilit",
     }.items(),
 )

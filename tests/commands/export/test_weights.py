@@ -330,12 +330,12 @@ def test_a_config_that_is_not_of_this_program_is_rejected(folder, command, tmp_p
 
     assert "has the unknown key code" in error(lambda config: config.update(code="x"))
     assert "has the unknown file ../x" in error(lambda config: config["sha256"].update({"../x": "0"}))
-    assert "has format 2, and this version of the program reads 1" in error(lambda config: config.update(format=2))
+    assert "has format 2, and this version reads 1; update the program" in error(lambda config: config.update(format=2))
     assert "has record of type list" in error(lambda config: config.update(record=[]))
     assert "has no checkpoint.ImageDataModule" in error(lambda config: config["checkpoint"].pop("ImageDataModule"))
     assert "has no hyper_parameters.arch" in error(lambda config: config["checkpoint"]["hyper_parameters"].pop("arch"))
     wrong = error(lambda config: config["checkpoint"]["hyper_parameters"].update(arch="resnet20"))
-    assert "holds the weights of another network than its settings say" in wrong
+    assert "has weights that do not match its settings" in wrong
     for text in ('{"architectures": ["ResNet"]}', "[]", "{", "[" * 100_000):
         (tmp_path / "w/config.json").write_text(text)
         assert "config.json " in one_line(command("test", "--ckpt_path", tmp_path / "w"))
@@ -349,7 +349,7 @@ def test_a_folder_runs_no_code(folder, command, tmp_path):
     network = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "witness")}}
     rewrite(forged, lambda config: config["checkpoint"]["hyper_parameters"].update(network=network, arch=None))
     error = one_line(command("test", "--ckpt_path", forged))
-    assert "network=os.mkdir is not imported, since that may run any code; allow it with --trust os" in error
+    assert "network=os.mkdir is not imported, since importing it could run any code; allow it with --trust os" in error
     with pytest.raises(UserError, match=r"network=os\.mkdir is not imported"):
         cbam_pl.load_network(forged)
     assert not (tmp_path / "witness").exists()
