@@ -260,7 +260,7 @@ def test_validation_images_that_were_trained_on_are_left_out(trained, command, t
     for name in ("blue", "green", "red"):
         move(next(index for index in seen if files[index].parent.name == name))
     options = ["--trainer.default_root_dir", root, "--data.root", moved]
-    assert "and all of its validation images were trained on" in one_line(command("validate", *options))
+    assert "and all validation images were trained on; restore them" in one_line(command("validate", *options))
     move(int(held_out.nonzero()[0]))
     with pytest.warns(UserWarning, match="; 3 of the 4 validation images were trained on, and are left out"):
         outcome = command("validate", *options)

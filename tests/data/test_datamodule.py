@@ -353,7 +353,7 @@ def test_each_process_needs_an_image_of_each_split(image_folder):
         patch.setattr(type(trainer), "world_size", 100)
         names = {"training": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}
         for name, loader in names.items():
-            with pytest.raises(UserError, match=rf"^\d+ {name} images are fewer than the 100 processes$"):
+            with pytest.raises(UserError, match=rf"^\d+ {name} images are fewer than the 100 processes; use fewer$"):
                 loader()
         with pytest.raises(UserError, match="21 test images are fewer"):
             data.changed_test_dataloader(lambda pixels, indices: pixels)

@@ -395,7 +395,7 @@ def test_a_one_cycle_with_a_rise_of_one_step_names_the_key(command, recipe, tmp_
     options = [*ONE_CYCLE, "--model.lr_scheduler.init_args.pct_start", 1 / (EPOCHS * STEPS)]
     outcome = command(*fit(recipe, tmp_path, *options))
     assert outcome.status == 2
-    assert "model.lr_scheduler: a phase of the schedule has no step" in outcome.err
+    assert "model.lr_scheduler: a phase of the schedule has fewer than two steps" in outcome.err
 
 
 def test_half_precision_is_averaged_in_float32_and_rows_have_one_line_ending(command, recipe, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from cbam_pl.environment import missing_to_compile
 from tests.helpers import REPOSITORY, free_port
 
 # test_resume.py has two processes in the fast lane.
@@ -150,6 +151,26 @@ def test_two_nodes_train_as_one_and_write_one_log_and_one_set_of_checkpoints(rec
     ]
     for name, value in weights[0].items():
         assert torch.allclose(value.float(), weights[1][name].float(), atol=1e-6), name
+
+
+@pytest.mark.skipif(bool(missing_to_compile("cpu")), reason="no C++ compiler")
+def test_compiled_steps_of_two_processes_are_those_of_eager_ones(recipe, tmp_path):
+    weights = []
+    for compiled in ("true", "false"):
+        words = ["fit", "--config", recipe, "--trainer.max_epochs", 1, "--trainer.strategy", "ddp"]
+        words += [
+            "--trainer.devices",
+            2,
+            "--trainer.default_root_dir",
+            tmp_path / compiled,
+            "--model.compile",
+            compiled,
+        ]
+        words += ["--model.optimizer", "SGD", "--model.optimizer.lr", 0.01]  # Adam enlarges differences near zero
+        run([sys.executable, "train.py", *words])
+        weights.append(torch.load(tmp_path / compiled / "checkpoints/tiny/version_0/last.ckpt")["state_dict"])
+    for name, value in weights[0].items():
+        assert torch.allclose(value.float(), weights[1][name].float(), atol=1e-5), name
 
 
 def descendants(pid):

@@ -87,7 +87,7 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes,
     assert outcome.status == 0, outcome.err
     content = json.loads((tmp_path / "report/report.json").read_text())
     assert [one["cost"] for one in content["recipes"].values()] == [None] * 3
-    assert content["notes"][0].startswith("The costs could not be measured: the trainer's settings do not fit")
+    assert content["notes"][0].startswith("The costs could not be measured: the trainer's settings conflict")
     for name in ("report.md", "report.html"):
         assert "The costs could not be measured" in (tmp_path / "report" / name).read_text()
     assert "The costs could not be measured" in outcome.out

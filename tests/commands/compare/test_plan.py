@@ -246,7 +246,7 @@ def test_controls_that_another_comparison_has_chosen_meanwhile_are_kept_alone(re
     first = Control("se", "time", "width", "none-width=1.5", {"model.width": 1.5}, {"recipe": 2.0, "control": 2.1})
     second = replace(first, name="none-width=1.25", change={"model.width": 1.25})
     replace(plan, controls=[first]).claim_output()
-    with pytest.raises(UserError, match=r"another comparison has chosen controls in .* start the command again"):
+    with pytest.raises(UserError, match=r"another comparison has just chosen controls in .*; run the command again"):
         replace(plan, controls=[second]).claim_output()
     assert plan.recorded_controls() == [first]
     same_parameters = replace(second, cost="parameters")

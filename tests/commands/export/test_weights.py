@@ -138,7 +138,7 @@ def test_visualize_draws_a_folder_into_the_logs(folder, command, tmp_path, image
 def test_a_folder_is_no_state_to_resume_from_but_weights_to_start_from(folder, half, command, recipe, tmp_path):
     place = ("--trainer.default_root_dir", tmp_path)
     error = one_line(command("fit", "--config", recipe, "--ckpt_path", folder, *place))
-    assert "holds a network without the state of its training" in error
+    assert "has weights, but not the state of a training to resume" in error
     assert f"--model.weights {folder}" in error
     assert not (tmp_path / "checkpoints").exists()
     model = Classifier(**read_checkpoint(folder)["hyper_parameters"])
