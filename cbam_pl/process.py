@@ -30,6 +30,7 @@ def configure_process() -> None:
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
     # Lightning's tips and device lists; the summary has what matters. Warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which report so
     if not torch.cuda.is_available():
         # Lightning sets it for the sake of forked processes. With it, where there is no GPU, torch 2.14 looks for
         # NVIDIA's library at every optimizer step, which takes as long as the rest of a small network's update.

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from inspect import signature
@@ -197,6 +198,8 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     for key, value in settings.items():
         if isinstance(value, (Seed, PositiveInt, NonNegativeInt, PositiveFloat, NonNegativeFloat)):
             settings[key] = value.real  # a plain number, as everything else that a checkpoint holds
+    if (root := settings.get("trainer.default_root_dir")) is not None:
+        settings["trainer.default_root_dir"] = os.path.expandvars(os.path.expanduser(root))  # as parts of Lightning do
     for key, default in parser.get_defaults().items():
         if default is not None and "init_args" not in key and key in settings and settings[key] is None:
             raise UserError(f"{key}=null must have a value; leave it out for its default, {default}")

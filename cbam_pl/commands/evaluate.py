@@ -100,7 +100,8 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
         described, arrays = _describe(seen, data.classes, calibration)
         if logs is not None:
             _write(one, logs, tested | described, arrays)
-            _remove(one.earlier)  # testing again replaces the point
+            if logger in trainer.loggers:
+                _remove(one.earlier)  # testing again replaces the point
         _print(one, split, figures, described)
         if writes and logs is None:
             print(f"nothing is written, as {path} is in no folder checkpoints/RECIPE/version_N of a run with logs")

@@ -212,7 +212,7 @@ def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Cl
     try:
         check_resumable(checkpoint, trainer, model.parameter_groups())
     except SchemaError as error:
-        raise UserError(f"{path} {error}; resume from another checkpoint") from error
+        raise UserError(f"{path} {error}; {error.fix or 'resume from another checkpoint'}") from error
     epochs, steps = completed_epochs(checkpoint), checkpoint["global_step"]
     done = f"has completed {epochs} epochs and {steps} steps"
     if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs or 0 <= trainer.max_steps <= steps:
@@ -223,7 +223,7 @@ def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Cl
         state = checkpoint["callbacks"].get(callback.state_key)
         if isinstance(callback, Timer) and (state or callback.time_remaining() == 0):
             elapsed = state["time_elapsed"][RunningStage.TRAINING.value] if state else 0
-            if elapsed >= (callback.time_remaining() or 0):
+            if (left := callback.time_remaining()) is not None and elapsed >= left:
                 return f"{done}, and has used up trainer.max_time; give more"
         if isinstance(callback, EarlyStopping) and state and checkpoint.get("stopped_early"):
             return f"{done}, where EarlyStopping ended it; train further without it"

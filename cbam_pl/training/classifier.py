@@ -14,7 +14,7 @@ import torch
 import torch.compiler.config
 import torch.nn.functional as F
 from lightning import LightningModule
-from lightning.pytorch.callbacks import Callback, ModelPruning
+from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,6 +35,11 @@ from cbam_pl.training.losses import StepLosses
 from cbam_pl.training.metrics import LossAndAccuracy
 from cbam_pl.training.state import TrainingState
 
+# Callbacks of Lightning whose checkpoints are not of the weights that were validated, and what to do instead.
+_CHANGING_WEIGHTS = {
+    ModelPruning: "prune the trained network",
+    StochasticWeightAveraging: "use EMAWeightAveraging",
+}
 _UNUSED = {"stem": "cifar", "dropout": None, "width": 1.0}  # of the networks of this program alone
 
 
@@ -189,6 +194,13 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the weights to start from, choose what is fast on the device, and forget what was cut off before."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            for kind, instead in _CHANGING_WEIGHTS.items():
+                if isinstance(callback, kind):
+                    raise UserError(
+                        f"trainer.callbacks: {kind.__name__} changes the weights after they were validated, and others "
+                        f"are saved; {instead}"
+                    )
         self.load_weights()
         self.eval_metric.reset()
         if stage == "fit":
@@ -196,9 +208,6 @@ class Classifier(LightningModule):
             self.validated = self.epoch_ended = False
             self._warn_of_seen_images()
         self.configure_memory_format_and_compile(self.trainer.strategy.root_device, stage == "fit")
-        is_pruned = any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if stage == "fit" and is_pruned and self._memory_format == torch.channels_last:
-            raise UserError("trainer.callbacks: ModelPruning works only with model.channels_last=false; set it")
 
     def configure_memory_format_and_compile(self, device: torch.device, training: bool) -> None:
         """Lay out the network's memory, and compile its training steps, as the settings or the device want it."""
@@ -381,16 +390,16 @@ class Classifier(LightningModule):
         """The optimizer over all parameters, or a UserError with the setting that it rejects."""
         try:
             optimizer = self.optimizer(self.parameter_groups())
+            _check_optimizer(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_factor", 1.0)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"model.optimizer: {error}") from error
-        if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
-            raise UserError(f"model.optimizer: lr={optimizer.param_groups[0]['lr']} must be finite")
-        if isinstance(optimizer, torch.optim.SparseAdam):
-            raise UserError("model.optimizer: SparseAdam needs sparse gradients, which images do not give; use Adam")
-        if isinstance(optimizer, torch.optim.LBFGS) and self.channels_last is not False:
-            raise UserError("model.optimizer: LBFGS works only with --model.channels_last false; set it")
+        if isinstance(optimizer, torch.optim.Rprop) and (self.lr_factors or self.lr_scheduler):
+            raise UserError(
+                "model.optimizer: Rprop finds its own rates, on which model.lr_scheduler and model.lr_factors have no "
+                "effect; leave them out, or set them to null"
+            )
         return optimizer
 
     def configure_optimizers(self) -> Any:
@@ -402,11 +411,13 @@ class Classifier(LightningModule):
                 "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "
                 "--model.optimizer.init_args.fused false"
             )
+        if optimizer.defaults.get("capturable") and self.trainer.strategy.root_device.type == "cpu":
+            raise UserError("model.optimizer: capturable=true is for GPUs; leave it out")
+        scheduler = None if self.lr_scheduler is None else self._make_schedule(optimizer)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            _zero_fused_momentum(optimizer)
-        if self.lr_scheduler is None:
+            _zero_fused_momentum(optimizer)  # only now, as a schedule may set the momentum
+        if scheduler is None:
             return optimizer
-        scheduler = self._make_schedule(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             self._check_plateau(scheduler)
         # Lightning asks for a monitor; on_train_epoch_end steps a plateau by val/loss.
@@ -421,18 +432,42 @@ class Classifier(LightningModule):
             if self.lr_factors and isinstance(make, partial):
                 make = _with_factors(make, [group["lr_factor"] for group in optimizer.param_groups])
             scheduler = make(optimizer)
-            if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (steps := self._training_steps()):
+            self._check_schedule(scheduler, optimizer)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.lr_scheduler: {error}") from error
+        except KeyError as error:
+            if "initial_lr" not in str(error):
+                raise
+            raise UserError("model.lr_scheduler: leave last_epoch out; --ckpt_path resumes a schedule") from error
+        except ZeroDivisionError as error:
+            fix = "a length or factor of it is 0; set it above 0"
+            if self.optimization["lr_scheduler"] == "OneCycleLR":
+                fix = (
+                    "a phase of the schedule has fewer than two steps; train for more epochs, or change pct_start so "
+                    "that the rise and the fall each have at least two"
+                )
+            raise UserError(f"model.lr_scheduler: {fix}") from error
+        return scheduler
+
+    def _check_schedule(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+        try:
+            state = scheduler.state_dict()
+        except AttributeError as error:
+            raise ValueError("it has a built-in function, which cannot be saved; wrap it in one of yours") from error
+        if isinstance(scheduler, OneCycleLR):
+            if scheduler.total_steps < (steps := self._training_steps()):
                 raise ValueError(
                     f"total_steps={scheduler.total_steps} is less than the training's {steps}; leave it out"
                 )
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.lr_scheduler: {error}") from error
-        except ZeroDivisionError as error:
-            raise UserError(
-                "model.lr_scheduler: a phase of the schedule has fewer than two steps; train for more epochs, or "
-                "change pct_start so that the rise and the fall each have at least two"
-            ) from error
-        return scheduler
+            ends = [phase["end_step"] for phase in state["_schedule_phases"]]
+            if len({*ends}) < len(ends):
+                raise ZeroDivisionError  # as it would in the last step
+        groups = optimizer.param_groups
+        if any(group["lr"] < 0 for group in groups):
+            raise ValueError("its rate is below 0; set its rates to 0 or more")
+        starts = [group.get("initial_lr", group["lr"]) / group.get("lr_factor", 1.0) for group in groups]
+        if not all(math.isclose(start, starts[0]) for start in starts):
+            raise ValueError("made by a function, it does not keep model.lr_factors; name a class")
 
     def _check_plateau(self, scheduler: ReduceLROnPlateau) -> None:
         judge = "val/loss" if self.trainer.enable_validation else "train/loss"
@@ -456,6 +491,10 @@ class Classifier(LightningModule):
             states = [one for one in trainer.callbacks if isinstance(one, TrainingState)]  # type: ignore[attr-defined]
             total = states[0].total_steps(trainer) if states else trainer.estimated_stepping_batches
             if self.lr_interval == "epoch":
+                if trainer.num_training_batches == math.inf:
+                    raise ValueError(
+                        "a schedule by epochs needs their number; set trainer.max_epochs, or model.lr_interval=step"
+                    )
                 total = math.ceil(total / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         if total < 1 or total == math.inf:
             raise ValueError("a schedule over the whole training needs its end; set trainer.max_epochs")
@@ -467,7 +506,9 @@ class Classifier(LightningModule):
             try:
                 scheduler.step()
             except ZeroDivisionError as error:  # such as of step_size=0
-                raise UserError(f"model.lr_scheduler: {error}; set its step size or period above 0") from error
+                raise UserError(
+                    f"model.lr_scheduler: {error}; a length or factor of it is 0, set it above 0"
+                ) from error
 
     # Logging
 
@@ -486,6 +527,24 @@ class Classifier(LightningModule):
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Reject what cannot train images, or not as it is logged, with a ValueError."""
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError("SparseAdam needs sparse gradients, which images do not give; use Adam")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS computes each batch up to 20 times, and would count its images and move batch norm's statistics as "
+            "often; use SGD or Adam"
+        )
+    if optimizer.defaults.get("differentiable"):
+        raise ValueError("differentiable=true is for gradients of the steps themselves; leave it out")
+    for rate in (group["lr"] for group in optimizer.param_groups):
+        if isinstance(rate, Tensor):  # all groups would share it
+            raise ValueError(f"lr={rate} must be a number, not a tensor")
+        if not math.isfinite(rate):
+            raise ValueError(f"lr={rate} must be finite")
 
 
 def _zero_fused_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -128,12 +128,20 @@ def check_resumable(checkpoint: dict[str, Any], trainer: Trainer, groups: list[d
     expected = [[next(places) for _ in group["params"]] for group in groups]
     if [group["params"] for group in optimizer["param_groups"]] != expected:
         raise SchemaError(f"has optimizer_states.param_groups for other than the network's {len(shapes)} parameters")
+    names = [[group.get("name") for group in given] for given in (optimizer["param_groups"], groups)]
+    if names[0] != names[1]:
+        raise SchemaError("has model.lr_factors in another order", "give them in its order")
     for index, values in optimizer["state"].items():
         if not 0 <= index < len(shapes):
             raise SchemaError(f"has optimizer_states.state.{index}, which belongs to no parameter")
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]:
+            if isinstance(value, Tensor) and value.ndim and not _can_belong(value.shape, shapes[index]):
                 raise SchemaError(f"has optimizer_states.state.{index}.{key} of another shape than its parameter")
+
+
+def _can_belong(state: torch.Size, parameter: torch.Size) -> bool:
+    """Whether an optimizer may keep a tensor of this shape for a parameter: Adafactor's are means over a dimension."""
+    return len(state) == len(parameter) and all(one in (1, other) for one, other in zip(state, parameter, strict=True))
 
 
 def _match(value: Any, pattern: Any, key: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
 from torch import Tensor, tensor
 from torch.optim import Optimizer
 
@@ -24,8 +24,6 @@ from cbam_pl.training.schema import FORMAT, completed_epochs, upgrade
 
 if TYPE_CHECKING:
     from cbam_pl.training.classifier import Classifier  # which imports this file
-
-_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
 class TrainingState(Callback):
@@ -111,7 +109,8 @@ class TrainingState(Callback):
             stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             trainer.should_stop = any(stop.state_key in self._resumed["callbacks"] for stop in stops)
         # An epoch keeps its rate. The next one would keep it, too: a schedule by epochs is stepped after it again.
-        if self._resumed is not None and classifier.schedule_spans_training and not interrupted:
+        by_step = classifier.lr_interval == "step"
+        if self._resumed is not None and classifier.schedule_spans_training and (by_step or not interrupted):
             for config in trainer.lr_scheduler_configs:
                 _set_rates(config.scheduler)
         if interrupted:
@@ -242,7 +241,7 @@ def run_conditions(trainer: Trainer) -> dict[str, Any]:
              "limit_val_batches", "overfit_batches", "gradient_clip_val", "gradient_clip_algorithm",
              "check_val_every_n_epoch")  # fmt: skip
     values = {name: getattr(trainer, name) for name in names}
-    averaging = [type(one).__name__ for one in trainer.callbacks if isinstance(one, _AVERAGING)]  # type: ignore[attr-defined]
+    averaging = [type(one).__name__ for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
     return {
         "processes": trainer.world_size,
         **{name: value.value if isinstance(value, Enum) else value for name, value in values.items()},
@@ -260,8 +259,9 @@ def differences(
     if batch_size is not None:
         before, now = (conditions["processes"] * batch_size for conditions in (there, here))
         notes["processes"] = f"; a step takes {now} images now, {before} before"
-    if model.schedule_spans_training:
-        notes |= dict.fromkeys(("max_epochs", "max_steps"), "; the schedule is stretched to its end")
+    if model.lr_scheduler is not None:
+        schedule = "is stretched to its end" if model.schedule_spans_training else "stays as it was"
+        notes |= dict.fromkeys(("max_epochs", "max_steps"), f"; the schedule {schedule}")
     changed = [name for name in here if not is_equal(name, there[name], here[name])]
     return {name: f"{name}: {here[name]} now, {there[name]} before{notes.get(name, '')}" for name in changed}
 

@@ -17,8 +17,11 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     Timer,
+    WeightAveraging,
 )
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cbam_pl.errors import LESS_MEMORY, UserError, as_user_error
@@ -34,12 +37,14 @@ from cbam_pl.training.losses import StepLosses
 from cbam_pl.training.run import Run, disk_error
 from cbam_pl.training.state import TrainingState
 
-# Callbacks that need attributes which the network does not have, or change what a run records; and what to set instead.
+# Callbacks that need attributes which the network does not have, or change what a run records; and what to do instead.
 _INSTEAD = {
-    LearningRateFinder: "model.optimizer.lr",
-    BatchSizeFinder: "data.batch_size",
-    BackboneFinetuning: "model.freeze and model.lr_factors",
-    GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
+    LearningRateFinder: "give model.optimizer.lr instead",
+    BatchSizeFinder: "give data.batch_size instead",
+    BackboneFinetuning: "give model.freeze and model.lr_factors instead",
+    GradientAccumulationScheduler: "give trainer.accumulate_grad_batches instead",
+    # From whose file Lightning would resume the next training, without a word.
+    OnExceptionCheckpoint: "leave it out: last.ckpt is written anyway",
 }
 METRICS = ("val/loss", "val/acc", "train/loss", "train/acc", "lr")
 
@@ -55,6 +60,8 @@ def check_settings(settings: Namespace) -> None:
         )
     if 0 in (settings.max_epochs, settings.max_steps, settings.limit_train_batches):
         raise UserError("trainer.max_epochs, max_steps and limit_train_batches must not be 0: nothing would be trained")
+    if any(word in str(settings.strategy) for word in ("spawn", "fork", "notebook")):
+        raise UserError(f"trainer.strategy={settings.strategy} does not work here; use ddp")
     if settings.barebones:
         raise UserError("trainer.barebones=true leaves no checkpoint and no figures; leave it out")
     for name, default, fix in (
@@ -79,18 +86,7 @@ def training_trainer(
     options = dict(**settings)
     check_settings(settings)
     users = _users_callbacks(settings)
-    logged = [name for name in METRICS if settings.limit_val_batches != 0 or not name.startswith("val/")]
-    known = (EarlyStopping, ModelCheckpoint)
-    logs_more = any(not isinstance(callback, known) for callback in users)
-    for callback in users:
-        names = [*logged, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else logged  # which Lightning adds
-        if not isinstance(callback, known) or callback.monitor in (None, *names):
-            continue
-        # Another callback may log what it likes, but hardly what differs from ours by a sign alone.
-        if not logs_more or str(callback.monitor).replace("_", "/") in METRICS:
-            raise UserError(
-                f"trainer.callbacks: monitor={callback.monitor} is not logged; use one of {', '.join(names)}"
-            )
+    _check_monitors(settings, users)
     losses = StepLosses()
     callbacks = [*own, *users, losses, TrainingState(resumed)]
     if options["max_time"] is not None:
@@ -108,8 +104,36 @@ def training_trainer(
         last = checkpoint(filename="last")
         best = checkpoint(filename="best", monitor="val/acc", mode="max")
         callbacks += [InterruptCheckpoint(None if settings.fast_dev_run else last, minutes), best, last]
-    logger = None if run is None else RunLogger(run.logs, resumed=resumed)
+    # Not none, which callbacks that log reject: in a dry run, and in processes that write nothing.
+    logger = DummyLogger() if run is None else RunLogger(run.logs, resumed=resumed)
     return _trainer(options, callbacks, TrainingProgress(losses), logger)
+
+
+def _check_monitors(settings: Namespace, callbacks: list[Callback]) -> None:
+    """Reject what callbacks monitor where it is not logged, or only after they act."""
+    logged = [name for name in METRICS if settings.limit_val_batches != 0 or not name.startswith("val/")]
+    known = (EarlyStopping, ModelCheckpoint)
+    logs_more = any(not isinstance(callback, known) for callback in callbacks)
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging) and str(settings.precision) in ("16-true", "bf16-true", "64-true"):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} does not work with trainer.precision="
+                f"{settings.precision}, which would round its averages; use bf16-mixed or 32-true"
+            )
+        if not isinstance(callback, known) or callback.monitor is None:
+            continue
+        names = [*logged, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else logged  # which Lightning adds
+        if callback.monitor not in names:
+            # Another callback may log what it likes, but hardly what differs from ours by a sign alone.
+            if not logs_more or str(callback.monitor).replace("_", "/") in METRICS:
+                raise UserError(
+                    f"trainer.callbacks: monitor={callback.monitor} is not logged; use one of {', '.join(names)}"
+                )
+        elif settings.check_val_every_n_epoch != 1 and callback.monitor in ("train/loss", "train/acc", "lr"):
+            raise UserError(
+                f"trainer.callbacks: monitor={callback.monitor} would be that of the epoch before, with "
+                f"trainer.check_val_every_n_epoch={settings.check_val_every_n_epoch}; monitor a validation figure"
+            )
 
 
 def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None, own: Sequence[Callback] = ()) -> Trainer:
@@ -122,7 +146,7 @@ def evaluating_trainer(settings: Namespace, logger: RunLogger | None = None, own
 
 
 def _trainer(
-    options: dict[str, Any], callbacks: list[Callback], bar: TrainingProgress, logger: RunLogger | None
+    options: dict[str, Any], callbacks: list[Callback], bar: TrainingProgress, logger: Logger | None
 ) -> Trainer:
     """Lightning's Trainer; with plain numbers, as the parser's own types cannot be in a checkpoint."""
     numbers = (PositiveInt, NonNegativeInt, NonNegativeFloat)
@@ -141,9 +165,9 @@ def _trainer(
 def _users_callbacks(settings: Namespace) -> list[Callback]:
     callbacks = listed(settings.callbacks)
     for callback in callbacks:
-        for kind, setting in _INSTEAD.items():
+        for kind, instead in _INSTEAD.items():
             if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {kind.__name__} does not work here; give {setting} instead")
+                raise UserError(f"trainer.callbacks: {kind.__name__} does not work here; {instead}")
     return callbacks
 
 

@@ -1,13 +1,16 @@
+import math
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 import torch._dynamo.testing
 from lightning import Trainer
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, StepLR
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule
@@ -168,20 +171,71 @@ def test_an_optimizer_that_rejects_its_settings_is_a_mistake_of_the_user(data, t
     ("optimizer", "message"),
     [
         (torch.optim.SparseAdam, "model.optimizer: SparseAdam needs sparse gradients"),
-        (torch.optim.LBFGS, "model.optimizer: LBFGS works only with --model.channels_last false; set it"),
+        (torch.optim.LBFGS, "model.optimizer: LBFGS computes each batch up to 20 times"),
+        (
+            partial(torch.optim.NAdam, differentiable=True),
+            "model.optimizer: differentiable=true is for gradients of the",
+        ),
+        (partial(torch.optim.Adam, lr=torch.tensor(0.1)), r"model.optimizer: lr=0.1\d* must be a number, not a tensor"),
+        (partial(torch.optim.Adam, lr=float("inf")), "model.optimizer: lr=inf must be finite"),
     ],
 )
 def test_an_optimizer_that_cannot_train_is_named(optimizer, message):
     model = Classifier(3, optimizer=optimizer)
-    # Both want parameters without groups.
+    # The first two want parameters without groups.
     model.parameter_groups = model.parameters
     with pytest.raises(UserError, match=message):
         model.make_optimizer()
 
 
+@pytest.mark.parametrize("other", [{"lr_factors": {"blocks": 0.1}}, {"lr_scheduler": partial(StepLR, step_size=1)}])
+def test_rprop_has_neither_schedule_nor_factors(other):
+    assert Classifier(3, optimizer=torch.optim.Rprop).make_optimizer()
+    with pytest.raises(UserError, match=r"model\.optimizer: Rprop finds its own rates, on which .* have no effect"):
+        Classifier(3, optimizer=torch.optim.Rprop, **other).make_optimizer()
+
+
+def cycle_of_a_function(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"lr_scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=None, pct_start=1.0)},
+            "a phase of the schedule has fewer than two steps",
+        ),
+        ({"lr_scheduler": partial(OneCycleLR, max_lr=-0.1, total_steps=None)}, "its rate is below 0"),
+        ({"lr_scheduler": partial(CyclicLR, base_lr=0.1, max_lr=0.2, step_size_up=0)}, "a length or factor of it is 0"),
+        ({"lr_scheduler": partial(LambdaLR, lr_lambda=math.cos)}, "it has a built-in function, which cannot be saved"),
+        ({"lr_scheduler": partial(StepLR, step_size=2, last_epoch=5)}, "leave last_epoch out; --ckpt_path resumes"),
+        ({"lr_scheduler": cycle_of_a_function, "lr_factors": {"blocks": 0.1}}, "made by a function, it does not keep"),
+    ],
+)
+def test_a_schedule_that_cannot_do_what_is_asked_is_rejected_before_the_first_step(options, message, data, tmp_path):
+    model = Classifier(3, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), **options)
+    with pytest.raises(UserError, match=rf"model\.lr_scheduler: {message}"):
+        trainer(tmp_path, max_epochs=2).fit(model, data)
+
+
+def test_averaging_whose_weights_are_not_those_that_are_saved_is_rejected(data, tmp_path):
+    averaging = StochasticWeightAveraging(swa_lrs=0.01)
+    with pytest.raises(
+        UserError, match=r"StochasticWeightAveraging changes the weights after .*; use EMAWeightAveraging"
+    ):
+        trainer(tmp_path, max_epochs=2, callbacks=[averaging]).fit(Classifier(3), data)
+
+
+def test_what_is_for_gpus_is_rejected_on_a_cpu(data, tmp_path):
+    model = Classifier(3, optimizer=partial(torch.optim.NAdam, capturable=True))
+    with pytest.raises(UserError, match="capturable=true is for GPUs; leave it out"):
+        trainer(tmp_path, max_epochs=1).fit(model, data)
+
+
 def test_a_schedule_that_fails_at_a_step_is_a_mistake_of_the_user(data, tmp_path):
     model = Classifier(3, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=0))
-    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero; set its step size or period above 0"):
+    with pytest.raises(UserError, match=r"model\.lr_scheduler: .*zero; a length or factor of it is 0, set it above 0"):
         trainer(tmp_path, max_epochs=1).fit(model, data)
 
 
@@ -246,20 +300,23 @@ def test_compiled_training_writes_the_same_checkpoint_and_shows_the_same_gates(i
         assert torch.allclose(seen[0][name], seen[1][name], atol=1e-5), name
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # as the first step is left out
 def test_a_fused_momentum_begins_at_zero_where_the_first_step_overflows(data, tmp_path):
     weights = {}
-    for fused in (True, False):
+    cycle = partial(OneCycleLR, max_lr=0.01, total_steps=3)  # which sets the momentum
+    for fused, (momentum, schedule) in product((True, False), ((0.9, None), (0.0, cycle))):
         torch.manual_seed(0)
-        make = partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=fused)
-        model = Classifier(3, image_size=8, optimizer=make)
+        make = partial(torch.optim.SGD, lr=0.01, momentum=momentum, fused=fused)
+        model = Classifier(3, image_size=8, optimizer=make, lr_scheduler=schedule, lr_interval="step")
         # The first step is left out, and the scale is then one that all others can take.
         scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-36)
         precision = MixedPrecision("16-mixed", "cpu", scaler)
         fitted = trainer(tmp_path, max_epochs=1, limit_train_batches=3, plugins=[precision])
         fitted.fit(model, ImageDataModule(**data.hparams | {"image_size": 8}))
         assert scaler.get_scale() == pytest.approx(100)
-        weights[fused] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    torch.testing.assert_close(weights[True], weights[False])
+        weights[fused, momentum] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    for momentum in (0.9, 0.0):
+        torch.testing.assert_close(weights[True, momentum], weights[False, momentum])
 
 
 def test_a_fused_momentum_with_dampening_is_rejected_where_gradients_are_scaled(data, tmp_path):

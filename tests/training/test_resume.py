@@ -80,6 +80,25 @@ def test_half_and_half_equal_the_whole(network, schedule, command, recipe, tmp_p
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_adafactor_resumes_exactly(command, recipe, tmp_path):
+    options = ["--model.optimizer", "Adafactor", "--model.optimizer.lr", 0.01]
+    assert command(*fit(recipe, tmp_path / "whole", *options)).status == 0
+    assert command(*fit(recipe, tmp_path / "parts", *options, *callbacks(Break, step=STEPS + 2))).status == 143
+    outcome = command(*fit(recipe, tmp_path / "parts", *options, "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_factors_in_another_order_do_not_exchange_the_state_of_their_weights(command, recipe, tmp_path):
+    factors = ["{blocks.1: 0.1, blocks.2: 0.5}", "{blocks.2: 0.5, blocks.1: 0.1}"]
+    assert command(*fit(recipe, tmp_path, "--model.lr_factors", factors[0], "--trainer.max_epochs", 1)).status == 0
+    outcome = command(*fit(recipe, tmp_path, "--model.lr_factors", factors[1], "--ckpt_path", "last"))
+    assert "has model.lr_factors in another order; give them in its order" in one_line(outcome)
+    outcome = command(*fit(recipe, tmp_path, "--model.lr_factors", factors[0], "--ckpt_path", "last"))
+    assert outcome.status == 0, outcome.err
+
+
 def test_another_memory_layout_goes_on_with_the_same_momentum(command, recipe, tmp_path):
     weights, sgd = [], NETWORKS["resnet18"][-8:]
     assert command(*fit(recipe, tmp_path / "begun", *sgd, "--trainer.max_epochs", 1)).status == 0
@@ -231,7 +250,7 @@ def test_more_epochs_go_on_with_the_schedule_stretched(schedule, command, recipe
     outcome = command(*fit(recipe, tmp_path, *options, "--ckpt_path", "last"))
     assert outcome.status == 0, outcome.err
     spans = schedule in ("cosine", "one cycle")
-    said = "max_epochs: 4 now, 2 before" + ("; the schedule is stretched to its end" if spans else "")
+    said = f"max_epochs: 4 now, 2 before; the schedule {'is stretched to its end' if spans else 'stays as it was'}"
     assert f"differs      {said}\n" in outcome.out
     config = (tmp_path / "logs/tiny/version_0/config.yaml").read_text()
     stretched = f"# resumed after 2 epochs, {said}\n"

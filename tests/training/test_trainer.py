@@ -12,6 +12,8 @@ from cbam_pl.training.trainer import running
 from tests.helpers import fit, one_line
 
 EARLY = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor")
+STALE = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "train/loss")
+COSINE = ("--model.lr_scheduler", "cbam_pl.schedules.WarmupCosineLR")
 MORE = ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",)  # which logs, too
 # Setting → what its line says. test_cut_epochs.py has what changes an epoch.
 REJECTED = {
@@ -34,6 +36,21 @@ REJECTED = {
     ("--trainer.callbacks", "LearningRateFinder"): "LearningRateFinder does not work here; give model.optimizer.lr",
     ("--trainer.callbacks", "BatchSizeFinder"): "BatchSizeFinder does not work here; give data.batch_size instead",
     ("--trainer.callbacks", "BackboneFinetuning"): "BackboneFinetuning does not work here; give model.freeze and ",
+    ("--trainer.callbacks", "OnExceptionCheckpoint", "--trainer.callbacks.dirpath", "d"): (
+        "OnExceptionCheckpoint does not work here; leave it out: last.ckpt is written anyway"
+    ),
+    ("--trainer.strategy", "ddp_spawn"): "trainer.strategy=ddp_spawn does not work here; use ddp",
+    (
+        "--trainer.check_val_every_n_epoch",
+        2,
+        *STALE,
+    ): "monitor=train/loss would be that of the epoch before, with trainer.check_val_every_n_epoch=2; ",
+    ("--trainer.precision", "bf16-true", "--trainer.callbacks", "EMAWeightAveraging"): (
+        "EMAWeightAveraging does not work with trainer.precision=bf16-true, which would round its averages; use bf16-m"
+    ),
+    ("--trainer.max_epochs", -1, "--trainer.max_steps", 9, *COSINE): (
+        "model.lr_scheduler: a schedule by epochs needs their number; set trainer.max_epochs, or model.lr_interval=step"
+    ),
     ("--trainer.callbacks", "GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{0: 1, 1: 3}"): (
         "GradientAccumulationScheduler does not work here; give trainer.accumulate_grad_batches instead"
     ),
@@ -42,7 +59,7 @@ REJECTED = {
         "ReduceLROnPlateau follows val/loss, which should decrease; leave out mode, and give monitor=val/loss where it"
     ),
     ("--trainer.callbacks", "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"): (
-        "trainer.callbacks: ModelPruning works only with model.channels_last=false; set it"
+        "trainer.callbacks: ModelPruning changes the weights after they were validated, and others are saved; prune"
     ),
     ("--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", 1): (
         "model.optimizer: fused=true does not work with trainer.gradient_clip_val in mixed precision; add "

@@ -39,6 +39,8 @@ _LENGTHS: dict[str, tuple[str, ...]] = {
     "StepLR": ("step_size",),
     "WarmupCosineLR": ("total_steps",),
 }
+_REPEATING = ("CosineAnnealingWarmRestarts", "CyclicLR", "StepLR")
+_SHIFT = 0.01  # by which a period may be rounded
 _SCHEDULE = "model.lr_scheduler."
 
 
@@ -274,7 +276,7 @@ def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:
     """The settings of a training of more epochs, its limit of steps and its schedule stretched to the same share.
 
     Raises:
-        UserError: the schedule is none of those that can be stretched.
+        UserError: the schedule is none of those that can be stretched, or its period is too short for that.
     """
     factor = Fraction(epochs, settings["trainer.max_epochs"])
     stretched = {**settings, "trainer.max_epochs": epochs}
@@ -289,12 +291,19 @@ def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:
             f"--controls time: {_SCHEDULE.rstrip('.')}={path} cannot be stretched to more epochs; use one of "
             f"{', '.join(_LENGTHS)}, or --controls parameters"
         )
+    if schedule == "StepLR" and settings.get("model.lr_interval") == "epoch":
+        return _with_milestones(stretched, path, settings["trainer.max_epochs"], factor)
     for name in _LENGTHS[schedule]:
         key = f"{_SCHEDULE}init_args.{name}"
         if isinstance(length := settings.get(key), list):
             stretched[key] = [round(one * factor) for one in length]
         elif length is not None:
             stretched[key] = round(length * factor)
+            if schedule in _REPEATING and abs(stretched[key] / (length * factor) - 1) > _SHIFT:
+                raise UserError(
+                    f"--controls time: {_SCHEDULE}{name}={length} cannot be stretched to {epochs} epochs in whole "
+                    "ones; use a schedule without a period, or --controls parameters"
+                )
     key = f"{_SCHEDULE}init_args.gamma"
     if schedule in ("ExponentialLR", "CyclicLR") and key in settings:  # of each step; that of others is of each length
         stretched[key] = settings[key] ** float(1 / factor)
@@ -303,6 +312,16 @@ def with_more_epochs(settings: dict[str, Any], epochs: int) -> dict[str, Any]:
     for key in moved:
         del stretched[key]
     return stretched | {f"{rates}{round(int(key.removeprefix(rates)) * factor)}": moved[key] for key in moved}
+
+
+def _with_milestones(settings: dict[str, Any], path: str, epochs: int, factor: Fraction) -> dict[str, Any]:
+    """The settings of a StepLR as a MultiStepLR's: rounded to whole epochs, its period would add up an error."""
+    key = f"{_SCHEDULE}init_args.step_size"
+    period = settings[key]
+    milestones = [round(number * period * factor) for number in range(1, math.ceil(epochs / period))]
+    changed = {f"{_SCHEDULE}class_path": path.replace("StepLR", "MultiStepLR")}
+    kept = {name: value for name, value in settings.items() if name != key}
+    return kept | changed | {f"{_SCHEDULE}init_args.milestones": milestones}
 
 
 # The same number of parameters

@@ -68,19 +68,11 @@ class TimedRecipe:
             self.classifier.train()
             self.classifier.on_train_start()
         batch = self._convert(next(self._batches))
-
-        def compute_gradients() -> Any:
-            with self._fabric.autocast():
-                loss = self.classifier.training_step(batch, 0)
-            self._optimizer.zero_grad()
-            self._fabric.backward(loss)
-            return loss
-
-        if getattr(self._fabric.strategy.precision, "scaler", None) is None:
-            self._optimizer.step(compute_gradients)  # which LBFGS computes several times
-        else:  # torch's gradient scaler for float16 works only without a closure
-            compute_gradients()
-            self._optimizer.step()
+        with self._fabric.autocast():
+            loss = self.classifier.training_step(batch, 0)
+        self._optimizer.zero_grad()
+        self._fabric.backward(loss)
+        self._optimizer.step()
 
     def forward_pass(self, batch_size: int) -> Callable[[], None]:
         """What computes the logits of a batch, as an evaluation does."""

@@ -142,6 +142,24 @@ def test_a_stretched_schedule_has_the_same_rate_at_the_same_share_of_the_trainin
     assert rates[1][::3] == pytest.approx(rates[0][::2], rel=1e-6, abs=1e-9)
 
 
+def test_a_period_is_not_rounded_to_whole_epochs():
+    settings = {"trainer.max_epochs": 20, "trainer.max_steps": -1, "model.lr_interval": "epoch"}
+    given = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args.step_size": 2, "init_args.gamma": 0.5}
+    steps = settings | {f"model.lr_scheduler.{name}": value for name, value in given.items()}
+    stretched = with_more_epochs(steps, 24)
+    assert "model.lr_scheduler.init_args.step_size" not in stretched
+    assert stretched["model.lr_scheduler.class_path"] == "torch.optim.lr_scheduler.MultiStepLR"
+    # As many as the nine that 20 epochs have, each at the same share of the training.
+    assert stretched["model.lr_scheduler.init_args.milestones"] == [2, 5, 7, 10, 12, 14, 17, 19, 22]
+    given = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", "init_args.T_0": 10}
+    restarts = settings | {f"model.lr_scheduler.{name}": value for name, value in given.items()}
+    assert with_more_epochs(restarts, 22)["model.lr_scheduler.init_args.T_0"] == 11
+    with pytest.raises(
+        UserError, match=r"model\.lr_scheduler\.T_0=10 cannot be stretched to 23 epochs in whole ones; use"
+    ):
+        with_more_epochs(restarts, 23)
+
+
 def test_what_spans_the_training_by_itself_stays_and_the_limit_of_steps_grows():
     settings = {"trainer.max_epochs": 20, "trainer.max_steps": -1, "model.width": 1.0}
     for path in ("torch.optim.lr_scheduler.OneCycleLR", "lightning.pytorch.cli.ReduceLROnPlateau"):

@@ -70,16 +70,6 @@ def test_recipes_that_differ_in_their_epochs_alone_are_measured_as_one(plan):
     assert set(costs["none"]) >= {"memory", "latency_1", "latency_256", "measured_on"}
 
 
-def test_an_optimizer_may_compute_the_loss_several_times(recipes, tmp_path, monkeypatch):
-    words = ["--model.optimizer", "LBFGS", "--model.optimizer.max_iter", 3, "--model.channels_last", "false"]
-    plan = plan_of("--configs", recipes["none"], recipes["se"], "--output", tmp_path, *words)
-    recipe = TimedRecipe(plan.configs["none"])
-    step, losses = recipe.classifier.training_step, []
-    monkeypatch.setattr(recipe.classifier, "training_step", lambda *batch: losses.append(step(*batch)) or losses[-1])
-    recipe.train_step()
-    assert len(losses) > 1
-
-
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [("trainer.accelerator", "tpu", "torch_xla"), ("trainer.precision", "transformer-engine", "transformer")],
