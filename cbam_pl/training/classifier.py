@@ -62,7 +62,7 @@ class Classifier(LightningModule):
             attention in them is trained unless a pattern names it.
         lr_factors: pattern of modules, as in freeze: factor on the learning rate of their weights. Attention in them
             keeps the plain rate unless a pattern names it. Where several patterns match, the last one counts.
-        optimizer: any of torch.optim, without its parameters; SparseAdam, for sparse gradients, cannot train images.
+        optimizer: any of torch.optim but LBFGS and SparseAdam, without its parameters.
         lr_scheduler: any of torch.optim.lr_scheduler or cbam_pl.schedules, without its optimizer. ReduceLROnPlateau
             follows val/loss. A total_steps of None (null) becomes the length of the whole training.
         lr_interval: step the schedule once an epoch or once an optimizer step.
