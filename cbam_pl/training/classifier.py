@@ -279,14 +279,18 @@ class Classifier(LightningModule):
         self.tested_epoch = checkpoint.get("epoch", -1) + 1  # a file of weights alone has none
 
     def on_train_start(self) -> None:
-        """Keep the statistics of frozen batch norms; only now, as Lightning warns of such a mode before.
+        """Prepare the network, and choose what of it is compiled."""
+        self.prepare_network()
+        self._limit_compilation()
+
+    def prepare_network(self) -> None:
+        """Keep the statistics of frozen batch norms; only when training starts: Lightning warns of such a mode before.
 
         By now a strategy has replaced batch norms, too, and attention after them must be in what is compiled.
         """
         attach_attention(self.network)
         for name in self.frozen_norms:
             self.network.get_submodule(name).eval()
-        self._limit_compilation()
 
     def _limit_compilation(self) -> None:
         """Compile no network with SyncBatchNorm, and no smaller batch than the full ones."""

@@ -66,7 +66,7 @@ class TimedRecipe:
         """One optimizer step, from uint8 pixels on."""
         if not self.classifier.training:  # a switch takes a tenth of a small network's forward pass
             self.classifier.train()
-            self.classifier.on_train_start()
+            self.classifier.prepare_network()
         batch = self._convert(next(self._batches))
         with self._fabric.autocast():
             loss = self.classifier.training_step(batch, 0)

@@ -70,6 +70,19 @@ def test_recipes_that_differ_in_their_epochs_alone_are_measured_as_one(plan):
     assert set(costs["none"]) >= {"memory", "latency_1", "latency_256", "measured_on"}
 
 
+def test_a_compiled_recipe_is_timed_compiled(plan, monkeypatch):
+    compiled = []
+
+    def compile_(forward, **options):
+        return lambda images: (compiled.append(len(images)), forward(images))[1]
+
+    monkeypatch.setattr("torch.compile", compile_)
+    monkeypatch.setattr("cbam_pl.training.classifier.missing_to_compile", lambda device: "")
+    recipe = TimedRecipe(plan.configs["cbam"] | {"model.compile": True})
+    recipe.train_step()
+    assert compiled == [recipe.batch_size]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [("trainer.accelerator", "tpu", "torch_xla"), ("trainer.precision", "transformer-engine", "transformer")],
