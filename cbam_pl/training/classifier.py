@@ -1,12 +1,10 @@
 """The LightningModule: a network with its loss, metrics, optimizer and schedule."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
@@ -33,6 +31,14 @@ from cbam_pl.seeds import derive_seed, seed_device
 from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups, start_of_trained
 from cbam_pl.training.losses import StepLosses
 from cbam_pl.training.metrics import LossAndAccuracy
+from cbam_pl.training.optimization import (
+    check_factors,
+    check_optimizer,
+    check_schedule,
+    describe_factory,
+    with_factors,
+    zero_fused_momentum,
+)
 from cbam_pl.training.state import TrainingState
 
 # Callbacks of Lightning whose checkpoints are not of the weights that were validated, and what to do instead.
@@ -371,20 +377,13 @@ class Classifier(LightningModule):
     @property
     def optimization(self) -> dict[str, Any]:
         """How the weights are updated, as plain values, such as "Adam" for optimizer and 0.001 for optimizer.lr."""
-        settings: dict[str, Any] = {"lr_interval": self.lr_interval}
-        settings |= {"freeze": self.freeze_patterns, "lr_factors": self.lr_factors}
-        for name, factory in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
-            made, options = factory, {}
-            if isinstance(factory, partial):
-                # jsonargparse puts functions of its own before the class.
-                made = [one for one in (factory.func, *factory.args) if callable(one)][-1]
-                options = factory.keywords
-            with suppress(TypeError, ValueError):  # None, or what has no signature
-                known = signature(made).parameters.values()  # type: ignore[arg-type]
-                options = {one.name: one.default for one in known if one.default is not one.empty} | options
-            settings[name] = getattr(made, "__name__", None)
-            settings |= {f"{name}.{key}": _as_plain(value) for key, value in options.items()}
-        return settings
+        return {
+            "lr_interval": self.lr_interval,
+            "freeze": self.freeze_patterns,
+            "lr_factors": self.lr_factors,
+            **describe_factory("optimizer", self.optimizer),
+            **describe_factory("lr_scheduler", self.lr_scheduler),
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups of parameters, by the factor of their learning rate."""
@@ -394,7 +393,7 @@ class Classifier(LightningModule):
         """The optimizer over all parameters, or a UserError with the setting that it rejects."""
         try:
             optimizer = self.optimizer(self.parameter_groups())
-            _check_optimizer(optimizer)
+            check_optimizer(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_factor", 1.0)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -419,7 +418,7 @@ class Classifier(LightningModule):
             raise UserError("model.optimizer: capturable=true is for GPUs; leave it out")
         scheduler = None if self.lr_scheduler is None else self._make_schedule(optimizer)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            _zero_fused_momentum(optimizer)  # only now, as a schedule may set the momentum
+            zero_fused_momentum(optimizer)  # only now, as a schedule may set the momentum
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -434,9 +433,11 @@ class Classifier(LightningModule):
             if self.schedule_spans_training:
                 make = partial(make, total_steps=self._training_steps())
             if self.lr_factors and isinstance(make, partial):
-                make = _with_factors(make, [group["lr_factor"] for group in optimizer.param_groups])
+                make = with_factors(make, [group["lr_factor"] for group in optimizer.param_groups])
             scheduler = make(optimizer)
-            self._check_schedule(scheduler, optimizer)
+            check_schedule(scheduler, optimizer, self._training_steps)
+            if self.lr_factors and make is self.lr_scheduler:  # of which a function knows nothing
+                check_factors(optimizer)
         except (ValueError, TypeError) as error:
             raise UserError(f"model.lr_scheduler: {error}") from error
         except KeyError as error:
@@ -452,26 +453,6 @@ class Classifier(LightningModule):
                 )
             raise UserError(f"model.lr_scheduler: {fix}") from error
         return scheduler
-
-    def _check_schedule(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-        try:
-            state = scheduler.state_dict()
-        except AttributeError as error:
-            raise ValueError("it has a built-in function, which cannot be saved; wrap it in one of yours") from error
-        if isinstance(scheduler, OneCycleLR):
-            if scheduler.total_steps < (steps := self._training_steps()):
-                raise ValueError(
-                    f"total_steps={scheduler.total_steps} is less than the training's {steps}; leave it out"
-                )
-            ends = [phase["end_step"] for phase in state["_schedule_phases"]]
-            if len({*ends}) < len(ends):
-                raise ZeroDivisionError  # as it would in the last step
-        groups = optimizer.param_groups
-        if any(group["lr"] < 0 for group in groups):
-            raise ValueError("its rate is below 0; set its rates to 0 or more")
-        starts = [group.get("initial_lr", group["lr"]) / group.get("lr_factor", 1.0) for group in groups]
-        if not all(math.isclose(start, starts[0]) for start in starts):
-            raise ValueError("made by a function, it does not keep model.lr_factors; name a class")
 
     def _check_plateau(self, scheduler: ReduceLROnPlateau) -> None:
         judge = "val/loss" if self.trainer.enable_validation else "train/loss"
@@ -531,58 +512,3 @@ class Classifier(LightningModule):
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step)
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Reject what cannot train images, or not as it is logged, with a ValueError."""
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise ValueError("SparseAdam needs sparse gradients, which images do not give; use Adam")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS computes each batch up to 20 times, and would count its images and move batch norm's statistics as "
-            "often; use SGD or Adam"
-        )
-    if optimizer.defaults.get("differentiable"):
-        raise ValueError("differentiable=true is for gradients of the steps themselves; leave it out")
-    for rate in (group["lr"] for group in optimizer.param_groups):
-        if isinstance(rate, Tensor):  # all groups would share it
-            raise ValueError(f"lr={rate} must be a number, not a tensor")
-        if not math.isfinite(rate):
-            raise ValueError(f"lr={rate} must be finite")
-
-
-def _zero_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Begin the momentum of a fused SGD at zero, where gradients are scaled.
-
-    By itself torch 2.14 allocates it in the first step, which, if a gradient overflows, leaves it uninitialised.
-    """
-    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
-        if not (group["fused"] and group["momentum"]):
-            continue
-        if group["dampening"]:  # which the first step is to be without
-            raise UserError(
-                "model.optimizer: fused=true does not work with dampening in 16-mixed precision; add "
-                "--model.optimizer.init_args.fused false"
-            )
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def _with_factors(make: partial[Any], factors: Sequence[float]) -> partial[Any]:
-    """A schedule with the rates that it is given, which replace the optimizer's, times each group's factor."""
-    if eta_min := make.keywords.get("eta_min"):  # one number, to which the rates of all groups fall
-        raise ValueError(f"the schedule cannot keep model.lr_factors with eta_min={eta_min}; leave it out")
-    given = {name: make.keywords.get(name) for name in ("max_lr", "base_lr", "min_lr", "swa_lr")}
-    one_rate = {name: rate for name, rate in given.items() if rate is not None and not isinstance(rate, list)}
-    return partial(make, **{name: [rate * factor for factor in factors] for name, rate in one_rate.items()})
-
-
-def _as_plain(value: Any) -> Any:
-    """A setting as a checkpoint may hold it: functions and other objects, also inside lists, by their names."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_as_plain, value))
-    if isinstance(value, dict):
-        return {key: _as_plain(one) for key, one in value.items()}
-    is_plain = value is None or type(value) in (bool, int, float, str)
-    return value if is_plain else getattr(value, "__qualname__", type(value).__name__)

@@ -219,6 +219,16 @@ def test_a_schedule_that_cannot_do_what_is_asked_is_rejected_before_the_first_st
         trainer(tmp_path, max_epochs=2).fit(model, data)
 
 
+def test_rates_that_are_given_for_each_group_stay(data, tmp_path):
+    cycle = partial(CyclicLR, base_lr=[0.1, 0.01], max_lr=[0.2, 0.3], step_size_up=50)
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    model = Classifier(3, optimizer=sgd, lr_scheduler=cycle, lr_interval="step", lr_factors={"blocks": 0.5})
+    fitted = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    fitted.fit(model, data)
+    rates = [group["lr"] for group in fitted.optimizers[0].param_groups]
+    assert rates == pytest.approx([0.1 + 0.1 / 50, 0.01 + 0.29 / 50])
+
+
 def test_averaging_whose_weights_are_not_those_that_are_saved_is_rejected(data, tmp_path):
     averaging = StochasticWeightAveraging(swa_lrs=0.01)
     with pytest.raises(
