@@ -160,6 +160,7 @@ def analyse(plan: Plan, results: Sequence[Result], costs: dict[str, Any]) -> dic
         "seeds": plan.seeds,
         "test_images": images,
         "comparisons": len(tested),
+        "pairs": max((one["n"] for one in tested), default=0),  # fewer than the seeds while runs are missing
         "sentences": [finding["sentence"] for finding in findings],
         "findings": findings,
         "notes": [*_notes(plan, missing, results), *filter(None, (control["note"] for control in controls))],
@@ -230,9 +231,10 @@ def _notes(plan: Plan, missing: Sequence[str], results: Sequence[Result]) -> lis
         notes.append(f"The recipes do not have the same data and budget: {'; '.join(plan.unequal)}.")
     if missing:
         notes.append(f"Not done, so missing: {', '.join(missing)}. A pair without both runs is left out.")
-    if not plan.unequal and not are_of_same_images(results):
+    same_data = not any(difference.startswith("data.") for difference in plan.unequal)
+    if same_data and not are_of_same_images(results):
         notes.append("The runs were not tested on the same images, so their figures cannot be compared.")
-    if not plan.unequal and len(distinct(results, "trained_images")) > 1:
+    if same_data and len(distinct(results, "trained_images")) > 1:
         notes.append("The runs were not trained on the same images: their folder has changed between them.")
     trained = [{key: one[f"trained_{key}"] for key in UNKNOWN} for one in results]
     unknown = sum("unknown" in one["device"] for one in trained)
@@ -346,8 +348,8 @@ def _accuracy_table(content: dict[str, Any]) -> dict[str, Any]:
 
 def _threshold(content: dict[str, Any]) -> str:
     """How large a difference must be, which few seeds and many comparisons raise above what one expects."""
-    n, comparisons = len(content["seeds"]), content["comparisons"]
-    if n < 2 or comparisons < 2:
+    n, comparisons = content["pairs"], content["comparisons"]
+    if comparisons < 2:
         return ""
     return (
         f" With n = {n} and {comparisons} comparisons, no p is below {1 - LEVEL:.2f} unless a mean difference is at "

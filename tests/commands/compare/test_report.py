@@ -298,6 +298,7 @@ def test_what_is_missing_or_unequal_is_said():
     assert content["recipes"]["net-kind=se"]["difference"]["n"] == 3
     assert content["recipes"]["net-kind=cbam"]["difference"]["n"] == 4
     assert content["recipes"]["net-kind=cbam"]["test_acc"]["n"] == 5
+    assert "With n = 4 and 2 comparisons, no p is below" in content["tables"]["accuracy"]["meaning"]
     assert "x is 1 in a, 2 in b" in content["notes"][0]
     assert "net-kind=se seed 1, net-kind=none seed 4" in content["notes"][1]
 
@@ -455,6 +456,7 @@ def test_other_test_images_and_another_program_for_corrupted_ones_are_noted():
     assert notes() == []
     assert notes(images=199) == ["The runs were not tested on the same images, so their figures cannot be compared."]
     assert len(notes(images=199, unequal=["data.root a and b"])) == 1, "which says so, too"
+    assert len(notes(images=199, unequal=["trainer.max_epochs 1 and 2"])) == 2, "which does not explain it"
     (note,) = notes(version="2")
     assert note == (
         "The corrupted images were not tested with the same libraries: pillow 2 (k=none); pillow 1 (k=none, k=cbam)."
@@ -481,6 +483,7 @@ def test_other_training_images_of_a_folder_are_noted():
     assert notes("a", "a") == notes(None, None) == notes(None, "a") == []  # of earlier versions, it is not known
     assert notes("a", "b") == ["The runs were not trained on the same images: their folder has changed between them."]
     assert len(notes("a", "b", unequal=["data.root a and b"])) == 1, "which says so, too"
+    assert len(notes("a", "b", unequal=["trainer.max_epochs 1 and 2"])) == 2, "which does not explain it"
 
 
 def test_where_runs_were_trained_is_noted_where_it_differs():
