@@ -52,6 +52,11 @@ def test_the_measures_by_plain_loops(classes):
     assert found["ece"].mean() == pytest.approx(float(multiclass_calibration_error(*tensors, classes, 15)), abs=1e-6)
 
 
+def test_of_equal_probabilities_the_first_classes_are_the_five_highest_as_the_first_is_the_predicted():
+    logs = log_softmax(np.zeros((25, 25)), axis=1)  # such rows are common among half-precision outputs
+    assert measure_images(logs, np.arange(25))["top5"].tolist() == [1] * 5 + [0] * 20
+
+
 def test_a_bin_includes_its_right_end_and_the_last_one_a_confidence_of_1():
     probabilities = np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.6, 0.4], [0.25, 0.35, 0.4]])
     labels = np.array([0, 1, 1, 2])
