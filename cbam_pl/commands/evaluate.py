@@ -159,17 +159,18 @@ def _describe(
     confusion = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     accuracies = [row[label] / sum(row) if sum(row) else None for label, row in enumerate(confusion.tolist())]
+    measures = measure_images(log_probabilities, labels)
     record: dict[str, Any] = {
         "classes": classes,
         "confusion": confusion.tolist(),  # images by true class (rows) and predicted class
         "class_accuracy": dict(zip(classes, accuracies, strict=True)),
-        **_summary(log_probabilities, labels),
+        **_summary(log_probabilities, labels, measures),
     }
-    measures = measure_images(log_probabilities, labels)
     if calibration:
         scaled = log_softmax(logits / calibration["temperature"], axis=1)
-        record["calibration"] = calibration | _summary(scaled, labels)
-        measures |= {f"calibrated_{name}": values for name, values in measure_images(scaled, labels).items()}
+        calibrated = measure_images(scaled, labels)
+        record["calibration"] = calibration | _summary(scaled, labels, calibrated)
+        measures |= {f"calibrated_{name}": values for name, values in calibrated.items()}
     arrays = {
         "image": seen.numbers.numpy().astype(np.int32),  # its number in the test split
         "label": labels.astype(np.int32),
@@ -180,9 +181,9 @@ def _describe(
     return record, arrays
 
 
-def _summary(log_probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    measures = {name: float(values.mean()) for name, values in measure_images(log_probabilities, labels).items()}
-    return {"measures": measures, "reliability": reliability(log_probabilities, labels)}
+def _summary(log_probabilities: np.ndarray, labels: np.ndarray, measures: dict[str, np.ndarray]) -> dict[str, Any]:
+    means = {name: float(values.mean()) for name, values in measures.items()}
+    return {"measures": means, "reliability": reliability(log_probabilities, labels)}
 
 
 def _print(one: _Evaluation, split: Split, figures: dict[str, float], record: dict[str, Any]) -> None:
