@@ -17,6 +17,9 @@ from cbam_pl.models.insertion import evaluating, insert_attention, map_shapes
 # network that its arguments name.
 TRUSTED = ("cbam_pl.models", "torchvision.models", "timm")
 
+# Arguments that ask for trained weights, and what asks for none.
+_OF_WEIGHTS = {"weights": None, "pretrained": False, "checkpoint_path": None}
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -48,13 +51,12 @@ class NetworkConfig:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the arguments ask for the library's trained weights: torchvision's weights, timm's pretrained."""
-        return bool(self.init_args.get("weights") or self.init_args.get("pretrained"))
+        """Whether its arguments ask for trained weights: torchvision's weights, timm's pretrained, checkpoint_path."""
+        return any(self.init_args.get(name) for name in _OF_WEIGHTS)
 
     def without_weights(self) -> "NetworkConfig":
         """The same network, without a download or a file of weights."""
-        of_weights = {"weights": None, "pretrained": False, "checkpoint_path": None}
-        arguments = {name: of_weights.get(name, value) for name, value in self.init_args.items()}
+        arguments = {name: _OF_WEIGHTS.get(name, value) for name, value in self.init_args.items()}
         return NetworkConfig(self.class_path, arguments)
 
 

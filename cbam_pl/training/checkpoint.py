@@ -133,9 +133,9 @@ def load_classifier(
         settings["test_time_flip"] = test_time_flip
     try:
         if settings.get("network") is not None:
-            network = NetworkConfig(**settings["network"])
+            network = NetworkConfig(**settings["network"]).without_weights()
             check_trusted(network, trust)
-            settings["network"] = asdict(network.without_weights())
+            settings["network"] = asdict(network)
         classifier = make(**settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} has hyper_parameters from which no network can be made: {error}") from error

@@ -7,12 +7,15 @@ import random
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
+from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
-from cbam_pl.training.checkpoint import read_checkpoint
+from cbam_pl.training.checkpoint import load_classifier, read_checkpoint
+from cbam_pl.training.classifier import Classifier
 from tests.helpers import RUN, assert_equal, checkpoint, one_line
 
 
@@ -345,3 +348,13 @@ def test_names_of_recipes_are_not_patterns(trained, command, tmp_path, recipe):
     assert "resumed      after 1 epochs" in outcome.out
     best = f"{tmp_path}/checkpoints/a[1]|b/version_0/best.ckpt"
     assert f"test it      python train.py test --ckpt_path '{best}'" in outcome.out
+
+
+def test_a_file_that_the_network_was_made_with_is_neither_asked_for_nor_read():
+    network = {"class_path": "torchvision.models.resnet18", "init_args": {}}
+    trained = Classifier(3, network=network, attention=AttentionConfig("none"))
+    network = {**network, "init_args": {"weights": "runs/mine.pth"}}
+    settings = {**trained.hparams, "network": network}
+    saved = {"epoch": 0, "hyper_parameters": settings, "state_dict": trained.state_dict()}
+    loaded = load_classifier(Path("x.ckpt"), saved)
+    assert loaded.hparams["network"]["init_args"] == {"weights": None}

@@ -63,7 +63,7 @@ def test_weights_are_loaded_and_what_is_not_is_said(form, trained_elsewhere, tmp
 
 
 class Own(nn.Module):
-    def __init__(self, num_classes, name="network", weights=None):
+    def __init__(self, num_classes, name="network", weights=None, pretrained=False, checkpoint_path=None):
         super().__init__()
         self.add_module(name, nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, num_classes)))
 
@@ -308,10 +308,11 @@ def test_what_a_run_started_from_is_kept_over_resumes_and_on_its_card(command, r
         read_checkpoint(last)
 
 
-def test_what_a_network_starts_from_is_a_file_or_its_own_weights():
+@pytest.mark.parametrize("argument", [{"weights": "DEFAULT"}, {"pretrained": True}, {"checkpoint_path": "y.pth"}])
+def test_what_a_network_starts_from_is_a_file_or_its_own_weights(argument):
     assert Classifier(3).started_from == ""
     assert Classifier(3, weights="x.pth").started_from == "x.pth"
-    own = {"class_path": f"{__name__}.Own", "init_args": {"weights": "DEFAULT"}}
+    own = {"class_path": f"{__name__}.Own", "init_args": argument}
     assert classifier(attention=NONE, network=own).started_from == "the network's own weights"
     assert classifier(attention=NONE, network=own, weights="x.pth").started_from == "x.pth"
 
