@@ -211,15 +211,11 @@ def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
-def as_logits(output: Any) -> Any:
-    """The logits of an output: itself, or what a dictionary, dataclass or named tuple calls so."""
+def _give_logits(network: nn.Module, arguments: Any, output: Any) -> Any:
+    """The forward hook. The logits of an output: itself, or what a dictionary, dataclass or named tuple calls so."""
     if isinstance(output, Mapping):
         return output.get("logits", output)
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
-
-
-def _give_logits(network: nn.Module, arguments: Any, output: Any) -> Any:
-    return as_logits(output)
 
 
 def _run(network: nn.Module, example: Tensor, called: str) -> Any:

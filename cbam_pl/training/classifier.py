@@ -25,7 +25,7 @@ from cbam_pl.environment import missing_to_compile
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
 from cbam_pl.models.insertion import attach_attention
-from cbam_pl.models.network import as_logits, check_rebuilt
+from cbam_pl.models.network import check_rebuilt
 from cbam_pl.process import socket_timeout
 from cbam_pl.seeds import derive_seed, seed_device
 from cbam_pl.training.finetuning import freeze_modules, load_weights, parameter_groups, start_of_trained
@@ -232,8 +232,11 @@ class Classifier(LightningModule):
             # Networks of one class share the code of its forward, of which torch compiles eight forms by default; the
             # others it would run eagerly, and only log that.
             torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
-            # With torch's own random numbers, so that dropout is the same with and without it.
-            self._compiled = torch.compile(self.network.forward, dynamic=False, options={"fallback_random": True})
+            # A call, as the network's own hooks are not in its `forward`; with torch's own random numbers, so that
+            # dropout is the same with and without it.
+            self._compiled = torch.compile(
+                lambda images: self.network(images), dynamic=False, options={"fallback_random": True}
+            )
             self._compiled_size = 0
         if self.global_rank == 0:
             print(said, flush=True)
@@ -249,7 +252,7 @@ class Classifier(LightningModule):
         if len(images) < self._compiled_size:
             return self(images)  # an epoch's last, smaller batch is not worth a compilation of its own
         self._compiled_size = len(images)
-        return as_logits(self._compiled(images.to(memory_format=self._memory_format)))
+        return self._compiled(images.to(memory_format=self._memory_format))
 
     def evaluation_logits(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised → logits (B, num_classes), of both mirror images where that was chosen."""

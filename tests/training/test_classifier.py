@@ -443,6 +443,22 @@ def test_more_than_eight_networks_of_one_class_are_compiled(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_a_compiled_step_runs_the_hooks_of_the_network_itself_in_one_graph(monkeypatch):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr("torch.compile", lambda function, dynamic, options: compile_(function, backend=counter))
+    monkeypatch.setattr("cbam_pl.training.classifier.missing_to_compile", lambda device: "")
+    own = {"class_path": "torchvision.models.resnet18"}
+    model = Classifier(3, network=own, attention=AttentionConfig("cbam", where="layer?"), compile=True).eval()
+    model.network.register_forward_pre_hook(lambda network, arguments: (2 * arguments[0] - 1,))
+    model.configure_memory_format_and_compile(torch.device("cpu"), training=True)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.training_logits(images), model(images))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
 def test_test_time_flip_takes_the_mean_of_an_image_and_its_mirror_image():
     torch.manual_seed(0)
     flipping, plain = Classifier(3, test_time_flip=True).eval(), Classifier(3).eval()

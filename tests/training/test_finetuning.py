@@ -334,7 +334,8 @@ def test_attention_after_batch_norms_that_a_strategy_replaces_is_in_the_training
     for name, module in model.network.named_modules():
         if name.endswith(".attention"):
             module.register_forward_hook(lambda *_: runs.append(1))
-    model.network.eval().forward(torch.randn(2, 3, 32, 32))  # as the compiled step calls it, without root's own hooks
+    # Without the root's hook, which does nothing in a compiled step.
+    model.network.eval().forward(torch.randn(2, 3, 32, 32))
     assert len(runs) == 8
 
 
