@@ -189,9 +189,12 @@ def attach_attention(network: nn.Module) -> list[RemovableHandle]:
     """
     handles = []
     for name, attention in network.named_modules(remove_duplicate=False):
-        if "is_inserted" not in vars(attention):  # several times as fast as hasattr of a Module
+        parent, _, child = name.rpartition(".")
+        # Other parents are wrappers of the attention, or know it by a name of their own. `vars` is several times as
+        # fast as hasattr of a Module.
+        if child != "attention" or "is_inserted" not in vars(attention):
             continue
-        module = network.get_submodule(name.rpartition(".")[0])
+        module = network.get_submodule(parent)
         if "is_attended" not in vars(module):
             module.is_attended = True  # type: ignore[assignment]
             if not isinstance(module, nn.Sequential):  # which runs its new last child by itself

@@ -128,6 +128,23 @@ def test_attention_survives_where_batch_norms_are_replaced():
     assert list(converted.state_dict()) == list(network.state_dict())
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_attention_runs_once_where_it_is_wrapped_or_has_another_name():
+    network = insert_attention(resnet(), "cbam", "layer?.*.bn2")
+    expected = network(IMAGES)
+    network.cbam = network.layer4[1].bn2.attention
+    network.layer1[0].bn2.attention = Wrapper(network.layer1[0].bn2.attention)
+    torch.testing.assert_close(network(IMAGES), expected, rtol=0, atol=0)
+
+
 def test_what_torch_fx_needs_is_named():
     network = insert_attention(resnet(), "se", "layer?.*")
     with pytest.raises(ValueError, match=r"torch\.fx cannot trace SqueezeExcitation; make it a leaf: tracer_kwargs="):
