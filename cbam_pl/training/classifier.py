@@ -65,7 +65,7 @@ class Classifier(LightningModule):
         weights: a file of weights to start from: a state dict (.pth, .safetensors), a checkpoint of this program, or a
             folder of weights/.
         freeze: patterns of modules, as of attention.where, whose weights and batch norm statistics stay as they are;
-            attention in them is trained unless a pattern names it.
+            attention in them is trained unless a pattern names it, for which a `*` alone is not enough.
         lr_factors: pattern of modules, as in freeze: factor on the learning rate of their weights. Attention in them
             keeps the plain rate unless a pattern names it. Where several patterns match, the last one counts.
         optimizer: any of torch.optim but LBFGS and SparseAdam, without its parameters.

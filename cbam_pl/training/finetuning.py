@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,10 +231,18 @@ def parameter_groups(network: nn.Module, factors: Mapping[str, float]) -> list[d
 def _parts(network: nn.Module, pattern: str, setting: str) -> list[nn.Module]:
     """The modules that match, with all in them but attention, unless the pattern names that itself."""
     parts: list[nn.Module] = []
-    for module in matching_modules(network, pattern, setting).values():
-        waiting = [module]
+    for name, module in matching_modules(network, pattern, setting).items():
+        waiting = [module] if _is_named(network, name, pattern) else []
         while waiting:
             part = waiting.pop()
             parts.append(part)
             waiting += [child for child in part.children() if is_attention(part) or not is_attention(child)]
     return parts
+
+
+def _is_named(network: nn.Module, name: str, pattern: str) -> bool:
+    """Whether the module is outside attention, or the pattern names its attention by more than a wildcard."""
+    for path, part in zip(accumulate(name.split("."), "{}.{}".format), pattern.split("."), strict=True):
+        if is_attention(network.get_submodule(path)):
+            return bool(part.strip("*?"))
+    return True

@@ -168,6 +168,17 @@ def test_frozen_modules_keep_weights_and_statistics_and_train_their_attention(da
         assert torch.equal(after, before[name]) == frozen, name
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_frozen"),
+    [("blocks.0.*", False), ("*.?.*.*", False), ("blocks.0.att*", True), ("blocks.0.attention.*", True)],
+)
+def test_a_wildcard_alone_does_not_name_attention(pattern, is_frozen):
+    model = Classifier(3, freeze=(pattern, "blocks.0.*"))
+    parameters = dict(model.network.blocks[0].named_parameters())
+    assert not parameters["conv.weight"].requires_grad
+    assert parameters["attention.channel.reduce.weight"].requires_grad != is_frozen
+
+
 @pytest.mark.parametrize("seed", [3, 4])
 def test_weights_that_may_have_seen_the_validation_images_are_noted(seed, trained, command, recipe, tmp_path):
     weights = trained[0] / "checkpoints" / RUN / "best.ckpt"
