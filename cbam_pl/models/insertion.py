@@ -129,6 +129,17 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def last_layer(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
+    """Name of the last layer of these kinds outside attention; empty: there is none."""
+    last, inside = "", list[str]()
+    for name, module in network.named_modules():
+        if is_attention(module):
+            inside.append(f"{name}.")
+        elif isinstance(module, kinds) and not name.startswith(tuple(inside)):
+            last = name
+    return last
+
+
 def map_shapes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int, int]]:
     """C, H and W of each module whose output is (B, C, H, W), by name, in the order in which the modules end."""
     modules = {name: module for name, module in network.named_modules() if name}

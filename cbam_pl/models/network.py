@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.models.insertion import evaluating, insert_attention, map_shapes
+from cbam_pl.models.insertion import evaluating, insert_attention, last_layer, map_shapes
 
 # What a checkpoint may name without being asked for. Not all of cbam_pl: a Classifier is a module, too, and imports the
 # network that its arguments name.
@@ -227,12 +227,12 @@ def _run(network: nn.Module, example: Tensor, called: str) -> Any:
 
 
 def _replace_last_linear(network: nn.Module, num_classes: int, called: str) -> str:
-    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    if not linear:
+    name = last_layer(network, (nn.Linear,))
+    if not name:
         raise ValueError(
             f"{called} takes no num_classes and has no linear layer to replace; give it an argument num_classes"
         )
-    name, last = list(linear.items())[-1]
+    last = network.get_submodule(name)
     network.set_submodule(name, nn.Linear(last.in_features, num_classes, last.bias is not None))
     return name
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cbam_pl.attention import AttentionConfig, Start, is_attention
 from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.errors import UserError
-from cbam_pl.models.insertion import matching_modules
+from cbam_pl.models.insertion import last_layer, matching_modules
 from cbam_pl.training.weights_folder import is_weights_folder, read_folder
 
 _ANOTHER = "name another file with model.weights"
@@ -58,7 +58,7 @@ def load_weights(
     is_another = is_another and not (chosen and theirs and chosen == theirs.start)
     if is_another:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith(inside)}
-    heads, differing, classifier = {}, [], _last_linear(network)
+    heads, differing, classifier = {}, [], last_layer(network, (nn.Linear, nn.Conv2d))
     for name in [one for one in ours.keys() & saved.keys() if saved[one].shape != ours[one].shape]:
         there, here = tuple(saved.pop(name).shape), tuple(ours[name].shape)
         if there[1:] == here[1:] and name.rpartition(".")[0] == classifier:
@@ -172,17 +172,6 @@ def _other_start(network: nn.Module, saved: Mapping[str, Tensor]) -> str:
 def _few(names: Any, count: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _last_linear(network: nn.Module) -> str:
-    """Name of the last linear layer or convolution outside attention: the classifier."""
-    last, inside = "", list[str]()
-    for name, module in network.named_modules():
-        if is_attention(module):
-            inside.append(f"{name}.")
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(tuple(inside)):
-            last = name
-    return last
 
 
 def freeze_modules(network: nn.Module, patterns: Sequence[str]) -> list[str]:

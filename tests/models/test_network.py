@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from cbam_pl.attention import BAM, AttentionConfig, is_attention
+from cbam_pl.attention import BAM, CBAM, AttentionConfig, is_attention
 from cbam_pl.attention_parts import IdentityStart
 from cbam_pl.models import NetworkConfig, build_network, insert_attention, make_network
 from cbam_pl.models.network import check_trusted
@@ -69,6 +69,17 @@ class Wrapped(Classes):
         }[self.form]  # fmt: skip
 
 
+class Attending(Small):
+    """Attention of its own, declared after the classifier."""
+
+    def __init__(self, width: int = 8):
+        super().__init__(width)
+        self.gates = CBAM(width)
+
+    def forward(self, x):
+        return self.head(self.gates(self.conv(x)).mean((2, 3)))
+
+
 class Fails(nn.Module):
     def forward(self, x):
         raise RuntimeError("first line\nthe kernel is larger than the image")
@@ -98,7 +109,7 @@ def test_a_network_that_takes_the_number_of_classes_gets_it(name):
     assert made.network.conv.out_channels == 16
 
 
-@pytest.mark.parametrize("name", ["Small", "ignorant"])
+@pytest.mark.parametrize("name", ["Small", "ignorant", "Attending"])
 def test_else_its_last_linear_layer_is_replaced(name):
     made = own(name, 5, width=16)
     assert made.replaced == "head"
