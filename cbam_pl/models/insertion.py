@@ -125,6 +125,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        network.train(modes[network])  # which may undo what `eval` did, such as merging weights
         for module, training in modes.items():
             module.training = training
 

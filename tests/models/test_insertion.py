@@ -163,6 +163,24 @@ def test_attention_follows_the_networks_type_and_mode():
     assert not insert_attention(resnet(), "cbam", "layer2.0").layer2[0].attention.training
 
 
+class Merging(nn.Conv2d):
+    """A convolution that has other weights in evaluation mode, as LoRA's layers have."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_the_mode_is_restored_by_what_the_network_does_in_train_and_kept_for_each_module():
+    network = nn.Sequential(Merging(3, 8, 1), nn.BatchNorm2d(8))
+    network[1].eval()
+    insert_attention(network, "cbam", "1", IMAGES)
+    assert not network[0].merged
+    assert (network[0].training, network[1].training) == (True, False)
+
+
 def test_compiles_and_learns():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 16, 3), torchvision.models.resnet.BasicBlock(16, 16))
