@@ -313,8 +313,9 @@ class Classifier(LightningModule):
             self._compiled_size = getattr(self.trainer.train_dataloader, "batch_size", None) or 0
 
     def on_train_epoch_start(self) -> None:
-        """Note the epoch's learning rate."""
-        self.epoch_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        """Note the epoch's learning rate, without a factor."""
+        group = self.trainer.optimizers[0].param_groups[0]  # with a factor where patterns match all weights
+        self.epoch_lr = group["lr"] / group.get("lr_factor", 1.0)
         self.validated = self.epoch_ended = False
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -228,6 +228,13 @@ def test_rates_are_multiplied_by_module():
     assert optimizer.param_groups[0]["lr"] == 0.01  # the one that is logged
 
 
+def test_the_rate_without_factors_is_logged_where_patterns_match_all_weights(data, tmp_path):
+    optimizer = partial(torch.optim.SGD, lr=0.01)
+    model = Classifier(3, image_size=64, attention=NONE, lr_factors={"*": 0.5}, optimizer=optimizer)
+    fit(model, data, tmp_path)
+    assert model.trainer.callback_metrics["lr"] == 0.01
+
+
 @pytest.mark.parametrize("name", ["OneCycleLR", "CosineAnnealingLR"])
 def test_schedules_keep_the_factors(name, data, tmp_path):
     options = {"OneCycleLR": {"max_lr": 0.1, "total_steps": None}, "CosineAnnealingLR": {"T_max": 3}}[name]
