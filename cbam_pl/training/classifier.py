@@ -351,9 +351,7 @@ class Classifier(LightningModule):
         self.eval_metric.update(self._loss(logits, labels), logits, labels)
         return logits
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Images (B, 3, H, W) and labels (B,) → logits (B, num_classes), for callbacks."""
-        return self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) → probabilities (B, num_classes)."""

@@ -50,25 +50,13 @@ class StepLosses(Callback):
             if len(self._pending) >= self.FETCH_EVERY:
                 self._fetch(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch the epoch's last losses before the validation, whose time is not theirs."""
-        self._fetch(trainer, pl_module)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where the validation loss is not finite."""
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn == "fit" and loss is not None and not math.isfinite(loss):
             raise not_finite(trainer, trainer.global_step)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch what is left where there was no validation."""
-        self._fetch(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Fetch: all steps up to a checkpoint are in the logs, since a resumed run logs only those after it."""
-        self._fetch(trainer, pl_module)
-
-    def _fetch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _fetch(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._pending:
             return
         steps, losses, sizes = zip(*self._pending, strict=True)
@@ -93,6 +81,9 @@ class StepLosses(Callback):
         metric = cast("Classifier", pl_module).train_metric  # of this process, since the epoch began
         self.figures["acc"] = float(metric.num_correct / metric.num_images)
         self._since = now
+
+    # Before a validation, whose time is not theirs, and a checkpoint, after which alone a resumed run logs steps.
+    on_validation_start = on_train_epoch_end = on_save_checkpoint = _fetch
 
 
 def not_finite(trainer: Trainer, step: int) -> UserError:
