@@ -446,8 +446,7 @@ def main() -> None:
         if not data and not given.tiny and (cifar / "cifar-10-batches-py").is_dir():
             data, real = ["--data.dataset", "cifar10", "--data.root", str(cifar)], True
         elif not data:
-            shapes_as_files(Path(folder) / "shapes")
-            data = ["--data.dataset", "folder", "--data.root", str(Path(folder) / "shapes"), "--data.val_size", "512"]
+            data = shapes_as_files(Path(folder) / "shapes")
         setup = Setup(given.device, given.tiny, Path(folder), data, real, compiled=False)
         names = [name for name in given.parts if name != "compiler" or not given.tiny]
         if not given.tiny and "compiler" not in names:

@@ -117,9 +117,7 @@ def main() -> None:
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shapes_as_files(root / "shapes")
-        recipe = ["--config", given.config, "--data.dataset", "folder", "--data.root", str(root / "shapes")]
-        recipe += ["--data.val_size", "512"]
+        recipe = ["--config", given.config, *shapes_as_files(root / "shapes")]
         measured: dict[int, list[dict[str, Any]]] = {count: [] for count in given.processes}
         for _ in range(given.rounds):
             for count in given.processes:

@@ -46,9 +46,8 @@ def main() -> None:
     python = sys.executable
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shapes_as_files(root / "shapes")
-        first_step = ["fit", "--config", given.config, "--data.dataset", "folder", "--data.root", str(root / "shapes"),
-                      "--data.val_size", "512", "--trainer.default_root_dir", str(root),
+        data = shapes_as_files(root / "shapes")
+        first_step = ["fit", "--config", given.config, *data, "--trainer.default_root_dir", str(root),
                       "--trainer.accelerator", "gpu" if given.device == "cuda" else "cpu",
                       "--trainer.callbacks+", "benchmarks.startup.StopAfterFirstStep"]  # fmt: skip
         commands = {

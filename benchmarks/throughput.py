@@ -25,8 +25,8 @@ _LARGE_BATCH = 512
 _NUM_TRAIN, _NUM_TEST = 5_120, 512  # a tenth is held out; batches of 64 and of 512 divide the rest
 
 
-def shapes_as_files(root: Path) -> None:
-    """Write generated shapes as PNG files, the way a user's own images come."""
+def shapes_as_files(root: Path) -> list[str]:
+    """Write generated shapes as PNG files, as a user's own images come. Returns the options of `fit` that read them."""
     source = load_shapes(0, _NUM_TRAIN, _NUM_TEST)
     for split, images in (("train", source.train), ("test", source.test)):
         for name in source.classes:
@@ -34,6 +34,7 @@ def shapes_as_files(root: Path) -> None:
         for index, label in enumerate(images.labels.tolist()):
             write_png(images.pixels[index], str(root / split / source.classes[label] / f"{index}.png"))
     load_folder(str(root))  # decodes once, so that the children find the cache
+    return ["--data.dataset", "folder", "--data.root", str(root), "--data.val_size", str(_NUM_TRAIN // 10)]
 
 
 def _groups(options: list[str], root: Path) -> list[dict[str, tuple[Callable[..., None], dict[str, Any]]]]:
@@ -109,9 +110,7 @@ def main() -> None:
         root = Path(folder)
         data = "as given"
         if not any(option.startswith("--data.root") for option in recipe_options):
-            shapes_as_files(root / "shapes")
-            recipe_options += ["--data.dataset", "folder", "--data.root", str(root / "shapes")]
-            recipe_options += ["--data.val_size", str(_NUM_TRAIN // 10)]
+            recipe_options += shapes_as_files(root / "shapes")
             data = f"{_NUM_TRAIN:,} generated shapes, as PNG files"
         header = machine(given.device, given.threads) | {"recipe": given.config, "data": data}
         config = shutil.copy(given.config, root)  # the runs of a recipe of this name go below `root`
