@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,10 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from cbam_pl.environment import commit, processor_name
+from cbam_pl.tables import print_table
 from cbam_pl.timing import peak_memory, reset_peak_memory, synchronise
 
 REPOSITORY = Path(__file__).parents[1]
@@ -267,30 +266,18 @@ def parser(purpose: str, rounds: int, seconds: float) -> argparse.ArgumentParser
     return options
 
 
-def report(header: dict[str, str], tables: Iterable[Table], json_path: str | None) -> None:
+def report(header: dict[str, str], tables: Sequence[Table], json_path: str | None) -> None:
     """Print the machine and the tables, and write both as JSON where a path is given."""
-    # On a terminal as wide as it is; elsewhere no figure is cut off.
-    console = Console(width=None if Console().is_terminal else 150)
     for name, value in header.items():
-        console.print(f"{name:<12} {value}", highlight=False)
-    tables = list(tables)
+        print(f"{name:<12} {value}")
     for table in tables:
-        rich_table = RichTable(title=table.title, title_justify="left")
-        for index, name in enumerate(table.columns):
-            rich_table.add_column(name, justify="right" if index else "left")
-        for row in table.rows:
-            rich_table.add_row(*(value.text() if isinstance(value, Spread) else str(value) for value in row))
-        console.print(rich_table)
+        print(table.title)
+        texts = ([one.text() if isinstance(one, Spread) else str(one) for one in row] for row in table.rows)
+        print_table(table.columns, texts)
     if json_path:
         plain = [
-            {
-                "title": table.title,
-                "rows": [dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows],
-            }
-            for table in tables
+            {"title": one.title, "rows": [dict(zip(one.columns, row, strict=True)) for row in one.rows]}
+            for one in tables
         ]
-        Path(json_path).write_text(json.dumps({"machine": header, "tables": plain}, indent=2, ensure_ascii=False))
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if isinstance(value, Spread) else value
+        text = json.dumps({"machine": header, "tables": plain}, indent=2, ensure_ascii=False, default=asdict)
+        Path(json_path).write_text(text)
