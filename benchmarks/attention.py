@@ -10,7 +10,6 @@ output once, a backward pass read input and gradient and write one gradient.
 """
 
 import argparse
-import contextlib
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -152,9 +151,8 @@ def training_steps(clock: RoundClock, arch: Any, kind: AttentionKind, mode: str,
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)  # as in the recipes
     images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch_size,), device=device)
-    bfloat16 = dtype == "bfloat16"
     while True:
-        with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = F.cross_entropy(run(images), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -150,7 +150,7 @@ def _train(clock: RoundClock, model: Classifier, batches: Iterator[tuple[Tensor,
         full_size = full_size or len(labels)
         if len(labels) < full_size:
             continue  # an epoch's last, smaller batch would be compiled anew
-        with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = network(images.to(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
