@@ -21,6 +21,7 @@ from benchmarks.throughput import shapes_as_files
 from cbam_pl.timing import synchronise
 
 _GPUS = (8, 64, 512)
+_WARM_UP = 5  # steps
 
 
 class Rate(Callback):
@@ -29,13 +30,11 @@ class Rate(Callback):
     Args:
         path: the JSON file to write: seconds per step, images per step of one process, parameters.
         seconds: to measure for.
-        warm_up: steps before.
     """
 
-    def __init__(self, path: str, seconds: float, warm_up: int = 5) -> None:
+    def __init__(self, path: str, seconds: float) -> None:
         self.path = Path(path)
         self.seconds = seconds
-        self.warm_up = warm_up
         self._steps = 0
         self._started = 0.0
 
@@ -44,10 +43,10 @@ class Rate(Callback):
     ) -> None:
         """Count the step; all processes end together, each by itself."""
         self._steps += 1
-        if self._steps == self.warm_up:
+        if self._steps == _WARM_UP:
             synchronise(pl_module.device)
             self._started = time.perf_counter()
-        if self._steps <= self.warm_up:
+        if self._steps <= _WARM_UP:
             return
         elapsed = time.perf_counter() - self._started
         # One process's clock decides for all; a step more would leave the others waiting for its gradients.
@@ -56,7 +55,7 @@ class Rate(Callback):
         synchronise(pl_module.device)
         if trainer.is_global_zero:
             figures = {
-                "step": (time.perf_counter() - self._started) / (self._steps - self.warm_up),
+                "step": (time.perf_counter() - self._started) / (self._steps - _WARM_UP),
                 "images": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
                 "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             }
