@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -60,18 +60,16 @@ class NetworkConfig:
         return NetworkConfig(self.class_path, arguments)
 
 
-class OwnNetwork(NamedTuple):
-    """A network that was made, and the name of the last linear layer if it was replaced, else empty."""
-
-    network: nn.Module
-    replaced: str
-
-
-def make_network(config: NetworkConfig, num_classes: int, attention: AttentionConfig, image_size: int) -> OwnNetwork:
+def make_network(
+    config: NetworkConfig, num_classes: int, attention: AttentionConfig, image_size: int
+) -> tuple[nn.Module, str]:
     """Make a network for (B, 3, image_size, image_size), with attention where its `where` says.
 
     `num_classes` is passed where the class or function takes it; else the last linear layer is replaced. Outputs that
     are no tensor, but have `logits`, are replaced by these.
+
+    Returns:
+        The network, and the name of the layer that was replaced, or an empty text.
 
     Raises:
         ValueError: the path is not one of a network, it fails, or it gives other than (B, num_classes).
@@ -98,7 +96,7 @@ def make_network(config: NetworkConfig, num_classes: int, attention: AttentionCo
                 f"attention follows; these give (C, H, W): {_summary(map_shapes(network, example))}"
             )
         insert_attention(network, replace(attention, where=None), attention.where, example)
-    return OwnNetwork(network, replaced)
+    return network, replaced
 
 
 def check_rebuilt(
@@ -116,7 +114,7 @@ def check_rebuilt(
         return  # only its parameters are counted
     try:
         example = torch.linspace(0, 1, 3 * image_size**2).view(1, 3, image_size, image_size)
-        again = make_network(config.without_weights(), num_classes, attention, image_size).network
+        again, _ = make_network(config.without_weights(), num_classes, attention, image_size)
         again.load_state_dict(network.state_dict())
         is_same = torch.equal(_run(again, example, called), _run(network, example, called))
     except (RuntimeError, ValueError):

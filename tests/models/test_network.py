@@ -104,24 +104,24 @@ def own(name, num_classes=3, attention=NONE, **arguments):
 
 @pytest.mark.parametrize("name", ["Classes", "passes_on"])
 def test_a_network_that_takes_the_number_of_classes_gets_it(name):
-    made = own(name, 5, width=16)
-    assert (made.network.head.out_features, made.network.head.bias, made.replaced) == (5, None, "")
-    assert made.network.conv.out_channels == 16
+    network, replaced = own(name, 5, width=16)
+    assert (network.head.out_features, network.head.bias, replaced) == (5, None, "")
+    assert network.conv.out_channels == 16
 
 
 @pytest.mark.parametrize("name", ["Small", "ignorant", "Attending"])
 def test_else_its_last_linear_layer_is_replaced(name):
-    made = own(name, 5, width=16)
-    assert made.replaced == "head"
-    assert (made.network.head.in_features, made.network.head.out_features) == (16, 5)
-    assert own(name, 10).replaced == ""
+    network, replaced = own(name, 5, width=16)
+    assert replaced == "head"
+    assert (network.head.in_features, network.head.out_features) == (16, 5)
+    assert own(name, 10)[1] == ""
 
 
 def test_torchvisions_weights_come_with_their_own_classes():
     path = f"{__name__}.weighted"
-    made = make_network(NetworkConfig(path, {"weights": "DEFAULT"}), 5, NONE, 32)
-    assert (made.replaced, made.network.fc.out_features) == ("fc", 5)
-    assert made.network.conv1.weight.eq(0.5).all()
+    network, replaced = make_network(NetworkConfig(path, {"weights": "DEFAULT"}), 5, NONE, 32)
+    assert (replaced, network.fc.out_features) == ("fc", 5)
+    assert network.conv1.weight.eq(0.5).all()
 
 
 def weighted(*, weights=None, **options):  # as torchvision's functions, which reject another number with weights
@@ -134,7 +134,7 @@ def weighted(*, weights=None, **options):  # as torchvision's functions, which r
 @pytest.mark.parametrize("form", ["dataclass", "dict", "tuple"])
 def test_logits_are_taken_out_of_what_holds_them(form):
     torch.manual_seed(0)
-    network = own("Wrapped", form=form).network.eval()
+    network = own("Wrapped", form=form)[0].eval()
     assert torch.equal(network(IMAGES), Classes.forward(network, IMAGES))
     assert torch.equal(copy.deepcopy(network)(IMAGES), network(IMAGES))
 

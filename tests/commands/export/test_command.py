@@ -313,7 +313,7 @@ def test_every_block_with_every_attention(arch, attention, tmp_path):
 def test_networks_of_libraries(path, arguments, where, tmp_path):
     torch.manual_seed(0)
     attention = AttentionConfig("cbam", where=where, start="identity")
-    network = spread(make_network(NetworkConfig(path, arguments), 5, attention, 64).network)
+    network = spread(make_network(NetworkConfig(path, arguments), 5, attention, 64)[0])
     assert_files_agree(network, 64, tmp_path)
 
 
