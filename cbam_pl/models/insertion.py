@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -272,7 +273,7 @@ def insert_attention(
             _declared_channels(name, module) if example is None else _seen_channels(name, module, runs.get(name, []))
         )
         attention = config.build(channels).train(module.training)
-        for parameter in [*module.parameters(), *network.parameters()][:1]:
+        if (parameter := next(chain(module.parameters(), network.parameters()), None)) is not None:
             attention.to(parameter.device, parameter.dtype)
         attention.register_forward_pre_hook(partial(_check_input, channels, type(module).__name__))
         attention.is_inserted = True  # type: ignore[assignment]
