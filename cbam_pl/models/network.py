@@ -230,7 +230,7 @@ def _replace_last_linear(network: nn.Module, num_classes: int, called: str) -> s
         raise ValueError(
             f"{called} takes no num_classes and has no linear layer to replace; give it an argument num_classes"
         )
-    last = network.get_submodule(name)
+    last: Any = network.get_submodule(name)
     network.set_submodule(name, nn.Linear(last.in_features, num_classes, last.bias is not None))
     return name
 

@@ -56,7 +56,11 @@ class StepLosses(Callback):
         if trainer.state.fn == "fit" and loss is not None and not math.isfinite(loss):
             raise not_finite(trainer, trainer.global_step)
 
-    def _fetch(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Fetch: all steps up to a checkpoint are in the logs, since a resumed run logs only those after it."""
+        self._fetch(trainer, pl_module)
+
+    def _fetch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._pending:
             return
         steps, losses, sizes = zip(*self._pending, strict=True)
@@ -82,8 +86,8 @@ class StepLosses(Callback):
         self.figures["acc"] = float(metric.num_correct / metric.num_images)
         self._since = now
 
-    # Before a validation, whose time is not theirs, and a checkpoint, after which alone a resumed run logs steps.
-    on_validation_start = on_train_epoch_end = on_save_checkpoint = _fetch
+    on_validation_start = _fetch  # the epoch's last losses, before the validation, whose time is not theirs
+    on_train_epoch_end = _fetch  # what is left where there was no validation
 
 
 def not_finite(trainer: Trainer, step: int) -> UserError:
