@@ -39,7 +39,7 @@ from cbam_pl.training.optimization import (
     with_factors,
     zero_fused_momentum,
 )
-from cbam_pl.training.state import TrainingState
+from cbam_pl.training.state import TrainingState, check_data
 
 # Callbacks of Lightning whose checkpoints are not of the weights that were validated, and what to do instead.
 _CHANGING_WEIGHTS = {
@@ -284,8 +284,13 @@ class Classifier(LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note of which epoch the weights are."""
+        """Note of which epoch the weights are, and compare the data; the data module is restored only after it."""
         self.tested_epoch = checkpoint.get("epoch", -1) + 1  # a file of weights alone has none
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # there is none in load_from_checkpoint
+            return
+        check_data(trainer, checkpoint)
 
     def on_train_start(self) -> None:
         """Prepare the network, and choose what of it is compiled."""

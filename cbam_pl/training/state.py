@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, tensor
 from torch.optim import Optimizer
 
+from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
 from cbam_pl.environment import describe_environment
 from cbam_pl.errors import UserError
 from cbam_pl.training.schema import FORMAT, completed_epochs, upgrade
@@ -156,6 +158,25 @@ def _check_optimization(classifier: "Classifier", saved: Mapping[str, Any]) -> N
         raise UserError(
             f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to Classifier or "
             "load_from_checkpoint"
+        )
+
+
+def check_data(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Reject a resume with other data than the checkpoint's; warn of a validation on images that it was trained on."""
+    data, saved = trainer.datamodule, checkpoint.get("datamodule_hyper_parameters", {})  # type: ignore[attr-defined]
+    if not isinstance(data, ImageDataModule):
+        return
+    if trainer.training and (changed := changed_settings("data.", data.hparams, saved)):
+        raise UserError(
+            f"the checkpoint was trained with other settings: {'; '.join(changed)}; give the same to ImageDataModule, "
+            "or use ImageDataModule.load_from_checkpoint"
+        )
+    # The images of a folder are known one by one, and compared by the data module itself.
+    if trainer.validating and data.dataset != "folder" and may_have_seen(saved, data):
+        rank_zero_warn(
+            f"the checkpoint was trained with seed={saved.get('seed')} and data.val_size={saved.get('val_size')}: it "
+            "may have seen images that are held out for validation here, so that val/loss and val/acc are too good; "
+            "use ImageDataModule.load_from_checkpoint"
         )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbam_pl import AttentionConfig, Classifier, ImageDataModule
+from cbam_pl.data.shapes import load_shapes
 from cbam_pl.errors import UserError
 from tests.helpers import REPOSITORY, assert_equal, scalars
 
@@ -238,3 +239,32 @@ def test_where_it_was_trained_is_kept_without_a_step_and_is_not_another_networks
     again.fit(*parts(image_folder))
     again.save_checkpoint(tmp_path / "another.ckpt")
     assert environments("another.ckpt") == environments("first.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:.*callbacks used to create the checkpoint")
+def test_a_resume_with_other_data_is_rejected(image_folder, tmp_path):
+    model, data = parts(image_folder)
+    saved = ModelCheckpoint(tmp_path / "saved")
+    trainer(tmp_path, "a", saved, max_epochs=1).fit(model, data)
+    best = saved.best_model_path
+    for changed in ({"seed": 1}, {"val_size": 12}, {"batch_size": 8}, {"augmentation": "none"}):
+        other = ImageDataModule("folder", str(image_folder), **{"batch_size": 16, "val_size": 9} | changed)
+        (name,) = changed
+        with pytest.raises(UserError, match=rf"other settings: data\.{name} \(.* now\); give the same to ImageDataM"):
+            trainer(tmp_path, "b", max_epochs=2).fit(parts(image_folder)[0], other, ckpt_path=best)
+    data = ImageDataModule.load_from_checkpoint(best)
+    trainer(tmp_path, "b", max_epochs=2).fit(parts(image_folder)[0], data, ckpt_path=best)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:.*callbacks used to create the checkpoint")
+def test_a_validation_of_another_split_warns(tmp_path, monkeypatch):
+    few = load_shapes(0, num_train=40, num_test=10, image_size=8)
+    monkeypatch.setattr("cbam_pl.data.datamodule.load_shapes", lambda *_, **__: few)
+    model, kept = Classifier(10, image_size=8), {"image_size": 8, "val_size": 10, "batch_size": 40}
+    one = trainer(tmp_path, "a", max_epochs=1)
+    one.fit(model, ImageDataModule("shapes", **kept))
+    one.save_checkpoint(tmp_path / "one.ckpt")
+    for changed in ({}, {"seed": 1}, {"val_size": 20}):
+        data = ImageDataModule("shapes", **kept | changed)
+        with pytest.warns(UserWarning, match="may have seen images that are held") if changed else nullcontext():
+            trainer(tmp_path, "b").validate(model, data, tmp_path / "one.ckpt", verbose=False)
