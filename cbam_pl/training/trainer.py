@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -157,9 +158,21 @@ def _trainer(
     options["plugins"] = [*listed(options["plugins"]), AtomicCheckpointIO()]
     try:
         with as_user_error():
+            if SLURMEnvironment.detect():
+                _keep_out_slurms_requeueing(options)
             return Trainer(**options)
     except (ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"the trainer's settings conflict with each other or with this machine: {error}") from error
+
+
+def _keep_out_slurms_requeueing(options: dict[str, Any]) -> None:
+    """Lightning's own way on SLURM: at SIGUSR1 it saves hpc_ckpt_N.ckpt, from which all later commands would start."""
+    if found := sorted(Path(options["default_root_dir"]).glob("hpc_ckpt_*")):
+        raise UserError(f"{found[0]} would be loaded by Lightning on SLURM, whatever you name; move or remove it")
+    environments = [one for one in options["plugins"] if isinstance(one, ClusterEnvironment)]
+    environments += listed(getattr(options["strategy"], "cluster_environment", None))
+    if not environments and not TorchElasticEnvironment.detect():  # which Lightning prefers
+        options["plugins"].append(SLURMEnvironment(auto_requeue=False))
 
 
 def _users_callbacks(settings: Namespace) -> list[Callback]:

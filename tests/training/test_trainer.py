@@ -3,13 +3,15 @@
 import errno
 import os
 import re
+import signal
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.errors import UserError
 from cbam_pl.training.run import new_run
 from cbam_pl.training.trainer import running
-from tests.helpers import fit, one_line
+from tests.helpers import callbacks, fit, one_line
 
 EARLY = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor")
 STALE = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "train/loss")
@@ -83,6 +85,24 @@ def test_what_is_logged_can_be_monitored(monitor, command, recipe, tmp_path):
     outcome = command(*fit(recipe, tmp_path, *words))
     assert outcome.status == 0, outcome.err
     assert list((tmp_path / "own").glob("*.ckpt"))
+
+
+class Handler(Callback):
+    """Notes what is done at SIGUSR1 before the training's own handler."""
+
+    def on_fit_start(self, trainer, pl_module):
+        Handler.found = signal.getsignal(signal.SIGUSR1)
+
+
+def test_on_slurm_lightning_neither_requeues_nor_loads_what_it_left(command, recipe, tmp_path, monkeypatch):
+    for name, value in {"NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_NAME": "train", "JOB_ID": 1, "PROCID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    dry_run = fit(recipe, tmp_path, "--trainer.fast_dev_run", "true", *callbacks(Handler))
+    outcome = command(*dry_run)
+    assert outcome.status == 0, outcome.err
+    assert Handler.found == signal.SIG_DFL
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    assert f"error: {tmp_path}/hpc_ckpt_1.ckpt would be loaded by Lightning" in one_line(command(*dry_run))
 
 
 @pytest.mark.parametrize(
