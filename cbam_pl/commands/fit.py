@@ -41,7 +41,8 @@ def fit(options: list[str]) -> None:
     """Train, from nothing or from a checkpoint, as the words of the command line after `fit` say."""
     parser = command_parser("fit")
     settings = parse_with_recipes(parser, options)
-    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # also before Lightning starts the others
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]  # also before Lightning starts the others
+    is_first = rank == 0
     with as_user_error():
         values = parser.instantiate(settings)
 
@@ -75,6 +76,7 @@ def fit(options: list[str]) -> None:
     with run.lock() if run is not None and is_first else nullcontext():
         callbacks = [begin, NetworkMonitor(settings.pictures_every)]
         trainer = training_trainer(values.trainer, run, checkpoint, settings.checkpoint_minutes, callbacks)
+        _check_processes(rank, trainer)
         if path is not None and checkpoint is not None and (reason := finished(path, checkpoint, trainer, model)):
             return print(f"nothing left to do: {path} {reason}") if is_first else None
         if is_first:
@@ -113,6 +115,15 @@ def _begin(run: Run | None, config: str, resumed: dict[str, Any] | None, trainer
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.drop_events_after_checkpoint()
+
+
+def _check_processes(rank: int, trainer: Trainer) -> None:
+    """Reject a process that is not the first of several but would train alone, without a run's folder of its own."""
+    if rank and trainer.world_size == 1:
+        raise UserError(
+            f"this is process {rank} of several, but trainer.devices × trainer.num_nodes is 1; give --trainer.devices "
+            "and --trainer.strategy ddp, or unset RANK, LOCAL_RANK and SLURM_PROCID for independent trainings"
+        )
 
 
 def _check_last_batch(trainer: Trainer, model: Classifier, data: ImageDataModule) -> None:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from tests.helpers import Break, callbacks, checkpoint, fit, one_line, scalars
 
@@ -94,3 +95,10 @@ def test_a_dry_run_writes_nothing(command, recipe, tmp_path):
 def test_a_dry_run_does_not_resume(trained, command, recipe):
     error = one_line(command(*fit(recipe, trained[0], "--trainer.fast_dev_run", "true", "--ckpt_path", "last")))
     assert error == "error: trainer.fast_dev_run tries a new training; leave it out, or --ckpt_path"
+
+
+def test_a_process_of_several_does_not_train_alone(command, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 3)  # as RANK, LOCAL_RANK or SLURM_PROCID have it
+    error = one_line(command(*fit(recipe, tmp_path)))
+    assert error.startswith("error: this is process 3 of several, but trainer.devices × trainer.num_nodes is 1; give ")
+    assert not list(tmp_path.iterdir())
