@@ -1,6 +1,7 @@
 """The LightningDataModule: a data source, its validation split and normalisation, and batches for every stage."""
 
 import hashlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -75,6 +76,14 @@ def stratified_split(labels: Tensor, val_size: int, seed: int, classes: Sequence
         members = (labels == label).nonzero()[:, 0]
         held_out[members[torch.randperm(len(members), generator=generator)[:num]]] = True
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An argument as Python's own int, since a checkpoint with NumPy's could not be read again."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name}={value} must be a whole number") from error
 
 
 def in_proportion(settings: Mapping[str, Any]) -> bool:
@@ -168,6 +177,12 @@ class ImageDataModule(LightningDataModule):
         if dataset not in get_args(Dataset):
             raise ValueError(f"dataset={dataset!r} is unknown; use one of {', '.join(get_args(Dataset))}")
         num_draws(augmentation)  # rejects an unknown name
+        batch_size, image_size = whole_number("batch_size", batch_size), whole_number("image_size", image_size)
+        val_size, seed = (
+            val_size if val_size is None else whole_number("val_size", val_size),
+            whole_number("seed", seed),
+        )
+        crop_scale = crop_scale if crop_scale is None else float(crop_scale)
         if not 1 <= batch_size <= _MAX_BATCH_SIZE:
             raise ValueError(f"batch_size={batch_size} must be at least 1 and at most {_MAX_BATCH_SIZE:,}")
         if val_size is not None and val_size < 0:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cbam_pl.attention import AttentionConfig
-from cbam_pl.data.datamodule import ImageDataModule, may_have_seen
+from cbam_pl.data.datamodule import ImageDataModule, may_have_seen, whole_number
 from cbam_pl.environment import missing_to_compile
 from cbam_pl.errors import UserError
 from cbam_pl.models import Architecture, NetworkConfig, Stem, build_network, make_network
@@ -36,6 +36,7 @@ from cbam_pl.training.optimization import (
     check_optimizer,
     check_schedule,
     describe_factory,
+    plain_numbers,
     with_factors,
     zero_fused_momentum,
 )
@@ -110,6 +111,9 @@ class Classifier(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        num_classes, image_size = whole_number("num_classes", num_classes), whole_number("image_size", image_size)
+        dropout, width = dropout if dropout is None else float(dropout), float(width)
+        label_smoothing, seed = float(label_smoothing), whole_number("seed", seed)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
         if isinstance(attention, dict):  # as load_from_checkpoint gives it, and below
@@ -402,6 +406,7 @@ class Classifier(LightningModule):
             optimizer = self.optimizer(self.parameter_groups())
             check_optimizer(optimizer)
             for group in optimizer.param_groups:
+                group |= plain_numbers({name: value for name, value in group.items() if name != "params"})
                 group["lr"] *= group.get("lr_factor", 1.0)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"model.optimizer: {error}") from error
@@ -436,6 +441,8 @@ class Classifier(LightningModule):
 
     def _make_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
         make: Any = self.lr_scheduler
+        if isinstance(make, partial):
+            make = partial(make.func, *make.args, **plain_numbers(make.keywords))
         try:
             if self.schedule_spans_training:
                 make = partial(make, total_steps=self._training_steps())

@@ -7,6 +7,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
@@ -24,7 +25,8 @@ def describe_factory(name: str, factory: Callable[..., Any] | None) -> dict[str,
     with suppress(TypeError, ValueError):  # None, or what has no signature
         known = signature(made).parameters.values()  # type: ignore[arg-type]
         options = {one.name: one.default for one in known if one.default is not one.empty} | options
-    return {name: getattr(made, "__name__", None)} | {f"{name}.{key}": _as_plain(one) for key, one in options.items()}
+    described = {f"{name}.{key}": _as_plain(one) for key, one in plain_numbers(options).items()}
+    return {name: getattr(made, "__name__", None)} | described
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -98,6 +100,15 @@ def check_factors(optimizer: torch.optim.Optimizer) -> None:
     starts = [group.get("initial_lr", group["lr"]) / group["lr_factor"] for group in optimizer.param_groups]
     if not all(math.isclose(start, starts[0]) for start in starts):
         raise ValueError("made by a function, it does not keep model.lr_factors; name a class")
+
+
+def plain_numbers(value: Any) -> Any:
+    """A setting with Python's own numbers, also inside it, since a checkpoint with NumPy's could not be read again."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain_numbers, value))
+    if isinstance(value, dict):
+        return {key: plain_numbers(one) for key, one in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _as_plain(value: Any) -> Any:

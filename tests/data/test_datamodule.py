@@ -193,6 +193,7 @@ def test_a_checkpoint_brings_its_normalisation_and_rejects_other_classes(image_f
         ({"augmentation": "wild"}, "augmentation='wild' is unknown"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"val_size": -1}, "val_size=-1 must be at least 0"),
+        ({"val_size": 0.1}, "val_size=0.1 must be a whole number"),
         ({"dataset": "shapes", "image_size": 4}, "image_size=4 must be at least 8"),
         ({"image_size": 64}, "image_size=64 does not fit"),
         ({"crop_scale": 0.5}, "crop_scale=0.5 needs augmentation=resized_crop, not basic"),

@@ -6,6 +6,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer, seed_everything
@@ -268,3 +269,18 @@ def test_a_validation_of_another_split_warns(tmp_path, monkeypatch):
         data = ImageDataModule("shapes", **kept | changed)
         with pytest.warns(UserWarning, match="may have seen images that are held") if changed else nullcontext():
             trainer(tmp_path, "b").validate(model, data, tmp_path / "one.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize("makes", [partial, lambda make, **given: lambda first: make(first, **given)])
+def test_numpys_numbers_are_saved_as_pythons(makes, image_folder, tmp_path):
+    one, half = np.int64(1), np.float64(0.5)
+    adam = makes(torch.optim.Adam, lr=half, betas=(half, 0.9))
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=half, total_steps=9)
+    given = {"dropout": half, "label_smoothing": half, "width": 3 * half, "image_size": 32 * one, "seed": one}
+    model = Classifier(3 * one, optimizer=adam, lr_scheduler=cycle, lr_interval="step", **given)
+    data = ImageDataModule("folder", str(image_folder), 16 * one, 9 * one, image_size=32 * one, seed=one)
+    fitted = trainer(tmp_path, "a", max_epochs=1)
+    fitted.fit(model, data)
+    fitted.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert saved["optimization"]["lr_scheduler.max_lr"] == saved["hyper_parameters"]["dropout"] == 0.5
