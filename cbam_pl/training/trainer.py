@@ -1,6 +1,7 @@
 """Lightning's Trainer with the run's logger, checkpoints and progress bar, and its errors in one line."""
 
 import errno
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,9 +24,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from cbam_pl.errors import LESS_MEMORY, UserError, as_user_error
+from cbam_pl.errors import LESS_MEMORY, Interrupted, UserError, as_user_error
 from cbam_pl.training.callbacks import (
     EvaluationInterrupt,
     InterruptCheckpoint,
@@ -200,6 +201,8 @@ def running(logs: Path | None = None, less_memory: str = LESS_MEMORY) -> Iterato
     try:
         with as_user_error(less_memory):
             yield
+    except SIGTERMException as error:  # a SystemExit without a status
+        raise Interrupted("stopped by SIGTERM", signal.SIGTERM) from error
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # at which Lightning ends the process with status 1
             raise KeyboardInterrupt from error

@@ -87,6 +87,20 @@ def test_what_is_logged_can_be_monitored(monitor, command, recipe, tmp_path):
     assert list((tmp_path / "own").glob("*.ckpt"))
 
 
+class EarlySignal(Callback):
+    """Sends SIGTERM in the validation before the first step, where Lightning's own handler notes it."""
+
+    def on_validation_batch_start(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_before_the_first_step_ends_the_command_with_its_status(command, recipe, tmp_path):
+    options = ["--trainer.num_sanity_val_steps", 2, "--data.batch_size", 2, *callbacks(EarlySignal)]
+    outcome = command(*fit(recipe, tmp_path, *options))
+    assert outcome.status == 143, outcome.err
+    assert not list(tmp_path.glob("*/*"))
+
+
 class Handler(Callback):
     """Notes what is done at SIGUSR1 before the training's own handler."""
 
