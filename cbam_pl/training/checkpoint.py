@@ -203,6 +203,10 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
         ("data", data.hparams, checkpoint["datamodule_hyper_parameters"]),
     )
     differing = [one for group, ours, saved in groups for one in changed_settings(f"{group}.", ours, saved)]
+    if model.weights is not None and "started_from" in checkpoint:
+        here, there = model.weights, checkpoint["started_from"]  # which may be gone by now
+        if Path(here).resolve() != Path(there).resolve():
+            differing.append(f"model.weights ({there or None} in the checkpoint, {here} now)")
     if differing:
         raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its settings")
 

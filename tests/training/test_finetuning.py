@@ -309,10 +309,21 @@ def test_a_resumed_run_keeps_what_is_frozen_and_its_rates(command, recipe, tmp_p
 def test_what_a_run_started_from_is_kept_over_resumes_and_on_its_card(command, recipe, trained, tmp_path):
     weights = trained[0] / "checkpoints" / RUN / "best.ckpt"
     words = ["fit", "--config", recipe, "--pictures_every", 0, "--trainer.default_root_dir", tmp_path]
-    for more in ((1, "--model.weights", weights), (2, "--ckpt_path", "last")):
+    resume = ("--ckpt_path", "last")
+    for more in (
+        (1, "--model.weights", weights),
+        (2, *resume),
+        (3, *resume, "--model.weights", os.path.relpath(weights)),
+    ):
         outcome = command(*words, "--trainer.max_epochs", *more)
         assert outcome.status == 0, outcome.err
         assert checkpoint(tmp_path)["started_from"] == str(weights)
+    error = one_line(
+        command(*words, *resume, "--trainer.max_epochs", 4, "--model.weights", weights.with_name("last.ckpt"))
+    )
+    assert (
+        f"model.weights ({weights} in the checkpoint, {weights.with_name('last.ckpt')} now); resume with its" in error
+    )
     assert checkpoint(trained[0])["started_from"] == ""
     last = tmp_path / "checkpoints" / RUN / "last.ckpt"
     for source, output in ((last, "one"), (tmp_path / "one", "two")):
