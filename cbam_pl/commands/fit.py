@@ -24,9 +24,9 @@ from cbam_pl.training.callbacks import RunCheckpoint
 from cbam_pl.training.checkpoint import (
     check_same_settings,
     find_checkpoint,
-    finished,
     network_name,
     read_checkpoint,
+    reason_to_stop,
     save_final_checkpoint,
 )
 from cbam_pl.training.classifier import Classifier
@@ -77,7 +77,7 @@ def fit(options: list[str]) -> None:
         callbacks = [begin, NetworkMonitor(settings.pictures_every)]
         trainer = training_trainer(values.trainer, run, checkpoint, settings.checkpoint_minutes, callbacks)
         _check_processes(rank, trainer)
-        if path is not None and checkpoint is not None and (reason := finished(path, checkpoint, trainer, model)):
+        if path is not None and checkpoint is not None and (reason := reason_to_stop(path, checkpoint, trainer, model)):
             return print(f"nothing left to do: {path} {reason}") if is_first else None
         if is_first:
             with as_user_error():

@@ -211,7 +211,7 @@ def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifie
         raise UserError(f"{path} was trained with other settings: {'; '.join(differing)}; resume with its settings")
 
 
-def finished(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> str:
+def reason_to_stop(path: Path, checkpoint: dict[str, Any], trainer: Trainer, model: Classifier) -> str:
     """Why there is nothing left to train, or empty; a UserError where what only `fit` restores is wrong."""
     try:
         check_resumable(checkpoint, trainer, model.parameter_groups())
