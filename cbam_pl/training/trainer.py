@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from jsonargparse import Namespace
@@ -198,9 +199,15 @@ def running(logs: Path | None = None, less_memory: str = LESS_MEMORY) -> Iterato
     """
     of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
     existed = logs is not None and logs.is_dir()
+    bug: ValueError | None = None
     try:
         with as_user_error(less_memory):
-            yield
+            try:
+                yield
+            except ValueError as error:
+                if _is_raised_by_a_library(error):
+                    raise
+                bug = error
     except SIGTERMException as error:  # a SystemExit without a status
         raise Interrupted("stopped by SIGTERM", signal.SIGTERM) from error
     except SystemExit as error:
@@ -218,3 +225,11 @@ def running(logs: Path | None = None, less_memory: str = LESS_MEMORY) -> Iterato
         if logs is None or error.errno not in of_the_disk:
             raise
         raise disk_error(Path(error.filename or logs), error) from error
+    if bug is not None:
+        raise bug
+
+
+def _is_raised_by_a_library(error: ValueError) -> bool:
+    """Whether this program, Lightning or torch raised it, not the user's own code, whose bugs keep their traceback."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("cbam_pl", "lightning", "torch")

@@ -6,6 +6,7 @@ import re
 import signal
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from cbam_pl.errors import UserError
@@ -134,6 +135,13 @@ def test_what_fails_for_the_machines_reasons_is_one_line(number, message, tmp_pa
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
-    for error in (OSError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("shapes cannot be multiplied")):
+    for error in (
+        OSError(errno.ENOENT, "No such file"),
+        KeyError("x"),
+        RuntimeError("shapes cannot be multiplied"),
+        ValueError("max() arg is an empty sequence"),
+    ):
         with pytest.raises(type(error)), running(new_run(tmp_path, "tiny").logs):
             raise error
+    with pytest.raises(UserError, match="Please ensure they have the same size"), running():
+        torch.nn.functional.binary_cross_entropy(torch.zeros(2), torch.zeros(3))
