@@ -93,7 +93,7 @@ def fit(options: list[str]) -> None:
             if interruption is None or not interruption.number:
                 _ensure_best(trainer, model, data, run)
     if is_first and run is not None:
-        _print_outcome(run, interruption, options, bool(trainer.checkpoint_callbacks))
+        _print_outcome(run, interruption, options, trainer)
     if interruption is not None and interruption.number:
         raise interruption
 
@@ -201,14 +201,15 @@ def _trained_parts(model: Classifier) -> list[str]:
     return lines
 
 
-def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str], is_saved: bool) -> None:
+def _print_outcome(run: Run, interruption: Interrupted | None, options: list[str], trainer: Trainer) -> None:
     """How to go on where the training was stopped; else the best epoch, its figures, and the command that tests it."""
-    if interruption is not None and not is_saved:
+    if interruption is not None and not trainer.checkpoint_callbacks:
         print(f"{interruption}; nothing is saved, since trainer.enable_checkpointing is false", file=sys.stderr)
     elif interruption is not None:
         again = [*split_option(options, "--ckpt_path")[1], "--ckpt_path", str(run.last)]
         print(f"{interruption}; the state is saved", file=sys.stderr)
-        print(f"resume: {PROGRAM} fit {shlex.join(again)}", file=sys.stderr)
+        more = " with a higher --trainer.max_steps" if 0 <= trainer.max_steps <= trainer.global_step else ""
+        print(f"resume{more}: {PROGRAM} fit {shlex.join(again)}", file=sys.stderr)
     if run.best.exists() and (interruption is None or not interruption.number):
         checkpoint = read_checkpoint(run.best)
         loss, acc = checkpoint["figures"]["val/loss"], checkpoint["figures"]["val/acc"]

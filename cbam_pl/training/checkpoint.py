@@ -219,8 +219,10 @@ def reason_to_stop(path: Path, checkpoint: dict[str, Any], trainer: Trainer, mod
         raise UserError(f"{path} {error}; {error.fix or 'resume from another checkpoint'}") from error
     epochs, steps = completed_epochs(checkpoint), checkpoint["global_step"]
     done = f"has completed {epochs} epochs and {steps} steps"
-    if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs or 0 <= trainer.max_steps <= steps:
-        return f"{done}; train further with --trainer.max_epochs"
+    limits = {"--trainer.max_epochs": (trainer.max_epochs, epochs), "--trainer.max_steps": (trainer.max_steps, steps)}
+    reached = [name for name, (limit, there) in limits.items() if limit is not None and 0 <= limit <= there]
+    if reached:
+        return f"{done}; train further with a higher {' and '.join(reached)}"
     if epochs < (trainer.min_epochs or 0) or steps < (trainer.min_steps or 0):
         return ""  # what asked to stop before had to wait
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

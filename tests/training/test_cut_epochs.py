@@ -153,6 +153,9 @@ def test_a_training_shorter_than_an_epoch_can_be_tested(command, recipe, tmp_pat
     outcome = command(*fit(recipe, tmp_path, "--trainer.max_steps", 2))
     assert outcome.status == 0, outcome.err
     assert "stopped by trainer.max_steps in epoch 1 after step 2; the state is saved" in outcome.err
+    assert "\nresume with a higher --trainer.max_steps: python train.py fit " in outcome.err
+    outcome = command(*fit(recipe, tmp_path, "--trainer.max_steps", 2, "--ckpt_path", "last"))
+    assert "0 epochs and 2 steps; train further with a higher --trainer.max_steps\n" in outcome.out
     assert not (tmp_path / "logs" / RUN / "metrics.csv").exists()
     best = checkpoint(tmp_path, "best")
     assert best["global_step"] == 2

@@ -287,7 +287,7 @@ def test_a_finished_run_says_that_nothing_is_left(epochs, trained, command, reci
                       "--trainer.max_epochs", epochs)  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert "nothing left to do: " in outcome.out
-    assert "has completed 2 epochs and 12 steps; train further with --trainer.max_epochs" in outcome.out
+    assert "has completed 2 epochs and 12 steps; train further with a higher --trainer.max_epochs" in outcome.out
     assert (trained[0] / "checkpoints" / RUN / "last.ckpt").stat().st_mtime_ns == before
 
 
