@@ -99,7 +99,8 @@ def evaluate(command: Literal["test", "validate"], options: list[str]) -> None:
     if trainer.is_global_zero:
         described, arrays = _describe(seen, data.classes, calibration)
         if logs is not None:
-            _write(one, logs, tested | described, arrays)
+            with running(logs):
+                _write(one, logs, tested | described, arrays)
             if logger in trainer.loggers:
                 _remove(one.earlier)  # testing again replaces the point
         _print(one, split, figures, described)

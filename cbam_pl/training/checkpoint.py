@@ -184,8 +184,7 @@ def save_final_checkpoint(trainer: Trainer, last: Path, best: Path) -> None:
     """
     checkpoint = torch.load(last, map_location="cpu", weights_only=True)
     checkpoint["figures"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    with atomic_write(best) as stream:
-        torch.save(checkpoint, stream)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, best)
 
 
 def check_same_settings(path: Path, checkpoint: dict[str, Any], model: Classifier, data: ImageDataModule) -> None:

@@ -1,5 +1,6 @@
 """`test` and `validate`: figures by hand, where they are written, and of how many images they are."""
 
+import errno
 import json
 import os
 import re
@@ -36,6 +37,16 @@ def test_a_signal_ends_a_test(number, trained, command, tmp_path):
         signal.signal(signal.SIGINT, handler)  # which Lightning ignores from then on
     assert outcome.status == 128 + number
     assert not (root / "logs/tiny/version_0/test.json").exists()
+
+
+def test_results_that_cannot_be_written_are_named(trained, command, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    monkeypatch.setattr(np, "savez_compressed", full)
+    error = one_line(command("test", "--trainer.default_root_dir", root))
+    assert error.startswith(f"error: cannot write {root}/logs/tiny/version_0 (No space left on device); "), error
 
 
 def test_test_measures_the_newest_best_and_logs_it_once_at_its_epoch(trained, command, tmp_path, image_folder):

@@ -5,16 +5,18 @@ import io
 import os
 import random
 import re
+import resource
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cbam_pl.attention import AttentionConfig
 from cbam_pl.errors import UserError
-from cbam_pl.training.checkpoint import load_classifier, read_checkpoint
+from cbam_pl.training.checkpoint import load_classifier, read_checkpoint, save_final_checkpoint
 from cbam_pl.training.classifier import Classifier
 from tests.helpers import RUN, assert_equal, checkpoint, one_line
 
@@ -335,6 +337,18 @@ def test_weights_that_are_not_finite_are_reported(original, command, image_folde
     outcome = command("predict", "--ckpt_path", path, "--images", image_folder / "test/red/0.png")
     assert_one_line(outcome, path, "gives probabilities that are not finite")
     assert not list(logs.iterdir())  # nothing is written of them
+
+
+def test_a_final_best_that_cannot_be_written_is_named(original, tmp_path):
+    last, best = (tmp_path / f"{name}.ckpt" for name in ("last", "best"))
+    torch.save(original, last)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write {best} \(File too large\)"):
+            save_final_checkpoint(SimpleNamespace(callback_metrics={}), last, best)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.slow
