@@ -568,7 +568,7 @@ def test_a_damaged_test_is_named(damage, compared, command, recipes, tmp_path):
 @pytest.mark.parametrize(
     ("report", "runs"),
     [
-        *(("notebooks", "notebooks"), ("notebooks-controls", "notebooks")),
+        *(("notebooks", "notebooks"), ("notebooks-controls", "notebooks"), ("resnet18-cifar100", "resnet18-cifar100")),
         *(("resnet20-cifar100", "resnet20-cifar100"), ("resnet20-cifar100-controls", "resnet20-cifar100")),
     ],
 )
