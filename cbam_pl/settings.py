@@ -5,8 +5,9 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from inspect import signature
+from inspect import Parameter, signature
 from itertools import zip_longest
+from pydoc import locate
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -180,21 +181,21 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
     """The settings that options give, over a recipe's nested ones; a mistake is a UserError with the nearest key."""
     names = setting_names(parser)
     recipe, options = _with_network(recipe or {}, options) if "model.network" in names else (recipe or {}, options)
-    given = [*_flatten(recipe, names)]
+    in_recipe, in_options = [*_flatten(recipe, names)], list[tuple[str, Any]]()
     for word, following in zip_longest(options, options[1:], fillvalue=""):
         key, equals, value = word.partition("=")
         if key.startswith("--"):
-            given.append((key[2:].removesuffix("+"), value if equals or following.startswith("--") else following))
-    for key, value in given:
+            in_options.append((key[2:].removesuffix("+"), value if equals or following.startswith("--") else following))
+    for key, value in (*in_recipe, *in_options):
         _check(key, value, names)
-    for place, word in enumerate(options):
-        if word.endswith(".help"):  # of a class, whose parser is given nothing but the class's name
-            options = options[place : place + 2]
-            break
+    if (place := next((i for i, word in enumerate(options) if word.endswith(".help")), None)) is not None:
+        options = options[place : place + 2]  # of a class, whose parser is given nothing but the class's name
     try:
         settings = parser.parse_args(options, namespace=parser.parse_object(dict(recipe)) if recipe else None)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_reason(error)) from error
+    for name in ("model.optimizer", "model.lr_scheduler"):
+        _restore_defaults(name, settings.get(name), _named(name, in_recipe), _named(name, in_options))
     for key, value in settings.items():
         if isinstance(value, (Seed, PositiveInt, NonNegativeInt, PositiveFloat, NonNegativeFloat)):
             settings[key] = value.real  # a plain number, as everything else that a checkpoint holds
@@ -204,6 +205,40 @@ def parse(parser: ArgumentParser, options: list[str], recipe: Mapping[str, Any] 
         if default is not None and "init_args" not in key and key in settings and settings[key] is None:
             raise UserError(f"{key}=null must have a value; leave it out for its default, {default}")
     return settings
+
+
+def _named(name: str, given: Iterable[tuple[str, Any]]) -> tuple[str, set[str]]:
+    """The class, without its module, that is given for a setting, or empty, and the arguments that are given for it."""
+    path, arguments = "", set[str]()
+    for key, value in given:
+        if key in (name, f"{name}.class_path"):
+            value = yaml.safe_load(value) if isinstance(value, str) else value
+            value = value if isinstance(value, Mapping) else {"class_path": value}
+            path = str(value.get("class_path") or path)
+            arguments |= {*(value.get("init_args") or ())}
+        elif key.startswith(f"{name}."):
+            arguments.add(key.removeprefix(f"{name}.").removeprefix("init_args.").partition(".")[0])
+    return path.rpartition(".")[2], arguments
+
+
+def _restore_defaults(
+    name: str, chosen: Any, in_recipe: tuple[str, set[str]], in_options: tuple[str, set[str]]
+) -> None:
+    """Give a class's arguments that nobody gave their defaults.
+
+    jsonargparse passes on what the class before it, the default or the recipe's, has too: AdamW had no weight decay.
+    """
+    if not isinstance(chosen, Namespace):  # none, or a function
+        return
+    given = in_options[1] | (in_recipe[1] if in_options[0] in ("", in_recipe[0]) else set())
+    made = locate(chosen.class_path)
+    parameters = signature(made).parameters if callable(made) else {}
+    for argument, value in vars(chosen.get("init_args") or Namespace()).items():
+        if argument in given or argument not in parameters or value == (default := parameters[argument].default):
+            continue
+        if default is Parameter.empty:
+            raise UserError(f"{name}: {chosen.class_path} needs {argument}; give it with --{name}.{argument}")
+        chosen.init_args[argument] = default
 
 
 def _reason(error: BaseException) -> str:

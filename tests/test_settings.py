@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import Namespace
 
 from cbam_pl.errors import UserError
+from cbam_pl.recipes import read_recipe
 from cbam_pl.settings import closest, command_parser, parse, parse_with_recipes
 from tests.helpers import REPOSITORY
 
@@ -246,6 +247,37 @@ def test_every_recipe_parses_and_its_header_names_itself(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"--config configs/{path.name}" in line for line in header)
     assert any(line.startswith("# Expect: ") and len(line) > 20 for line in header)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [
+        ("", ["--model.optimizer", "AdamW"], {"lr": 1e-3, "weight_decay": 0.01}),
+        ("", ["--model.optimizer", "Adadelta"], {"lr": 1.0}),
+        ("AdamW", [], {"weight_decay": 0.01}),
+        ("{class_path: torch.optim.AdamW, init_args: {lr: 2}}", [], {"lr": 2, "weight_decay": 0.01}),
+        ("{class_path: torch.optim.SGD, init_args: {lr: 2}}", ["--model.optimizer", "AdamW"], {"lr": 1e-3}),
+        ("{class_path: torch.optim.SGD, init_args: {lr: 2}}", ["--model.optimizer", "SGD"], {"lr": 2}),
+        ("SGD", ["--model.optimizer={class_path: AdamW, init_args: {lr: 2}}"], {"lr": 2, "weight_decay": 0.01}),
+        ("SGD", ["--model.optimizer.lr=2", "--model.optimizer=AdamW"], {"lr": 2, "weight_decay": 0.01}),
+    ],
+)
+def test_another_optimizer_has_its_own_defaults(recipe, options, expected, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {{optimizer: {recipe}}}" if recipe else "seed: 0")
+    settings = parse(command_parser("fit"), options, read_recipe(file))
+    assert {name: settings.model.optimizer.init_args[name] for name in expected} == expected
+
+
+def test_a_schedule_does_not_take_what_it_needs_from_the_one_before(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 3}}}")
+    recipe = read_recipe(file)
+    message = "^model.lr_scheduler: torch.optim.lr_scheduler.ExponentialLR needs gamma; give it with --"
+    with pytest.raises(UserError, match=message):
+        parse(command_parser("fit"), ["--model.lr_scheduler", "ExponentialLR"], recipe)
+    options = ["--model.lr_scheduler", "ExponentialLR", "--model.lr_scheduler.gamma", "0.9"]
+    assert parse(command_parser("fit"), options, recipe).model.lr_scheduler.init_args.gamma == 0.9
 
 
 RESNET18 = {"class_path": "torchvision.models.resnet18"}
