@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cbam_pl.attention import BAM
 from cbam_pl.attention_parts import IdentityStart
+from cbam_pl.errors import is_out_of_memory
 from cbam_pl.models.cnn import CNN
 from cbam_pl.models.insertion import evaluating, map_shapes
 from cbam_pl.models.resnet import ResidualBlock, ResNet
@@ -200,7 +201,9 @@ def gates_of(block: str, module: nn.Module, arguments: tuple[Any, ...]) -> Mappi
     expected = "gates(x) must give channel, spatial or joint → a tensor that multiplies x (B, C, H, W)"
     try:
         gates = unwrap(module).gates(*arguments[:1])  # type: ignore[operator]
-    except TypeError as error:
+    except Exception as error:  # whatever a method of the user's may raise that has the name by chance
+        if is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]  # torch's own go on with the signatures that it knows
         raise ValueError(f"the attention of {block} has gates of another form ({reason}); {expected}") from error
     is_mapping = isinstance(gates, Mapping) and gates and gates.keys() <= {"channel", "spatial", "joint"}

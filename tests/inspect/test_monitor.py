@@ -241,6 +241,15 @@ class Experts(Shares):
     def forward(self, x):
         return self.head(self.attention(self.conv(x)).mean((2, 3)))
 
+class Router(nn.Conv2d):
+    def gates(self, pooled):
+        return self(pooled[..., None, None]).softmax(1)
+
+class Routed(Experts):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.attention = Router(8, 8, 1)
+
 class Flat(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
@@ -256,6 +265,7 @@ class Flat(nn.Module):
     [
         ("Shares", "^no (statistics of the gates|pictures/.*) in TensorBoard: the attention of CBAM runs twice", 2),
         ("Experts", "^no (statistics of the gates|pictures/.*) in TensorBoard: the attention of Expert has gates", 2),
+        ("Routed", "^no (statistics of the gates|pictures/.*) in TensorBoard: the attention of Router has gates", 2),
         ("Flat", "^no pictures/features and pictures/attention in TensorBoard: no module of .* gives", 1),
     ],
 )
