@@ -141,7 +141,7 @@ def write_onnx(graph: Graph, metadata: Mapping[str, Any], path: Path) -> None:
     """Write a graph for ONNX runtimes, with the metadata as texts, JSON but for what is text already.
 
     Raises:
-        UserError: an operator has no counterpart in ONNX.
+        UserError: an operator has no counterpart in ONNX, or the weights are too large for one file.
     """
     try:
         with quiet_export():
@@ -161,6 +161,10 @@ def write_onnx(graph: Graph, metadata: Mapping[str, Any], path: Path) -> None:
         part.metadata_props.clear()
     with quiet_export():
         made.save(path, external_data=False)
+    if path.with_name(f"{path.name}.data").exists():  # of torch's own accord, from 1.5 GiB on
+        raise UserError(
+            f"{graph.name} has weights that are too large for one ONNX file; use --precision float16 or --format pt2"
+        )
 
 
 def read_onnx(path: Path) -> Runner:

@@ -401,6 +401,19 @@ def test_operators_that_onnx_lacks_are_named(own, command, tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_that_need_a_file_of_their_own_are_rejected(own, command, tmp_path, monkeypatch):
+    save = torch.onnx.ONNXProgram.save
+
+    def save_in_two(program, path, **_):  # as torch does above 1.5 GiB
+        save(program, path, external_data=True)
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", save_in_two)
+    words = [*own("Plain")[:-1], "onnx", "--output", tmp_path / "out"]
+    assert "Plain has weights that are too large for one ONNX file; use --precision" in one_line(command(*words))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_nothing_of_torchs_own_reaches_the_terminal(trained, tmp_path):
     words = ["export", "--trainer.default_root_dir", trained[0], "--format", "onnx", "--output", tmp_path / "out"]
     environment = os.environ | {"PYTHONWARNINGS": "default"}
