@@ -7,6 +7,7 @@ the SHA-256 of every file. Whatever reads checkpoints gets the same from a folde
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,11 +90,13 @@ def write_folder(
     files[CONFIG] = f"{json.dumps(config, indent=1, ensure_ascii=False)}\n".encode()  # the last: without it, incomplete
     check_free(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / _SPLIT).unlink(missing_ok=True)
-        for name, content in files.items():
-            with atomic_write(path / name) as stream:
+        with ExitStack() as unfinished:  # all are written before any replaces that of an earlier folder
+            for name, content in reversed(files.items()):  # the last to begin is the first to replace
+                stream = unfinished.enter_context(atomic_write(path / name))
                 stream.write(content)
+                stream.flush()
+        if _SPLIT not in files:
+            (path / _SPLIT).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error, "name another folder with --output") from error
     return {name: len(content) for name, content in files.items()}

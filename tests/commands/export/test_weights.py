@@ -1,6 +1,7 @@
 """Folders of weights: the same network for every command, a card of the run's figures, and what is rejected."""
 
 import csv
+import errno
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ from cbam_pl.errors import UserError
 from cbam_pl.training.checkpoint import read_checkpoint
 from cbam_pl.training.classifier import Classifier
 from cbam_pl.training.finetuning import load_weights
+from cbam_pl.training.run import atomic_write
 from cbam_pl.training.weights_folder import as_stored, read_folder, write_folder
 from tests.helpers import assert_equal, one_line
 
@@ -279,6 +281,22 @@ def test_a_folder_in_another_precision_keeps_the_record_of_the_run(folder, tmp_p
     before, after = (read_checkpoint(path)["record"] for path in (folder, tmp_path / "again"))
     assert after["test"] == before["test"]
     assert after["stored"]["changed"] is None  # the predictions of the run are not in the folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
+def test_an_earlier_folder_stays_whole_where_the_disk_is_full(name, best, folder, tmp_path, monkeypatch):
+    earlier = shutil.copytree(folder, tmp_path / "mine")
+    files = {file.name: file.read_bytes() for file in earlier.iterdir()}
+
+    def full(path):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return atomic_write(path)
+
+    monkeypatch.setattr("cbam_pl.training.weights_folder.atomic_write", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_pretrained(best, earlier, "float16")
+    assert {file.name: file.read_bytes() for file in earlier.iterdir()} == files
 
 
 def test_writing_again_replaces_the_folder_but_no_other_files(best, tmp_path, command):
