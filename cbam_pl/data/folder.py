@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -35,6 +35,15 @@ _MAX_WORKERS = 8
 _CHUNK = 64  # images; fewer are decoded sooner than a worker process starts
 _CHUNK_BYTES = 4 << 20  # at most, as all chunks under way must fit into the 64 MB of shared memory that Docker gives
 _MEMORY_BYTES = 1 << 30  # more pixels than this are decoded into a file
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DRAFT = 2  # a JPEG is decoded at a smaller scale where it is still this many times as large as what it is resized to
 
 
@@ -105,15 +114,13 @@ def decode(path: str | Path, image_size: int, in_proportion: bool = False) -> Te
     With `in_proportion` as `load_folder` reads it, cut to its middle image_size × image_size pixels.
     """
     size = stored_size(image_size) if in_proportion else image_size
-    pixels = torch.from_numpy(_decode(path, size, in_proportion)[0]).permute(2, 0, 1)
-    return center_crop(pixels, [image_size, image_size]).contiguous()
+    return _middle(_decode(path, size, in_proportion)[0], image_size)
 
 
 def fit_image(image: Image.Image, image_size: int, in_proportion: bool = False) -> Tensor:
     """An image of Pillow as `decode` gives a file's, (3, H, W) uint8."""
     size = stored_size(image_size) if in_proportion else image_size
-    pixels = torch.from_numpy(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, in_proportion)).permute(2, 0, 1)
-    return center_crop(pixels, [image_size, image_size]).contiguous()
+    return _middle(_fit(_to_upright_rgb(image), size, in_proportion), image_size)
 
 
 def fit_tensor(images: Tensor, image_size: int, in_proportion: bool = False) -> Tensor:
@@ -139,8 +146,7 @@ def _decode(path: str | Path, size: int, in_proportion: bool) -> tuple[np.ndarra
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             if in_proportion:
                 file.draft(None, (_DRAFT * size, _DRAFT * size))
-            ImageOps.exif_transpose(file, in_place=True)
-            image = _to_rgb(file)
+            image = _to_upright_rgb(file)
         pixels = _fit(image, size, in_proportion)
     # decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
@@ -169,10 +175,25 @@ def _cut(pixels: Tensor, size: int) -> Tensor:
     return center_crop(resize(pixels, [size], antialias=True), [size, size])
 
 
+def _middle(pixels: np.ndarray, size: int) -> Tensor:
+    """The middle (3, size, size) of pixels (H, W, 3)."""
+    return center_crop(torch.from_numpy(pixels).permute(2, 0, 1), [size, size]).contiguous()
+
+
 def _failure_reason(error: Exception) -> str:
     # without the path that some messages repeat
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = None
+    # Not by ImageOps.exif_transpose, which writes the metadata again, and fails where a tag has an odd type.
+    with contextlib.suppress(Exception):  # damaged metadata are no reason to reject an image
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

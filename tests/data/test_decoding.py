@@ -1,5 +1,6 @@
 """How one image file becomes pixels: formats, colour modes, orientation, transparency, and its proportions."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import transforms
 
-from cbam_pl.data.folder import decode
+from cbam_pl.data.folder import decode, fit_image
 from tests.helpers import photo
 
 
@@ -103,6 +104,44 @@ def test_exif_orientation(tmp_path: Path, suffix: str) -> None:
     pixels = decode(path, 16)
     assert pixels[:, :7].min() > 240
     assert pixels[:, 9:].max() < 15
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(16, 16).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        expected = torch.from_numpy(np.array(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+        assert torch.equal(fit_image(image, 16), expected)
+    assert torch.equal(decode(tmp_path / "a.png", 16), expected)
+
+
+def turned_with(*entry: object) -> bytes:
+    """EXIF of orientation 6 and another tag: its number, type, count and value."""
+    entries = struct.pack("<HHI4s", 0x112, 3, 1, b"\6") + struct.pack("<HHI4s", *entry)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    ("exif", "is_turned"),
+    [
+        (turned_with(0x11A, 2, 3, b"72"), True),  # XResolution as text
+        (turned_with(0x128, 1, 1, b"\2"), True),  # ResolutionUnit as a byte
+        (b"Exif\0\0garbage", False),
+    ],
+    ids=["text", "byte", "garbage"],
+)
+def test_odd_exif_is_no_reason_to_reject_an_image(tmp_path: Path, exif: bytes, is_turned: bool, suffix: str) -> None:
+    array = np.zeros((16, 16, 3), np.uint8)
+    array[:, :8] = 255  # bright on the left as stored
+    path = tmp_path / f"odd.{suffix}"
+    Image.fromarray(array).save(path, exif=exif)
+    with Image.open(path) as image:
+        for pixels in (decode(path, 16), fit_image(image, 16)):
+            bright = pixels[:, :7] if is_turned else pixels[:, :, :7]
+            assert bright.min() > 240
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
