@@ -63,13 +63,14 @@ def compare(arguments: list[str]) -> None:
     plan.claim_output()
     failures = {} if options.recompute else _run(plan, jobs, options)
     if results := report.read_results(jobs):
-        costs = report.earlier_costs(plan) if options.recompute else None
+        trained = {name: plan.configs[name] for name in plan.configs if any(one["recipe"] == name for one in results)}
+        costs = report.earlier_costs(plan.output, trained) if options.recompute else None
         if costs is None:
             try:
-                costs = measure_costs(plan.configs, threads_per_job(), _COST_ROUNDS, _COST_SECONDS)
+                costs = measure_costs(trained, threads_per_job(), _COST_ROUNDS, _COST_SECONDS)
             except UserError as error:  # the runs may have been trained on other machines
-                earlier = report.earlier_costs(plan)
-                costs, which = earlier or dict.fromkeys(plan.configs), "; these are earlier ones" if earlier else ""
+                earlier = report.earlier_costs(plan.output, trained)
+                costs, which = earlier or dict.fromkeys(trained), "; these are earlier ones" if earlier else ""
                 plan = replace(plan, notes=[*plan.notes, f"The costs could not be measured{which}: {error}."])
         content = report.analyse(plan, results, costs)
         page = plan.output / "report.html"

@@ -422,11 +422,11 @@ def _places(results: Sequence[Result], prefix: str = "") -> str:
     return "; or ".join(f"{text} ({count} {'run' if count == 1 else 'runs'})" for text, count in texts.items())
 
 
-def earlier_costs(plan: Plan) -> dict[str, Any] | None:
-    """The costs in the report that exists already; None if they are not those of all recipes."""
+def earlier_costs(folder: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """The costs in the report that exists already; None if they are not those of all these recipes."""
     try:
-        recipes = json.loads((plan.output / "report.json").read_text("utf-8"))["recipes"]
-        costs = {name: recipes[name]["cost"] for name in plan.configs}
+        recipes = json.loads((folder / "report.json").read_text("utf-8"))["recipes"]
+        costs = {name: recipes[name]["cost"] for name in names}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return costs if all(costs.values()) else None

@@ -102,6 +102,18 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes,
     assert content["notes"][0].startswith("The costs could not be measured; these are earlier ones: the trainer's")
 
 
+def test_costs_are_of_recipes_with_runs_as_others_may_not_train(
+    compared, recipes, command, tmp_path, monkeypatch
+):
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    shutil.rmtree(root / "logs/se")
+    measured = []
+    monkeypatch.setattr(command_module, "measure_costs", lambda configs, *_: measured.append([*configs]) or {})
+    outcome = command(*again(root, recipes, "--output", tmp_path / "report"), "--recompute")
+    assert outcome.status == 0, outcome.err
+    assert measured == [[name for name in recipes if name != "se"]]
+
+
 def test_an_error_while_runs_are_watched_stops_them(command, recipes, tmp_path, monkeypatch):
     stopped = threading.Event()
 
