@@ -190,8 +190,8 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     turn = None
     # Not by ImageOps.exif_transpose, which writes the metadata again, and fails where a tag has an odd type.
-    with contextlib.suppress(Exception):  # damaged metadata are no reason to reject an image
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    with contextlib.suppress(Exception):  # missing or damaged metadata are no reason to reject an image
+        turn = _TURNS[image.getexif()[ExifTags.Base.Orientation]]
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 

@@ -102,9 +102,7 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_report(compared, recipes,
     assert content["notes"][0].startswith("The costs could not be measured; these are earlier ones: the trainer's")
 
 
-def test_costs_are_of_recipes_with_runs_as_others_may_not_train(
-    compared, recipes, command, tmp_path, monkeypatch
-):
+def test_costs_are_of_recipes_with_runs_as_others_may_not_train(compared, recipes, command, tmp_path, monkeypatch):
     root = shutil.copytree(compared[0], tmp_path / "copy")
     shutil.rmtree(root / "logs/se")
     measured = []
