@@ -178,10 +178,8 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"dataset={dataset!r} is unknown; use one of {', '.join(get_args(Dataset))}")
         num_draws(augmentation)  # rejects an unknown name
         batch_size, image_size = whole_number("batch_size", batch_size), whole_number("image_size", image_size)
-        val_size, seed = (
-            val_size if val_size is None else whole_number("val_size", val_size),
-            whole_number("seed", seed),
-        )
+        val_size = None if val_size is None else whole_number("val_size", val_size)
+        seed = whole_number("seed", seed)
         crop_scale = crop_scale if crop_scale is None else float(crop_scale)
         if not 1 <= batch_size <= _MAX_BATCH_SIZE:
             raise ValueError(f"batch_size={batch_size} must be at least 1 and at most {_MAX_BATCH_SIZE:,}")
