@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cbam_pl.data.datamodule import in_proportion
-from cbam_pl.data.folder import decode, find_images, show
+from cbam_pl.data.folder import decode, find_images, raise_failures, show
 from cbam_pl.data.images import Images
 from cbam_pl.data.loader import EvaluationLoader, Normalise, Shard
 from cbam_pl.errors import UserError, as_user_error, cannot_write
@@ -36,6 +36,7 @@ def predict(options: list[str]) -> None:
     files = find_images(settings.images)
     if Path(settings.output).resolve() in {file.resolve() for file in files}:
         raise UserError(f"--output {settings.output} is one of the images; name another file")
+    _check_output(Path(settings.output))
     print(f"decoding {len(files):,} images")
     size = checkpoint["hyper_parameters"]["image_size"]
     proportional = in_proportion(checkpoint["datamodule_hyper_parameters"])
@@ -44,11 +45,23 @@ def predict(options: list[str]) -> None:
     batch_size = min(_MAX_BATCH_SIZE, 4 * checkpoint["datamodule_hyper_parameters"]["batch_size"])
     normalise = Normalise(data["mean"], data["std"], device)
     batches: list[Any] = []
+    decoded: list[Path] = []
+    failures: list[str] = []
     for start in range(0, len(files), _MAX_DECODED):
-        pixels = torch.stack([decode(file, size, proportional) for file in files[start : start + _MAX_DECODED]])
-        images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
+        pixels = []
+        for file in files[start : start + _MAX_DECODED]:
+            try:
+                pixels.append(decode(file, size, proportional))
+                decoded.append(file)
+            except UserError as error:  # raised in the end, since the others are worth their figures
+                failures.append(str(error))
+        if not pixels:
+            continue
+        images = Images(torch.stack(pixels), torch.zeros(len(pixels), dtype=torch.int64))
         with running(less_memory="give fewer --images at once"):
             batches += trainer.predict(model, EvaluationLoader(images, batch_size, normalise, device, Shard())) or []
+    if not decoded:
+        raise_failures(failures)
     probabilities = torch.cat(batches).cpu()  # (N, classes)
     if not probabilities.isfinite().all():
         raise UserError(f"{path} gives probabilities that are not finite: it has diverged; choose an earlier one")
@@ -56,7 +69,7 @@ def predict(options: list[str]) -> None:
     classes = data["classes"]
     top = min(settings.top, len(classes))
     rows = []
-    for file, values, labels in zip(files, *map(torch.Tensor.tolist, probabilities.topk(top)), strict=True):
+    for file, values, labels in zip(decoded, *map(torch.Tensor.tolist, probabilities.topk(top)), strict=True):
         pairs = zip(labels, values, strict=True)
         rows.append([str(file), *(text for label, value in pairs for text in (classes[label], f"{value:.4f}"))])
     try:
@@ -68,8 +81,20 @@ def predict(options: list[str]) -> None:
     except OSError as error:
         raise cannot_write(settings.output, error, "name another file with --output") from error
     table = Table(Column("image", overflow="fold"), *(f"{rank}" for rank in range(1, top + 1)))
-    for file, (_, *texts) in zip(files, rows, strict=True):
+    for file, (_, *texts) in zip(decoded, rows, strict=True):
         cells = [f"{name} {probability}" for name, probability in zip(texts[::2], texts[1::2], strict=True)]
         table.add_row(*map(escape, (show(file), *cells)))  # a name may look like rich's markup
     Console().print(table)
     print(f"saved {settings.output}")
+    raise_failures(failures)
+
+
+def _check_output(output: Path) -> None:
+    """Reject a file that cannot be written before the images are decoded."""
+    is_new = not output.exists()
+    try:
+        output.open("ab").close()
+    except OSError as error:
+        raise cannot_write(output, error, "name another file with --output") from error
+    if is_new:
+        output.resolve().unlink()  # resolved, since it may be a link to a file that is not there yet

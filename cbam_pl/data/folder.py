@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,13 @@ def fit_tensor(images: Tensor, image_size: int, in_proportion: bool = False) -> 
     if in_proportion:
         return center_crop(_cut(images, stored_size(image_size)), [image_size, image_size])
     return resize(images, [image_size, image_size], antialias=True)
+
+
+def raise_failures(failures: Sequence[str]) -> None:
+    """A UserError of the first file that could not be decoded, if any, which counts the others."""
+    if failures:
+        more = f" (and {len(failures) - 1} more cannot be decoded)" if len(failures) > 1 else ""
+        raise UserError(failures[0] + more)
 
 
 def show(path: str | Path) -> str:
@@ -286,9 +293,7 @@ def _decode_split(files: list[_File], size: int, in_proportion: bool, folder: Pa
         part.copy_(decoded[0])
         part_ids.copy_(decoded[1])
         failures += decoded[2]
-    if failures:
-        more = f" (and {len(failures) - 1} more cannot be decoded)" if len(failures) > 1 else ""
-        raise UserError(failures[0] + more)
+    raise_failures(failures)
     return {"pixels": pixels, "labels": torch.tensor([label for _, label, _ in files]), "ids": ids}
 
 

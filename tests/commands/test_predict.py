@@ -176,6 +176,28 @@ def test_images_that_cannot_be_classified_are_named(trained, command, recipe, tm
     assert not output.exists()
 
 
+def test_images_that_can_be_decoded_are_classified_beside_others(trained, command, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_module, "_MAX_DECODED", 2)
+    for name in "abfg":
+        (tmp_path / f"{name}.png").write_text("no image")
+    for name in "cde":
+        shutil.copy(image_folder / "test/red/0.png", tmp_path / f"{name}.png")
+    predict = ("predict", "--trainer.default_root_dir", trained[0], "--output", tmp_path / "out.csv", "--images")
+    error = one_line(command(*predict, tmp_path))
+    assert error.startswith(f"error: {tmp_path / 'a.png'} cannot be decoded (")
+    assert error.endswith("replace or remove it (and 3 more cannot be decoded)")
+    with (tmp_path / "out.csv").open() as stream:
+        assert [row["image"] for row in csv.DictReader(stream)] == [str(tmp_path / f"{name}.png") for name in "cde"]
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_decoded(trained, command, image_folder, tmp_path):
+    predict = ("predict", "--trainer.default_root_dir", trained[0], "--images", image_folder / "test/red", "--output")
+    for output, reason in ((tmp_path, "Is a directory"), (tmp_path / "none/out.csv", "No such file or directory")):
+        outcome = command(*predict, output)
+        assert one_line(outcome) == f"error: cannot write {output} ({reason}); name another file with --output"
+        assert "decoding" not in outcome.out
+
+
 @pytest.mark.slow
 def test_the_csv_is_complete_where_the_reader_of_the_table_leaves(trained, image_folder, tmp_path):
     output = tmp_path / "out.csv"
