@@ -96,7 +96,7 @@ def attempt(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert listing(tmp_path, out, may_write) == before, "a file beside the run's folder has changed"
         assert outcome.status in (0, 2), outcome.err
         # Of a short training that max_steps ends inside an epoch, the last two.
-        expected = ("warning: ", "stopped by trainer.max_steps ", "resume: ")
+        expected = ("warning: ", "stopped by trainer.max_steps ", "resume")
         lines = [line for line in outcome.err.splitlines() if line.strip() and not line.startswith(expected)]
         assert len(lines) == (outcome.status == 2), outcome.err
         assert all(line.startswith("error: ") and len(line) > 20 for line in lines), outcome.err
